@@ -1,0 +1,1 @@
+"""Running a decoder over calibration data and observing it. The only room besides ptq that knows MindSpore."""

@@ -1,0 +1,1 @@
+"""Safetensors checkpoints on disk: reading, writing, merging. No network, no framework."""

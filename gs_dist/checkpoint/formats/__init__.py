@@ -1,0 +1,1 @@
+"""Checkpoint dialects of serving engines."""

@@ -1,0 +1,259 @@
+"""How one linear is quantised, and which linear gets which policy.
+
+Field names and values are those of `mindspore_gs.ptq.PTQConfig`; data types are spelt as strings so
+that this module needs no framework. Enum members compare equal to their values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gs_dist.architecture import LayerInput
+from gs_dist.errors import PolicyConflictError, UserError
+from gs_dist.statistics import StatisticsSettings
+
+__all__ = [
+    "AlgoArgs",
+    "OutliersSuppressionType",
+    "PrecisionRecovery",
+    "QuantPolicy",
+    "required_statistics",
+    "resolve_policies",
+]
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class OutliersSuppressionType(str, Enum):
+    """Ways to move outliers between activations and weights before rounding."""
+
+    SMOOTH = "smooth"
+    AWQ = "awq"
+    OUTLIER_SUPPRESSION_PLUS = "outlier-suppression+"
+    OUTLIER_SUPPRESSION_LITE = "outlier-suppression-lite"
+    NONE = "none"
+
+    @classmethod
+    def from_str(cls, name: str) -> OutliersSuppressionType:
+        """Member of that value, upper or lower case; `NONE` for any other text, as upstream."""
+        return next((m for m in cls if m.value == name.lower()), cls.NONE)
+
+
+class PrecisionRecovery(str, Enum):
+    """Ways to round weights that look at more than one weight at a time."""
+
+    GPTQ = "gptq"
+    NONE = "none"
+
+    @classmethod
+    def from_str(cls, name: str) -> PrecisionRecovery:
+        """Member of that value, upper or lower case; `NONE` for any other text, as upstream."""
+        return next((m for m in cls if m.value == name.lower()), cls.NONE)
+
+
+class AlgoArgs(BaseModel):
+    """Arguments of the algorithms, in one flat table (Golden Stick's AWQConfig, GPTQQuantConfig, SmoothQuantConfig)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    alpha: Ratio = 0.5  # SmoothQuant's migration strength
+    duo_scaling: bool = True
+    smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
+        i / 20 for i in range(20)
+    )
+    weight_clip_ratio: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
+        1 - i / 20 for i in range(10)
+    )
+    block_size: Annotated[int, Field(gt=0)] = 128
+    desc_act: bool = False
+    damp_percent: Ratio = 0.01
+    static_groups: bool = False
+
+
+class QuantPolicy(BaseModel):
+    """How one linear is quantised. Frozen, keyword-only; contradictions are refused when it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    weight_quant_dtype: Literal["int8", "qint4x2"] | None = "int8"
+    act_quant_dtype: Literal["int8"] | None = None
+    kvcache_quant_dtype: Literal["int8"] | None = None
+    weight_quant_granularity: Literal["per_channel", "per_group"] = "per_channel"
+    act_quant_granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
+    group_size: int = 0
+    weight_symmetric: bool = True
+    act_symmetric: bool = True  # compressed-tensors on Ascend loads symmetric static activations only
+    outliers_suppression: Annotated[OutliersSuppressionType, Field(strict=False)] = OutliersSuppressionType.NONE
+    precision_recovery: Annotated[PrecisionRecovery, Field(strict=False)] = PrecisionRecovery.NONE
+    weight_clip: bool = False
+    act_range: Literal["minmax", "mse"] = "minmax"
+    algo_args: AlgoArgs = AlgoArgs()
+
+    @property
+    def weight_bits(self) -> int:
+        """8, 4, or 16 for a weight that stays as it is."""
+        return {"int8": 8, "qint4x2": 4, None: 16}[self.weight_quant_dtype]
+
+    @property
+    def quantises_linear(self) -> bool:
+        """Whether weights or activations of the linear change at all."""
+        return self.weight_quant_dtype is not None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are quantised with one scale found by calibration."""
+        return self.act_quant_dtype is not None and self.act_quant_granularity == "per_tensor"
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> QuantPolicy:
+        weight, act, kv = self.weight_quant_dtype, self.act_quant_dtype, self.kvcache_quant_dtype
+        suppression, recovery = self.outliers_suppression, self.precision_recovery
+        w8a8 = weight == "int8" and act == "int8"
+        w4a8 = weight == "qint4x2" and act == "int8"
+        problems = []
+        if act is not None and weight is None:
+            problems.append("act_quant_dtype is int8 while weight_quant_dtype is null: set weight_quant_dtype: int8")
+        if act is None and self.act_quant_granularity == "per_token":
+            problems.append(
+                "act_quant_granularity is per_token while act_quant_dtype is null: set act_quant_dtype: int8"
+            )
+        if w8a8 and self.weight_quant_granularity != "per_channel":
+            problems.append(
+                "W8A8 takes weights per channel: set weight_quant_granularity: per_channel, or act_quant_dtype: null"
+            )
+        if kv is None and self.kvcache_quant_granularity == "per_token":
+            problems.append(
+                "kvcache_quant_granularity is per_token while kvcache_quant_dtype is null: "
+                "set kvcache_quant_dtype: int8"
+            )
+        if self.weight_quant_granularity == "per_group":
+            if self.group_size not in (64, 128, 256):
+                problems.append(f"group_size is {self.group_size}: per_group takes 64, 128 or 256")
+        elif self.group_size != 0:
+            problems.append(
+                f"group_size is {self.group_size} while weight_quant_granularity is {self.weight_quant_granularity}: "
+                "set group_size: 0, or weight_quant_granularity: per_group"
+            )
+        if w8a8 and suppression is OutliersSuppressionType.AWQ:
+            problems.append("AWQ does not serve W8A8: set outliers_suppression: smooth")
+        if w8a8 and recovery is PrecisionRecovery.GPTQ:
+            problems.append("GPTQ does not serve W8A8: set precision_recovery: none")
+        if suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE and not (w8a8 and kv is None):
+            problems.append(
+                "outlier-suppression-lite serves exactly W8A8 without KV-cache quantisation: "
+                "set weight_quant_dtype and act_quant_dtype to int8 and kvcache_quant_dtype to null"
+            )
+        if weight == "qint4x2" and kv == "int8":
+            problems.append("qint4x2 weights exclude an int8 KV cache: set one of them to null")
+        if w4a8:
+            if recovery is not PrecisionRecovery.GPTQ:
+                problems.append("W4A8 needs precision_recovery: gptq")
+            if not (self.algo_args.desc_act and self.algo_args.static_groups):
+                problems.append("W4A8 needs algo_args desc_act: true and static_groups: true")
+            if self.act_quant_granularity != "per_token":
+                problems.append("W4A8 needs act_quant_granularity: per_token")
+        if weight is None and (
+            suppression is not OutliersSuppressionType.NONE
+            or recovery is not PrecisionRecovery.NONE
+            or self.weight_clip
+        ):
+            problems.append(
+                "outliers_suppression, precision_recovery and weight_clip work on quantised weights, "
+                "and weight_quant_dtype is null: set it, or leave them out"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def resolve_policies(
+    names: Sequence[str],
+    network_policy: QuantPolicy | None,
+    layer_policies: Mapping[str, QuantPolicy | None],
+    opname_blacklist: Sequence[str] = (),
+) -> dict[str, QuantPolicy | None]:
+    """Policy of every linear, None for one that stays as it is.
+
+    A key of `layer_policies` is matched by `re.match` on the full dotted name, and the order of keys
+    does not matter; a blacklist entry is a plain substring of the name and holds for linears that no
+    key matches (golden-stick `ptq.py`, `_get_decoder_layer_policy`).
+
+    Args:
+        names: full dotted names of all linears of the model, `lm_head` included.
+        network_policy: for linears that nothing else matches.
+        layer_policies: pattern to policy; None leaves the linears alone.
+        opname_blacklist: substrings of names left alone.
+
+    Raises:
+        PolicyConflictError: two patterns match one linear.
+        UserError: a pattern or blacklist entry matches no linear, or no linear would be quantised.
+    """
+    patterns = {key: re.compile(key) for key in layer_policies}
+    unused = set(patterns)
+    unused_blacklist = set(opname_blacklist)
+    resolved: dict[str, QuantPolicy | None] = {}
+    for name in names:
+        matching = [key for key, pattern in patterns.items() if pattern.match(name)]
+        if len(matching) > 1:
+            raise PolicyConflictError(
+                f"layer_policies: {matching[0]!r} and {matching[1]!r} conflict, matching same layer {name}; "
+                "narrow one of the two patterns"
+            )
+        if matching:
+            unused.discard(matching[0])
+            resolved[name] = layer_policies[matching[0]]
+            continue
+        blocked = [entry for entry in opname_blacklist if entry in name]
+        unused_blacklist.difference_update(blocked)
+        resolved[name] = None if blocked else network_policy
+    examples = ", ".join(list(names)[:1] + list(names)[-1:])
+    if unused:
+        raise UserError(
+            f"layer_policies: {sorted(unused)[0]!r} matches no linear of the model; patterns are matched from the "
+            f"start of the full name, as in {examples}: begin with '.*', or remove the entry"
+        )
+    if unused_blacklist:
+        raise UserError(
+            f"opname_blacklist: {sorted(unused_blacklist)[0]!r} is part of no linear's name (names look like "
+            f"{examples}): correct the entry or remove it"
+        )
+    changes = [p for p in resolved.values() if p and (p.quantises_linear or p.kvcache_quant_dtype)]
+    if not changes:
+        raise UserError(
+            "the policies leave every linear unquantised: set ptq.weight_quant_dtype, or shorten opname_blacklist "
+            "and layer_policies"
+        )
+    return resolved
+
+
+def required_statistics(
+    inputs: Sequence[LayerInput], policies: Mapping[str, QuantPolicy | None], *, gram: bool
+) -> dict[str, StatisticsSettings]:
+    """What must be observed of each input of a layer so that its linears can be solved.
+
+    Args:
+        inputs: the layer's inputs.
+        policies: policy by linear name within the layer.
+        gram: whether errors are to be reported from Gram matrices even where no solver needs them.
+    """
+    settings = {}
+    for layer_input in inputs:
+        readers = [p for p in (policies.get(name) for name in layer_input.linears) if p and p.quantises_linear]
+        searches = any(
+            p.precision_recovery is PrecisionRecovery.GPTQ
+            or p.weight_clip
+            or p.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
+            for p in readers
+        )
+        settings[layer_input.name] = StatisticsSettings(
+            gram=bool(readers) and (gram or searches),
+            weighted_gram=searches,
+            histogram=any(p.is_static and p.act_range == "mse" for p in readers),
+        )
+    return settings

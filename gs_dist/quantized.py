@@ -1,0 +1,96 @@
+"""What a solver hands on: a decoder layer in quantised form, before any file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.policy import QuantPolicy
+
+__all__ = ["Float32", "Int8", "LinearSummary", "QuantizedKVCache", "QuantizedLayer", "QuantizedLinear"]
+
+Float32 = npt.NDArray[np.float32]
+Int8 = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSummary:
+    """One row of the summary.
+
+    `strategy` is spelt as the Golden Stick reference page does (`W8-perchannel-A8-pertensor`, `NA`).
+    `relative_error` is |Q(W)x - Wx|^2 / |Wx|^2 over all calibration tokens, None for a linear that stays
+    as it is; `error_source` says whether it came from the Gram matrix (exact for the weights) or from
+    its diagonal alone (channels taken as uncorrelated). `notes` records fallbacks and gates.
+    """
+
+    layer: int
+    name: str  # full dotted name
+    strategy: str
+    relative_error: float | None
+    error_source: str  # "gram", "diagonal" or "none"
+    scale_min: float | None
+    scale_max: float | None
+    num_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLinear:
+    """A linear's integers and what turns them back: weight = (codes - zero_point) * scale, group by group.
+
+    `codes` (out, in) int8 within [-128, 127] or [-8, 7]; `scale` (out, groups) float32, already rounded
+    to the checkpoint's dtype so that codes and stored scale belong together (groups is 1 per channel);
+    `zero_point` (out, groups) int8 or None when symmetric; `group_index` (in,) int32 names each column's
+    group where columns were taken in another order (GPTQ desc_act without static groups), else None.
+    `input_scale` and `input_zero_point` are set for static activations: q = round(x / scale) + zero_point.
+    `bias` (out,) float32 or None, after folding.
+    """
+
+    policy: QuantPolicy
+    codes: Int8
+    scale: Float32
+    zero_point: Int8 | None = None
+    group_index: npt.NDArray[np.int32] | None = None
+    bias: Float32 | None = None
+    input_scale: float | None = None
+    input_zero_point: int | None = None
+
+    def dequantised(self) -> Float32:
+        """The weight (out, in) float32 that the integers stand for."""
+        out, columns = self.codes.shape
+        groups = self.scale.shape[1]
+        zero = self.zero_point if self.zero_point is not None else np.zeros_like(self.scale, dtype=np.int8)
+        if self.group_index is not None:
+            scale, offset = self.scale[:, self.group_index], zero[:, self.group_index].astype(np.float32)
+            return np.asarray((self.codes.astype(np.float32) - offset) * scale, dtype=np.float32)
+        grouped = self.codes.reshape(out, groups, columns // groups).astype(np.float32)
+        weight = (grouped - zero[:, :, None].astype(np.float32)) * self.scale[:, :, None]
+        return np.asarray(weight.reshape(out, columns), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedKVCache:
+    """Scales of an int8 KV cache: (num_kv_heads * head_dim,) float32 each; None for per-token (dynamic)."""
+
+    key_scale: Float32 | None
+    value_scale: Float32 | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLayer:
+    """A decoder layer after the solvers.
+
+    `linears` maps a name within the layer (`mlp.down_proj`) to its quantised form. `tensors` holds every
+    other tensor of the layer by name within the layer (`input_layernorm.weight`, and `.weight`/`.bias`
+    of linears that stay), in the checkpoint's dtype, after folding; one that no folding touched is the
+    source tensor bit for bit.
+    """
+
+    layer: int
+    linears: Mapping[str, QuantizedLinear]
+    tensors: Mapping[str, npt.NDArray[np.generic]]
+    kv_cache: QuantizedKVCache | None = None
+    rows: tuple[LinearSummary, ...] = field(default=())
