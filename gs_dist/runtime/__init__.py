@@ -1,1 +1,1 @@
-"""The distributed job: stage workers, their group, reduction, coordination. Ray in worker_group and coordinator only."""
+"""The distributed job. Ray only in `worker_group` and `coordinator`."""
