@@ -5,13 +5,21 @@ Names are those of Hugging Face checkpoints (`model.layers.<i>.self_attn.q_proj.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gs_dist.errors import CheckpointError
+
 __all__ = ["DecoderArchitecture", "LayerInput", "Linear", "RopeScaling"]
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_DTYPES = ("float32", "float16", "bfloat16")
+_MAX_LAYERS = 4096  # bounds what a damaged config.json can make us enumerate
+_MAX_SIZE = 2**31 - 1
+_ATTENTION_TYPES = ("full_attention", "sliding_attention")
+_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +90,56 @@ class DecoderArchitecture:
     def from_config(cls, config: Mapping[str, Any]) -> DecoderArchitecture:
         """Reads a Hugging Face config.json's content.
 
+        Defaults of absent keys are those of the model type's configuration class in transformers. Both
+        spellings are understood: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype`
+        and `rope_parameters` of transformers 5.
+
         Raises:
             CheckpointError: a model type that is not served, a missing or ill-typed key, sizes that
-                contradict each other. The message names the key.
+                contradict each other, a checkpoint that is quantised already. The message names the key.
         """
-        raise NotImplementedError
+        keys = _ConfigKeys(config)
+        model_type = keys.choice("model_type", _MODEL_TYPES)
+        if config.get("quantization_config") is not None:
+            raise CheckpointError(
+                "config.json: the key quantization_config is present, so this checkpoint is quantised already; "
+                "set model to the directory of the float checkpoint it was made from"
+            )
+        keys.choice("hidden_act", ("silu",), default="silu")
+        num_layers = keys.size("num_hidden_layers", maximum=_MAX_LAYERS)
+        num_heads = keys.size("num_attention_heads")
+        num_kv_heads = keys.size("num_key_value_heads", default=num_heads)
+        hidden_size = keys.size("hidden_size")
+        head_dim = _head_dim(keys, model_type, hidden_size, num_heads)
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads is {num_heads} and num_key_value_heads is {num_kv_heads}; "
+                "the first must be a multiple of the second"
+            )
+        attention_bias = model_type in ("llama", "qwen3") and keys.flag("attention_bias")
+        rope_theta, rope_scaling = _rope(keys)
+        return cls(
+            model_type=model_type,
+            vocab_size=keys.size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=keys.size("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=keys.positive("rms_norm_eps", default=1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qkv_bias=attention_bias or model_type == "qwen2",
+            o_bias=attention_bias,
+            mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
+            qk_norm=model_type == "qwen3",
+            tie_word_embeddings=keys.flag("tie_word_embeddings"),
+            sliding_window=_sliding_window(keys, model_type, num_layers),
+            max_position_embeddings=keys.size("max_position_embeddings", default=_MAX_POSITIONS[model_type]),
+            dtype=_dtype(keys),
+            eos_token_ids=keys.token_ids("eos_token_id"),
+        )
 
     @property
     def query_size(self) -> int:
@@ -178,3 +231,151 @@ class DecoderArchitecture:
         """Full dotted names of all linears of the model, layer by layer, `lm_head` last."""
         names = [self.layer_prefix(i) + linear.name for i in range(self.num_layers) for linear in self.linears]
         return [*names, "lm_head"]
+
+
+_MISSING: Any = object()
+
+
+class _ConfigKeys:
+    """Typed reads from one (part of a) config.json; `where` prefixes the key in messages."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        self.values = values
+        self.where = where
+
+    def get(self, key: str, default: Any = _MISSING) -> Any:
+        """The value, or `default` where it is absent or null; a key without default is required."""
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise CheckpointError(f"config.json: the key {self.where}{key} is missing; every decoder config has it")
+        return default
+
+    def wrong(self, key: str, wanted: str) -> CheckpointError:
+        return CheckpointError(f"config.json: {self.where}{key} is {self.values.get(key)!r:.200}; it must be {wanted}")
+
+    def size(self, key: str, default: Any = _MISSING, maximum: int = _MAX_SIZE) -> int:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= maximum:
+            raise self.wrong(key, f"a whole number from 1 to {maximum}")
+        return value
+
+    def positive(self, key: str, default: Any = _MISSING) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+            raise self.wrong(key, "a finite number above 0")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def choice(self, key: str, served: tuple[str, ...], default: Any = _MISSING) -> str:
+        value = self.get(key, default)
+        if value not in served:
+            raise CheckpointError(
+                f"config.json: {self.where}{key} is {value!r:.200}, which is not served; served are {', '.join(served)}"
+            )
+        return str(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key, ())
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise self.wrong(key, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def table(self, key: str) -> _ConfigKeys | None:
+        value = self.get(key, None)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "a table of keys, or null")
+        return _ConfigKeys(value, f"{self.where}{key}.")
+
+
+def _head_dim(keys: _ConfigKeys, model_type: str, hidden_size: int, num_heads: int) -> int:
+    if keys.get("head_dim", None) is None and model_type != "qwen3" and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size is {hidden_size} and num_attention_heads is {num_heads}; the first must be a "
+            "multiple of the second where head_dim is not given"
+        )
+    head_dim = keys.size("head_dim", default=128 if model_type == "qwen3" else hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embedding needs an even one")
+    return head_dim
+
+
+def _dtype(keys: _ConfigKeys) -> str:
+    key = "dtype" if keys.get("dtype", None) is not None else "torch_dtype"
+    value = keys.get(key, "float32")
+    if isinstance(value, str):
+        value = value.removeprefix("torch.")
+    if value not in _DTYPES:
+        raise keys.wrong(key, " or ".join(_DTYPES))
+    return str(value)
+
+
+def _rope(keys: _ConfigKeys) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding; transformers 5 keeps both in `rope_parameters`."""
+    table = keys.table("rope_parameters") or keys.table("rope_scaling")
+    theta_keys = table if table is not None and table.get("rope_theta", None) is not None else keys
+    theta = theta_keys.positive("rope_theta", default=10000.0)
+    for place in (keys, table):
+        if place is not None and place.get("partial_rotary_factor", 1.0) != 1.0:
+            raise place.wrong("partial_rotary_factor", "1.0 or absent: partial rotary embedding is not served")
+    if table is None:
+        return theta, None
+    nested = [key for key, value in table.values.items() if isinstance(value, Mapping)]
+    if nested:
+        raise CheckpointError(
+            f"config.json: {table.where}{nested[0]} is a table of its own; "
+            "served is one rotary embedding for all layers"
+        )
+    spelling = "rope_type" if table.get("rope_type", None) is not None else "type"  # `type` is the older spelling
+    rope_type = table.choice(spelling, ("default", "linear", "llama3"), default="default")
+    if rope_type == "default":
+        return theta, None
+    factor = table.positive("factor")
+    if rope_type == "linear":
+        return theta, RopeScaling(rope_type=rope_type, factor=factor)
+    low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
+    if low >= high:
+        raise table.wrong("low_freq_factor", f"below high_freq_factor, which is {high}")
+    return theta, RopeScaling(
+        rope_type=rope_type,
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=table.size("original_max_position_embeddings"),
+    )
+
+
+def _sliding_window(keys: _ConfigKeys, model_type: str, num_layers: int) -> int | None:
+    """Tokens a query sees back, the same in every layer, or None for all of them."""
+    if model_type == "llama":
+        return None
+    if model_type == "mistral":
+        # Null means none; only an absent key falls back to the configuration class's 4096.
+        return (
+            keys.size("sliding_window", default=4096) if keys.values.get("sliding_window", 4096) is not None else None
+        )
+    if not keys.flag("use_sliding_window") or keys.values.get("sliding_window", 4096) is None:
+        return None
+    first = keys.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise keys.wrong("max_window_layers", "a whole number, 0 or more")
+    num_full = min(first, num_layers)
+    kinds = keys.get("layer_types", ["full_attention"] * num_full + ["sliding_attention"] * (num_layers - num_full))
+    if not isinstance(kinds, list) or len(kinds) < num_layers or any(kind not in _ATTENTION_TYPES for kind in kinds):
+        raise keys.wrong("layer_types", f"{num_layers} entries of {', '.join(_ATTENTION_TYPES)}")
+    used = set(kinds[:num_layers])
+    if len(used) > 1:
+        raise CheckpointError(
+            "config.json: use_sliding_window is true for some layers only (max_window_layers "
+            f"{first}, {num_layers} layers); served is one kind of attention for all layers"
+        )
+    return keys.size("sliding_window", default=4096) if used == {"sliding_attention"} else None

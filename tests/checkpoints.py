@@ -1,0 +1,275 @@
+"""Builders of Hugging Face directories for tests: tiny models with real weights, large ones with headers alone.
+
+`import ml_dtypes` gives NumPy its bfloat16. Nothing here uses the package under test, so that a reader's or
+writer's fault cannot hide in its own fixture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_SPELLING = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_LARGE: dict[str, dict[str, Any]] = {
+    "llama-3-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 128001,
+        "files": 30,
+    },
+    "qwen3-32b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 151645,
+        "files": 17,
+    },
+}
+
+
+def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
+    """A config.json of two layers, 64 channels, 4 query heads over 2 KV heads; `overrides` are its keys."""
+    config: dict[str, Any] = {
+        "architectures": [_CLASSES[model_type]],
+        "model_type": model_type,
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    if model_type == "mistral":
+        config["sliding_window"] = None
+    if model_type == "qwen3":
+        config["head_dim"] = 32  # on purpose not hidden_size / num_attention_heads
+    return {**config, **overrides}
+
+
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Full name to shape of every tensor the model class saves for this config."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    query, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    attention_bias = bool(config.get("attention_bias"))
+    qkv_bias = attention_bias or config["model_type"] == "qwen2"
+    mlp_bias = bool(config.get("mlp_bias"))
+    rows = [
+        ("self_attn.q_proj", query, hidden, qkv_bias),
+        ("self_attn.k_proj", kv, hidden, qkv_bias),
+        ("self_attn.v_proj", kv, hidden, qkv_bias),
+        ("self_attn.o_proj", hidden, query, attention_bias),
+        ("mlp.gate_proj", inner, hidden, mlp_bias),
+        ("mlp.up_proj", inner, hidden, mlp_bias),
+        ("mlp.down_proj", hidden, inner, mlp_bias),
+    ]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if config["model_type"] == "qwen3":
+            shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
+        for name, out_features, in_features, bias in rows:
+            shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (out_features,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def random_tensors(config: dict[str, Any], dtype: str = "float32", seed: int = 0) -> Tensors:
+    """Weights that keep activations of order one; norms near 1, a few loud channels, as real models have."""
+    rng = np.random.default_rng(seed)
+    tensors: Tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        if name.endswith("norm.weight"):
+            values = 1.0 + 0.1 * rng.standard_normal(shape)
+            values[rng.integers(shape[0])] *= 4.0
+        elif name.endswith(".bias"):
+            values = 0.1 * rng.standard_normal(shape)
+        elif name == "model.embed_tokens.weight":
+            values = 0.5 * rng.standard_normal(shape)
+        else:
+            values = rng.standard_normal(shape) / math.sqrt(shape[1])
+        tensors[name] = values.astype(np.float32).astype(DTYPES[dtype])
+    return tensors
+
+
+def raw_safetensors(entries: dict[str, Any], data: bytes, header_length: int | None = None) -> bytes:
+    """A safetensors file of exactly this header and data, right or wrong; `header_length` overrides the true one."""
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header) if header_length is None else header_length) + header + data
+
+
+def save_safetensors(path: Path, tensors: Tensors) -> None:
+    """Writes tensors back to back in the order given."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, array in tensors.items():
+        entries[name] = {
+            "dtype": _SPELLING[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    path.write_bytes(raw_safetensors(entries, b"".join(np.ascontiguousarray(a).tobytes() for a in tensors.values())))
+
+
+def save_checkpoint(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1) -> Path:
+    """Writes config.json, generation_config.json and the tensors over `shards` files, indexed when several."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    if shards == 1:
+        save_safetensors(directory / "model.safetensors", tensors)
+        return directory
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        save_safetensors(directory / file, {name: tensors[name] for name in part})
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return directory
+
+
+def save_tokenizer(directory: Path, vocab_size: int = 128) -> None:
+    """A byte-pair tokenizer.json without merges beyond single characters: any ASCII text is in its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    symbols = ["<unk>", "<s>", "</s>", "Ġ", *(chr(code) for code in range(33, 127))]
+    vocab = {symbol: index for index, symbol in enumerate(symbols[:vocab_size])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+
+
+def tiny_checkpoint(
+    directory: Path,
+    model_type: str = "llama",
+    dtype: str = "float32",
+    shards: int = 1,
+    *,
+    tie: bool = False,
+    num_layers: int = 2,
+    seed: int = 0,
+    tokenizer: bool = False,
+    **overrides: Any,
+) -> Path:
+    """A random model of `num_layers` layers and 64 channels in Hugging Face form; returns `directory`.
+
+    `overrides` are keys of config.json (`hidden_size=128`, `attention_bias=True`, ...).
+    """
+    config = tiny_config(
+        model_type, tie_word_embeddings=tie, num_hidden_layers=num_layers, torch_dtype=dtype, **overrides
+    )
+    save_checkpoint(directory, config, random_tensors(config, dtype, seed), shards)
+    if tokenizer:
+        save_tokenizer(directory, config["vocab_size"])
+    return directory
+
+
+def header_only_checkpoint(directory: Path, name: str) -> Path:
+    """Real shapes of "llama-3-70b" or "qwen3-32b" in bfloat16 as sparse files: true headers, data of holes."""
+    large = dict(_LARGE[name])
+    num_files = large.pop("files")
+    config = {
+        "architectures": [_CLASSES[large["model_type"]]],
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "attention_bias": False,
+        **large,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = tensor_shapes(config)
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for tensor, shape in shapes.items():
+        if filled > total * len(files) / num_files:
+            files.append({})
+        files[-1][tensor] = shape
+        filled += 2 * math.prod(shape)
+    weight_map = {}
+    for number, part in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        weight_map.update(dict.fromkeys(part, file))
+        _save_sparse(directory / file, part)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def _save_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    header = raw_safetensors(entries, b"")
+    path.write_bytes(header)
+    with path.open("r+b") as file:
+        file.truncate(len(header) + offset)  # a hole: no blocks on disk
