@@ -1,0 +1,158 @@
+"""The loop over decoder layers that both the distributed job and the PTQ class run.
+
+Forward a micro-batch through the layers, show the inputs of the observed ones to their observers, and
+merge finished blocks along the fixed tree. What differs between the callers is only where partial sums
+of other workers come from: nowhere in one process, from the replicas of a stage in a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.architecture import LayerInput, Linear
+from gs_dist.calibration.observers import HostObserver, InputObserver
+from gs_dist.errors import LayerError
+from gs_dist.statistics import (
+    LayerStatistics,
+    StatisticsSettings,
+    TreeAccumulator,
+    TreeNode,
+    merge_nodes,
+)
+
+__all__ = ["LayerLoop", "ObservableLayer"]
+
+
+class ObservableLayer(Protocol):
+    """A decoder layer that can be run, and whose linears' inputs can be seen."""
+
+    @property
+    def index(self) -> int:
+        """Number of the layer in the model."""
+
+    @property
+    def prefix(self) -> str:
+        """What precedes names within the layer in full names; ends in a dot unless empty."""
+
+    @property
+    def inputs(self) -> Sequence[LayerInput]:
+        """The activations that its linears read."""
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        """Its linears."""
+
+    def forward(self, state: Any, *, capture: bool) -> tuple[Any, Mapping[str, Any]]:
+        """Runs the layer on `state`; with `capture` also returns its inputs by name, as (..., channels)."""
+
+    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Its tensors by name within the layer, in the checkpoint's dtype."""
+
+
+class LayerLoop:
+    """Runs micro-batches through `layers` and holds the statistics of those in `settings`.
+
+    Args:
+        layers: in forward order.
+        settings: for each observed layer, input name to what is taken of it (a name that is not one of
+            the layer's `inputs`, such as `key`, is a captured activation observed likewise).
+        channels: input name to channels, for the names in `settings`.
+        blocks: bounds of the reduction blocks, as `statistics.block_bounds` gives them.
+        observer: makes the observer of an input; the host's by default.
+        num_threads: how many inputs are observed at a time.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ObservableLayer],
+        *,
+        settings: Mapping[int, Mapping[str, StatisticsSettings]],
+        channels: Mapping[str, int],
+        blocks: Sequence[tuple[int, int]],
+        observer: Callable[[int, StatisticsSettings], InputObserver] = HostObserver,
+        num_threads: int = 1,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._blocks = tuple(blocks)
+        self._trees = {index: TreeAccumulator() for index in settings}
+        self._observers = {
+            index: {name: observer(channels[name], taken) for name, taken in inputs.items()}
+            for index, inputs in settings.items()
+        }
+        self._block: int | None = None
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+
+    def run(self, micro_batch: int, state: Any, mask: npt.NDArray[np.bool_] | None = None) -> Any:
+        """Runs one micro-batch through all layers; micro-batches of one loop come in ascending order.
+
+        Args:
+            micro_batch: its index among all micro-batches of the job.
+            state: what the first layer's `forward` takes.
+            mask: (batch, sequence) False for padding, None when there is none.
+
+        Returns:
+            What the last layer's `forward` gives.
+        """
+        if self._observers:
+            self._enter_block(micro_batch)
+        for layer in self._layers:
+            observers = self._observers.get(layer.index)
+            state, captured = layer.forward(state, capture=observers is not None)
+            if observers is None:
+                continue
+            shown = [(observers[name], captured[name]) for name in observers]
+            if self._pool is None:
+                for observer, activation in shown:
+                    observer.observe(activation, mask)
+            else:
+                list(self._pool.map(lambda pair: pair[0].observe(pair[1], mask), shown))
+        return state
+
+    def _enter_block(self, micro_batch: int) -> None:
+        block = next(i for i, (start, stop) in enumerate(self._blocks) if start <= micro_batch < stop)
+        if self._block is not None and block != self._block:
+            self._finish_block()
+        self._block = block
+
+    def _finish_block(self) -> None:
+        if self._block is None:
+            return
+        for index, observers in self._observers.items():
+            statistics = {name: observer.take() for name, observer in observers.items()}
+            _refuse_non_finite(self._prefix(index), statistics, self._blocks[self._block])
+            self._trees[index].push(self._block, statistics)
+        self._block = None
+
+    def _prefix(self, index: int) -> str:
+        return next(layer.prefix for layer in self._layers if layer.index == index)
+
+    def nodes(self, layer: int) -> list[TreeNode]:
+        """Partial sums of an observed layer over the micro-batches run so far, for `statistics.merge_nodes`."""
+        self._finish_block()
+        return self._trees[layer].nodes()
+
+    def forget(self, layer: int) -> None:
+        """Frees an observed layer's statistics."""
+        self._trees.pop(layer, None)
+        self._observers.pop(layer, None)
+
+    def merged(self, layer: int, others: Iterable[TreeNode] = ()) -> LayerStatistics:
+        """The layer's statistics, merged with the partial sums of other workers."""
+        return merge_nodes([*self.nodes(layer), *others], len(self._blocks))
+
+
+def _refuse_non_finite(prefix: str, statistics: LayerStatistics, block: tuple[int, int]) -> None:
+    for name, seen in statistics.items():
+        finite = np.isfinite(seen.minimum) & np.isfinite(seen.maximum)
+        if seen.num_tokens and not finite.all():
+            channel = int(np.flatnonzero(~finite)[0])
+            raise LayerError(
+                f"{prefix}: the {name} is not finite (channel {channel}, micro-batches {block[0]} to {block[1] - 1}); "
+                "the checkpoint's weights overflow or hold NaN at or before this layer: run `gs-dist check` on the "
+                "model, or leave the samples out"
+            )

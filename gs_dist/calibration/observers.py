@@ -1,0 +1,222 @@
+"""Taking statistics of activations: on the host with BLAS, or on an Ascend card with MindSpore ops.
+
+An observer accumulates one input over one reduction block. Both kinds sum micro-batch by micro-batch in
+the order they are shown, so a block's statistics depend on its samples alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import mint, ops
+from scipy.linalg.blas import ssyrk
+from threadpoolctl import threadpool_limits
+
+from gs_dist.statistics import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_BINS_PER_OCTAVE,
+    HISTOGRAM_MIN_EXPONENT,
+    InputStatistics,
+    StatisticsSettings,
+)
+
+__all__ = ["CardObserver", "HostObserver", "InputObserver", "observe"]
+
+Array = npt.NDArray[Any]
+
+_FLOAT32_EXPONENT_BIAS = 127
+_FLOAT32_MANTISSA_BITS = 23
+_QUARTER_BITS = 2  # log2 of HISTOGRAM_BINS_PER_OCTAVE
+_MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cache
+
+
+class InputObserver(Protocol):
+    """Accumulates the statistics of one input."""
+
+    def observe(self, activation: Any, mask: Array | None) -> None:
+        """Adds an activation (..., channels); `mask` (...) False leaves a token out."""
+
+    def take(self) -> InputStatistics:
+        """The statistics of everything shown since the last call; starts anew."""
+
+
+class HostObserver:
+    """Statistics by NumPy and BLAS, for activations in host memory.
+
+    The Gram matrix is a symmetric rank-k update in place: half the work of a product, and no copy of a
+    matrix that has gigabytes at 28672 channels. BLAS runs on one thread, since OpenBLAS sums in another
+    order on two; a worker with more threads observes several inputs at a time instead.
+    """
+
+    def __init__(self, channels: int, settings: StatisticsSettings) -> None:
+        self._channels = channels
+        self._settings = settings
+        self._allocated = False
+
+    def _allocate(self) -> None:
+        # Not before the first token: after the last block, nothing should be held beside the tree.
+        channels, settings = self._channels, self._settings
+        self._allocated = True
+        self._num_tokens = 0
+        self._minimum = np.full(channels, np.inf, dtype=np.float32)
+        self._maximum = np.full(channels, -np.inf, dtype=np.float32)
+        self._sum_abs = np.zeros(channels, dtype=np.float64)
+        self._sum_squares = np.zeros(channels, dtype=np.float64)
+        # Column-major, as BLAS updates it without a copy; symmetric once mirrored, so order is no matter.
+        self._gram = np.zeros((channels, channels), np.float32, order="F") if settings.gram else None
+        self._weighted_gram = np.zeros((channels, channels), np.float32, order="F") if settings.weighted_gram else None
+        self._histogram = np.zeros((channels, 2, HISTOGRAM_BINS), np.int32) if settings.histogram else None
+
+    def observe(self, activation: Any, mask: Array | None) -> None:
+        """Adds an activation, a float32 NumPy array or a MindSpore tensor on the CPU."""
+        array = activation.asnumpy() if isinstance(activation, ms.Tensor) else np.asarray(activation)
+        tokens = np.ascontiguousarray(array.reshape(-1, self._channels), dtype=np.float32)
+        if mask is not None and not mask.all():
+            tokens = tokens[mask.reshape(-1)]
+        if tokens.shape[0] == 0:
+            return
+        with threadpool_limits(1, user_api="blas"):
+            self._add(tokens)
+
+    def _add(self, tokens: Array) -> None:
+        if not self._allocated:
+            self._allocate()
+        self._num_tokens += tokens.shape[0]
+        np.minimum(self._minimum, tokens.min(axis=0), out=self._minimum)
+        np.maximum(self._maximum, tokens.max(axis=0), out=self._maximum)
+        ones = np.ones(tokens.shape[0], dtype=np.float32)
+        magnitudes = np.abs(tokens)
+        self._sum_abs += ones @ magnitudes
+        np.square(tokens, out=magnitudes)
+        self._sum_squares += ones @ magnitudes
+        if self._gram is not None:
+            self._gram = ssyrk(1.0, tokens.T, beta=1.0, c=self._gram, overwrite_c=1)
+        if self._weighted_gram is not None:
+            energy = magnitudes.sum(axis=1, dtype=np.float64)
+            inverse_norm = np.divide(1.0, np.sqrt(energy), out=np.zeros_like(energy), where=energy > 0)
+            np.multiply(tokens, inverse_norm.astype(np.float32)[:, None], out=magnitudes)
+            self._weighted_gram = ssyrk(1.0, magnitudes.T, beta=1.0, c=self._weighted_gram, overwrite_c=1)
+        if self._histogram is not None:
+            self._histogram += _count_magnitudes(tokens)
+
+    def take(self) -> InputStatistics:
+        """The statistics since the last call; the observer starts anew."""
+        if not self._allocated:
+            self._allocate()
+        statistics = InputStatistics(
+            num_tokens=self._num_tokens,
+            minimum=self._minimum,
+            maximum=self._maximum,
+            sum_abs=self._sum_abs,
+            sum_squares=self._sum_squares,
+            gram=_mirror(self._gram),
+            weighted_gram=_mirror(self._weighted_gram),
+            histogram=self._histogram,
+        )
+        self._allocated = False
+        del self._gram, self._weighted_gram
+        return statistics
+
+
+def _mirror(upper: Array | None) -> Array | None:
+    """Fills the lower triangle from the upper one, in place."""
+    if upper is None:
+        return None
+    size = upper.shape[0]
+    for start in range(0, size, _MIRROR_TILE):
+        stop = min(start + _MIRROR_TILE, size)
+        tile = upper[start:stop, start:stop]
+        tile[...] = np.triu(tile) + np.triu(tile, 1).T
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    # Symmetric, so the transpose is the same matrix in row-major order.
+    return upper.T
+
+
+def _count_magnitudes(tokens: Array) -> Array:
+    """Histogram (channels, 2, HISTOGRAM_BINS) of (tokens, channels): a bin is exponent and two mantissa bits."""
+    channels = tokens.shape[1]
+    bits = tokens.view(np.uint32)
+    quarters = ((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(_FLOAT32_MANTISSA_BITS - _QUARTER_BITS)).astype(np.int32)
+    quarters -= (_FLOAT32_EXPONENT_BIAS + HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE
+    np.clip(quarters, 0, HISTOGRAM_BINS - 1, out=quarters)
+    quarters += (1 - (bits >> np.uint32(31)).astype(np.int32)) * HISTOGRAM_BINS
+    flat = quarters.astype(np.intp)
+    flat += (np.arange(channels, dtype=np.intp) * (2 * HISTOGRAM_BINS))[None, :]
+    counts = np.bincount(flat.reshape(-1), minlength=channels * 2 * HISTOGRAM_BINS)
+    return counts.reshape(channels, 2, HISTOGRAM_BINS).astype(np.int32)
+
+
+class CardObserver:
+    """The same statistics by MindSpore ops, so that activations need not leave an Ascend card.
+
+    Sums over tokens run in float32 on the card, micro-batch by micro-batch; what is taken is brought to
+    the host once a block. Counting magnitudes has no fast card op and runs on the host.
+    """
+
+    def __init__(self, channels: int, settings: StatisticsSettings) -> None:
+        self._channels = channels
+        self._settings = settings
+        self._start()
+
+    def _start(self) -> None:
+        self._num_tokens = 0
+        self._sums: dict[str, Any] = {}
+        self._minimum: Any = None
+        self._maximum: Any = None
+        shape = (self._channels, 2, HISTOGRAM_BINS)
+        self._histogram = np.zeros(shape, np.int32) if self._settings.histogram else None
+
+    def observe(self, activation: Any, mask: Array | None) -> None:
+        """Adds an activation, a MindSpore tensor of any float dtype."""
+        tokens = activation.reshape(-1, self._channels).astype(ms.float32)
+        if mask is not None and not mask.all():
+            kept = np.flatnonzero(mask.reshape(-1)).astype(np.int32)
+            if kept.size == 0:
+                return
+            tokens = ops.gather(tokens, ms.Tensor(kept), 0)
+        self._num_tokens += int(tokens.shape[0])
+        minimum, maximum = mint.amin(tokens, 0), mint.amax(tokens, 0)
+        self._minimum = minimum if self._minimum is None else mint.minimum(self._minimum, minimum)
+        self._maximum = maximum if self._maximum is None else mint.maximum(self._maximum, maximum)
+        squares = tokens * tokens
+        self._add("sum_abs", mint.sum(mint.abs(tokens), 0))
+        self._add("sum_squares", mint.sum(squares, 0))
+        if self._settings.gram:
+            self._add("gram", mint.matmul(tokens.T, tokens))
+        if self._settings.weighted_gram:
+            energy = mint.sum(squares, 1, True)
+            weighted = tokens * mint.where(energy > 0, mint.rsqrt(energy), mint.zeros_like(energy))
+            self._add("weighted_gram", mint.matmul(weighted.T, weighted))
+        if self._histogram is not None:
+            self._histogram += _count_magnitudes(np.ascontiguousarray(tokens.asnumpy()))
+
+    def _add(self, name: str, term: Any) -> None:
+        self._sums[name] = term if name not in self._sums else self._sums[name] + term
+
+    def take(self) -> InputStatistics:
+        """The statistics since the last call, on the host; the observer starts anew."""
+        if self._num_tokens == 0:
+            return HostObserver(self._channels, self._settings).take()
+        sums = {name: value.asnumpy().copy() for name, value in self._sums.items()}
+        statistics = InputStatistics(
+            num_tokens=self._num_tokens,
+            minimum=self._minimum.asnumpy().copy(),
+            maximum=self._maximum.asnumpy().copy(),
+            sum_abs=sums["sum_abs"].astype(np.float64),
+            sum_squares=sums["sum_squares"].astype(np.float64),
+            gram=sums.get("gram"),
+            weighted_gram=sums.get("weighted_gram"),
+            histogram=self._histogram,
+        )
+        self._start()
+        return statistics
+
+
+def observe(tokens: Array, settings: StatisticsSettings, mask: Array | None = None) -> InputStatistics:
+    """Statistics of one activation (..., channels), on the host."""
+    observer = HostObserver(int(tokens.shape[-1]), settings)
+    observer.observe(tokens, mask)
+    return observer.take()
