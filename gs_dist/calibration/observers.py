@@ -30,6 +30,7 @@ Array = npt.NDArray[Any]
 _FLOAT32_EXPONENT_BIAS = 127
 _FLOAT32_MANTISSA_BITS = 23
 _QUARTER_BITS = 2  # log2 of HISTOGRAM_BINS_PER_OCTAVE
+_TINY_ENERGY = 1e-30
 _MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cache
 
 
@@ -188,7 +189,8 @@ class CardObserver:
             self._add("gram", mint.matmul(tokens.T, tokens))
         if self._settings.weighted_gram:
             energy = mint.sum(squares, 1, True)
-            weighted = tokens * mint.where(energy > 0, mint.rsqrt(energy), mint.zeros_like(energy))
+            # A token of no energy is zero, and stays so times any finite number.
+            weighted = tokens * ops.rsqrt(ops.maximum(energy, ms.Tensor(_TINY_ENERGY, ms.float32)))
             self._add("weighted_gram", mint.matmul(weighted.T, weighted))
         if self._histogram is not None:
             self._histogram += _count_magnitudes(np.ascontiguousarray(tokens.asnumpy()))
