@@ -1,0 +1,373 @@
+"""The recipe: everything a job is told, checked before anything is loaded.
+
+A recipe is one YAML file (see `jobs/recipes/`). Unknown keys, wrong types and contradictions are
+refused together, each with its key path, what was found and what to write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from gs_dist.errors import RecipeError
+from gs_dist.policy import QuantPolicy
+from gs_dist.recipe import apply_overrides, parse_document, problems_of, report
+
+__all__ = [
+    "FORMAT_NAMES",
+    "CalibrationConfig",
+    "CalibrationData",
+    "PTQSection",
+    "ParallelConfig",
+    "load_recipe",
+    "parse_size",
+    "published_recipe",
+    "recipe_fingerprint",
+]
+
+FORMAT_NAMES = ("compressed-tensors", "ascend", "golden-stick")
+
+# Tokens of a micro-batch where the recipe leaves its size open: enough for matrix products to run at full
+# rate, little enough that attention scores of one layer stay small. It must not depend on the cluster.
+AUTO_MICRO_BATCH_TOKENS = 2048
+
+_SIZE_UNITS = {"B": 1} | {
+    f"{prefix}{binary}B": base**power
+    for binary, base in (("i", 1024), ("", 1000))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_SIZE_HELP = "a size such as 60GiB, 512MiB or 8GB"
+
+
+def _refusal(write: str) -> PydanticCustomError:
+    """An error that `gs_dist.recipe` prints as `found ...; write ...`."""
+    return PydanticCustomError("recipe", "write {write}", {"write": write})
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `60GiB`, `512MiB`, `8GB` or a whole number.
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B)\s*", value) if isinstance(value, str) else None
+    if match is not None and float(match[1]) > 0:
+        return max(1, int(float(match[1]) * _SIZE_UNITS[match[2]]))
+    raise ValueError(f"{value!r} is no size: write {_SIZE_HELP}")
+
+
+def _size_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise _refusal(f"auto, or {_SIZE_HELP}") from None
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise _refusal("auto, or a whole number from 1")
+
+
+def _power_of_two(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 and value & (value - 1) == 0:
+        return value
+    raise _refusal("a power of two: 1, 2, 4, 8, 16 ...")
+
+
+def _one_or_more(value: object) -> object:
+    """A text where a list is meant is a list of one."""
+    entries = [value] if isinstance(value, str) else value
+    if isinstance(entries, (list, tuple)) and entries and all(isinstance(e, str) and e.strip() for e in entries):
+        return tuple(entries)
+    raise _refusal("a text, or a list of texts")
+
+
+def _list_of_names(value: object) -> object:
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) and entry for entry in value):
+        return tuple(value)
+    raise _refusal("a list of parts of names, such as [lm_head]")
+
+
+def _formats(value: object) -> object:
+    entries = _one_or_more(value)
+    assert isinstance(entries, tuple)
+    if any(entry not in FORMAT_NAMES for entry in entries) or len(set(entries)) != len(entries):
+        raise _refusal(f"one or more of {', '.join(FORMAT_NAMES)}, each once")
+    return entries
+
+
+def _switch(value: object) -> object:
+    """YAML reads a bare `on` and `off` as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)]
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CalibrationData(_Section):
+    """What the statistics are taken from. `data` holds files, directories, glob patterns or URIs."""
+
+    data: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+    num_samples: Count = 128
+    sequence_length: Count = 2048
+    column: Text = "auto"
+    seed: int | None = None
+    packing: bool = True
+    micro_batch_size: CountOrAuto = "auto"
+    reduction_blocks: Annotated[int, BeforeValidator(_power_of_two)] = 8
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """`micro_batch_size` with `auto` resolved; depends on the data's settings alone."""
+        if self.micro_batch_size != "auto":
+            return min(self.micro_batch_size, self.num_samples)
+        return min(max(1, AUTO_MICRO_BATCH_TOKENS // self.sequence_length), self.num_samples)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the whole job; the last may hold fewer samples."""
+        return math.ceil(self.num_samples / self.samples_per_micro_batch)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole job, padding included."""
+        return self.num_samples * self.sequence_length
+
+
+class ParallelConfig(_Section):
+    """How the job is spread; nothing here changes the published bytes. `memory_per_worker` is in bytes."""
+
+    pipeline_parallel_size: CountOrAuto = "auto"
+    data_parallel_size: CountOrAuto = "auto"
+    memory_per_worker: SizeOrAuto = "auto"
+    device: Literal["auto", "cpu", "ascend"] = "auto"
+    threads_per_worker: CountOrAuto = "auto"
+    layers_per_wave: CountOrAuto = "auto"
+    max_in_flight: CountOrAuto = "auto"
+    min_data_parallel_size: Count = 1
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> ParallelConfig:
+        if self.data_parallel_size != "auto" and self.min_data_parallel_size > self.data_parallel_size:
+            raise ValueError(
+                f"min_data_parallel_size is {self.min_data_parallel_size} while data_parallel_size is "
+                f"{self.data_parallel_size}: set min_data_parallel_size: {self.data_parallel_size} or less"
+            )
+        return self
+
+
+class PTQSection(QuantPolicy):
+    """The policy of linears that no layer policy matches, and parts of names that stay as they are."""
+
+    opname_blacklist: Annotated[tuple[str, ...], BeforeValidator(_list_of_names)] = ()
+
+    @property
+    def policy(self) -> QuantPolicy:
+        """The same without the blacklist."""
+        return QuantPolicy(**self.written_fields())
+
+    def written_fields(self) -> dict[str, Any]:
+        """The policy's fields that the recipe sets, for layer policies to be laid over."""
+        return self.model_dump(exclude_unset=True, exclude={"opname_blacklist"})
+
+
+def _merged_policy(ptq: PTQSection, override: Mapping[str, Any]) -> QuantPolicy:
+    """`override` laid over `ptq`, `algo_args` key by key."""
+    base = ptq.written_fields()
+    merged = {**base, **override}
+    if isinstance(override.get("algo_args"), Mapping):
+        merged["algo_args"] = {**base.get("algo_args", {}), **override["algo_args"]}
+    return QuantPolicy.model_validate(merged)
+
+
+class CalibrationConfig(_Section):
+    """A whole recipe. Frozen; anything derived from the checkpoint or the cluster is in the plan."""
+
+    model: Text
+    output: Text
+    calibration: CalibrationData
+    ptq: PTQSection = PTQSection()
+    layer_policies: dict[str, dict[str, Any] | None] = Field(default={}, json_schema_extra={"table": True})
+    parallel: ParallelConfig = ParallelConfig()
+    format: Annotated[tuple[str, ...], BeforeValidator(_formats)] = ("compressed-tensors",)
+    gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    propagation: Literal["original", "quantized"] = "original"
+    # A relative error of 1 is what a linear that returns zeros has: past a half, rounding has destroyed the layer.
+    max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
+    on_bad_layer: Literal["fail", "keep_float"] = "fail"
+    keep_statistics: bool = False
+
+    @property
+    def network_policy(self) -> QuantPolicy:
+        """The policy of every linear that no layer policy matches."""
+        return self.ptq.policy
+
+    @property
+    def resolved_layer_policies(self) -> dict[str, QuantPolicy | None]:
+        """Pattern to whole policy, overrides laid over `ptq`; None leaves the linears alone."""
+        return {
+            pattern: None if override is None else _merged_policy(self.ptq, override)
+            for pattern, override in self.layer_policies.items()
+        }
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether errors are reported from Gram matrices even where no solver needs them."""
+        return self.gram != "off"
+
+    @field_validator("output", mode="after")
+    @classmethod
+    def _refuse_output_in_model(cls, value: str, info: ValidationInfo) -> str:
+        output = os.path.abspath(os.path.expanduser(value))
+        model = os.path.abspath(os.path.expanduser(str(info.data.get("model", ""))))
+        if "model" in info.data and (output + os.sep).startswith(model + os.sep):
+            raise _refusal("a directory of its own, outside the model's")
+        return value
+
+    @field_validator("layer_policies", mode="before")
+    @classmethod
+    def _refuse_bad_policies(cls, value: object, info: ValidationInfo) -> object:
+        errors = _policy_errors(value, info.data.get("ptq")) if isinstance(value, Mapping) else []
+        if errors:
+            raise ValidationError.from_exception_data("layer_policies", errors)
+        return value
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Everything that decides the published bytes, given the checkpoint and the samples.
+
+        Where data, model and output lie and how the job is spread is left out; `auto` is resolved, and
+        the order of layer policies does not count.
+        """
+        data = self.calibration.model_dump(mode="json", exclude={"data", "micro_batch_size"})
+        policies = {
+            pattern: None if policy is None else policy.model_dump(mode="json")
+            for pattern, policy in self.resolved_layer_policies.items()
+        }
+        return {
+            "calibration": {**data, "micro_batch_size": self.calibration.samples_per_micro_batch},
+            "ptq": self.network_policy.model_dump(mode="json"),
+            "opname_blacklist": sorted(self.ptq.opname_blacklist),
+            "layer_policies": policies,
+            "format": sorted(self.format),
+            "gram": self.takes_gram,
+            "propagation": self.propagation,
+            "max_relative_error": self.max_relative_error,
+            "on_bad_layer": self.on_bad_layer,
+        }
+
+
+def _policy_errors(policies: Mapping[Any, Any], ptq: PTQSection | None) -> list[InitErrorDetails]:
+    """What is wrong with layer policies; with a broken `ptq` (None), only what is wrong whatever `ptq` says."""
+    errors: list[InitErrorDetails] = []
+    for pattern, override in policies.items():
+        if not isinstance(pattern, str):
+            continue  # refused as a key that is not text
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            write = f"a regular expression: this one does not compile ({error})"
+            errors.append(InitErrorDetails(type=_refusal(write), loc=(pattern,), input=pattern))
+        if isinstance(override, Mapping):
+            errors += _override_errors(pattern, override, ptq)
+        elif override is not None:
+            write = "a table of options to lay over ptq, or null to leave the linears alone"
+            errors.append(InitErrorDetails(type=_refusal(write), loc=(pattern,), input=override))
+    return errors
+
+
+def _override_errors(pattern: str, override: Mapping[str, Any], ptq: PTQSection | None) -> list[InitErrorDetails]:
+    try:
+        _merged_policy(ptq or PTQSection(), override)
+    except ValidationError as error:
+        return [
+            InitErrorDetails(
+                type=_refusal(detail["ctx"]["write"]) if detail["type"] == "recipe" else detail["type"],
+                loc=(pattern, *detail["loc"]),
+                input=detail["input"],
+                ctx=detail.get("ctx", {}),
+            )
+            for detail in error.errors(include_url=False)
+            if detail["loc"] or ptq is not None
+        ]
+    return []
+
+
+def recipe_fingerprint(config: CalibrationConfig, **more: str) -> str:
+    """sha256 of `fingerprint_fields` and of `more` (fingerprints of the checkpoint, of the samples), in hex."""
+    fields = {**config.fingerprint_fields(), **more}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _base_name(path: str) -> str:
+    """The last part of a path or URI, without the query that may hold keys."""
+    plain = path.split("?", 1)[0] if "://" in path else path
+    return plain.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1] or "."
+
+
+def published_recipe(config: CalibrationConfig) -> str:
+    """The recipe as YAML with every value spelt out and every path reduced to its last part."""
+    document = config.model_dump(mode="json")
+    document["model"] = _base_name(config.model)
+    document["output"] = _base_name(config.output)
+    document["calibration"]["data"] = [_base_name(path) for path in config.calibration.data]
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CalibrationConfig:
+    """Reads a recipe and lays `key.path=value` overrides over it, values parsed as YAML.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML, or holds unknown keys, wrong types or
+            contradictions; the message lists every problem, one a line.
+    """
+    source = Path(path).name
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {source} is not UTF-8 text (byte {error.start}): name a YAML file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"recipe {os.fspath(path)} cannot be read: {reason}; name a YAML file") from None
+    document, problems = apply_overrides(parse_document(text, source), overrides)
+    try:
+        config = CalibrationConfig.model_validate(document)
+    except ValidationError as error:
+        problems += problems_of(error, CalibrationConfig)
+        raise report(source, problems) from None
+    if problems:
+        raise report(source, problems)
+    return config
