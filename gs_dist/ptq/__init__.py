@@ -1,1 +1,22 @@
-"""The PTQ interface of MindSpore Golden Stick, in one process and without Ray."""
+"""The PTQ interface of MindSpore Golden Stick, in one process and without Ray.
+
+Code written for `mindspore_gs.ptq` moves here by changing the import.
+"""
+
+from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery
+from gs_dist.ptq.algorithm_config import AWQConfig, GPTQQuantConfig, SmoothQuantConfig
+from gs_dist.ptq.config import BackendTarget, PTQConfig, PTQMode, QuantGranularity
+from gs_dist.ptq.network_helper import NetworkHelper
+
+__all__ = [
+    "PTQConfig",
+    "PTQMode",
+    "OutliersSuppressionType",
+    "PrecisionRecovery",
+    "QuantGranularity",
+    "AWQConfig",
+    "GPTQQuantConfig",
+    "SmoothQuantConfig",
+    "NetworkHelper",
+    "BackendTarget",
+]
