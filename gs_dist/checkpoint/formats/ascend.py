@@ -1,0 +1,268 @@
+"""The dialect of `vllm serve --quantization ascend`: vLLM-Ascend reading ModelSlim's layout.
+
+Rules are those of vllm-ascend at 182b75e: `quantization/modelslim_config.py` (description file, labels, fused
+linears), `quantization/methods/w8a8_static.py`, `w8a8_dynamic.py`, `w8a16.py` (tensors of a linear),
+`quantization/methods/kv_c8.py` and `attention/attention_v1.py` (KV cache).
+
+Weight files keep this project's names, one a decoder layer, under `model.safetensors.index.json`: vLLM's
+`model_loader/default_loader.py` takes every `*.safetensors` of the directory that this index lists, whatever
+its name, and ignores an index of another name. `quant_model_weights-*.safetensors` with
+`quant_model_weights.safetensors.index.json`, ModelSlim's own names, would work only because vLLM then reads all
+files unfiltered, and transformers would find no index.
+
+Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype:
+
+* `W8A8`: weight int8 (N, K); input_scale pd (1,); input_offset int8 (1,); deq_scale (N,) float32, or for float16
+  models int64 holding the float32's bits; quant_bias int32 (N,) with the linear's bias folded in, because the
+  engine ignores `<p>.bias` there; weight_scale, weight_offset pd (N, 1), which the engine does not use; bias pd.
+* `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1); bias pd.
+* KV cache `C8`: `self_attn.{k,v}_proj.kv_cache_scale` pd (num_kv_heads * head_dim,), `kv_cache_offset` (zero) likewise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats.description import (
+    FLOAT,
+    Array,
+    Policies,
+    cast_scale,
+    describe_tensors,
+    float_dtype,
+    kv_layers,
+    label_of,
+    policy_of,
+    refuse,
+    refuse_mixed_fusions,
+    require_shared_input,
+    row_sums,
+    static_parameters,
+)
+from gs_dist.errors import CheckpointError, LayerError
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
+
+__all__ = ["DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendFormat"]
+
+DESCRIPTION_FILE = "quant_model_description.json"
+LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16")
+KV_BLOCK = 32  # last dimension of the NZ view of an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)
+
+_INT32 = np.iinfo(np.int32)
+
+
+class AscendFormat:
+    """Writes and reads vLLM-Ascend's ModelSlim layout; see the module's page for the tensors."""
+
+    name = "ascend"
+
+    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> None:
+        """Refuses what vLLM-Ascend cannot load, naming what to choose in its place.
+
+        Raises:
+            RecipeError: dense int4 weights, weights per group or with zero points, a KV cache per token, or
+                linears that the engine fuses with different policies.
+        """
+        reasons: dict[str, list[str]] = {}
+        for name, policy in policies.items():
+            for reason in _unloadable(policy):
+                reasons.setdefault(reason, []).append(name)
+        for layer, policy in kv_layers(policies, architecture).items():
+            for reason in _unloadable_kv(policy, architecture):
+                reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
+        refuse(self.name, {**reasons, **refuse_mixed_fusions(policies, architecture)})
+
+    def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
+        """Tensors of a decoder layer under their full names.
+
+        Raises:
+            LayerError: fused linears with different input scales, or a value that its dtype cannot hold.
+        """
+        require_shared_input(layer)
+        prefix = architecture.layer_prefix(layer.layer)
+        dtype = float_dtype(architecture.dtype)
+        tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
+        for name, linear in layer.linears.items():
+            encoded = _encode_linear(linear, dtype, prefix + name)
+            tensors.update({f"{prefix}{name}.{leaf}": array for leaf, array in encoded.items()})
+        if layer.kv_cache is not None:
+            tensors.update(_encode_kv(layer.kv_cache, dtype, prefix))
+        return tensors
+
+    def describe(
+        self, policies: Policies, architecture: DecoderArchitecture, tensors: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Content of `quant_model_description.json` by file name.
+
+        Every tensor is named, and `lm_head.weight` even where it is tied to the embedding and has no tensor: the
+        engine looks the head up by direct indexing.
+        """
+        labels = describe_tensors(policies, tensors)
+        labels.setdefault("lm_head.weight", FLOAT)
+        kinds = Counter(label for name, label in labels.items() if name.endswith(".weight") and label != FLOAT)
+        description: dict[str, Any] = {
+            "version": "1.0.0",
+            "model_quant_type": kinds.most_common(1)[0][0] if kinds else FLOAT,
+            "group_size": 0,
+            "metadata": {},
+            "optional": {},
+        }
+        if "C8" in labels.values():
+            description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+        return {DESCRIPTION_FILE: description | labels}
+
+    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json without `quantization_config`, which would be taken for another method's."""
+        return without_quantization(config)
+
+    def decode_tensors(
+        self,
+        tensors: Mapping[str, Array],
+        description: Mapping[str, Any],
+        architecture: DecoderArchitecture,
+        layer: int,
+    ) -> QuantizedLayer:
+        """Inverse of `encode_layer`, from the layer's tensors by full name and the description file.
+
+        A W8A8 linear's bias is what quant_bias holds, since that is what the engine adds; it is rounded to
+        deq_scale steps.
+
+        Raises:
+            CheckpointError: a tensor is missing or a label is not one of this dialect.
+        """
+        prefix = architecture.layer_prefix(layer)
+        own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        linears = {}
+        for linear in architecture.linears:
+            label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
+            if label == FLOAT:
+                continue
+            leaves = {
+                name.removeprefix(linear.name + "."): own.pop(name)
+                for name in list(own)
+                if name.startswith(linear.name + ".") and ".kv_cache_" not in name
+            }
+            linears[linear.name] = _decode_linear(leaves, str(label), prefix + linear.name)
+        return QuantizedLayer(layer=layer, linears=linears, kv_cache=_decode_kv(own), tensors=own)
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json's content without `quantization_config`, at the top and in `text_config`."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(kept.get("text_config"), Mapping):
+        kept["text_config"] = without_quantization(kept["text_config"])
+    return kept
+
+
+def _unloadable(policy: QuantPolicy | None) -> list[str]:
+    if policy is None or not policy.quantises_linear:
+        return []
+    label = label_of(policy)
+    if policy.weight_bits == 4:
+        return [
+            f"vLLM-Ascend loads {label} for mixture-of-experts layers only, not for dense linears: set "
+            "weight_quant_dtype: int8 (with act_quant_dtype: null for W8A16), or format: [compressed-tensors] "
+            "for an engine that takes int4"
+        ]
+    reasons = []
+    if policy.weight_quant_granularity != "per_channel":
+        reasons.append(f"vLLM-Ascend loads {label} per channel only: set weight_quant_granularity: per_channel")
+    if not policy.weight_symmetric:
+        reasons.append(f"vLLM-Ascend's {label} takes weights without zero points: set weight_symmetric: true")
+    return reasons
+
+
+def _unloadable_kv(policy: QuantPolicy, architecture: DecoderArchitecture) -> list[str]:
+    reasons = []
+    if policy.kvcache_quant_granularity != "per_channel":
+        reasons.append(
+            "vLLM-Ascend's C8 cache has one static scale a channel: set kvcache_quant_granularity: per_channel"
+        )
+    if architecture.head_dim % KV_BLOCK:
+        reasons.append(
+            f"vLLM-Ascend stores an int8 cache in blocks of {KV_BLOCK} channels and head_dim is "
+            f"{architecture.head_dim}: set kvcache_quant_dtype: null"
+        )
+    return reasons
+
+
+def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str) -> dict[str, Array]:
+    scale = cast_scale(linear.scale.reshape(-1, 1), dtype, where + " weight_scale")
+    tensors: dict[str, Array] = {
+        "weight": np.ascontiguousarray(linear.codes),
+        "weight_scale": scale,
+        "weight_offset": np.zeros_like(scale),
+    }
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.astype(dtype)
+    if not linear.policy.is_static:
+        return tensors
+    input_scale, zero_point, deq_scale = static_parameters(linear, dtype, where)
+    bias = 0.0 if linear.bias is None else linear.bias.astype(np.float64) / deq_scale.astype(np.float64)
+    quant_bias = np.rint(bias - float(zero_point) * row_sums(linear.codes))
+    if quant_bias.min() < _INT32.min or quant_bias.max() > _INT32.max:
+        channel = int(np.argmax(np.abs(quant_bias)))
+        raise LayerError(
+            f"{where}, output channel {channel}: bias / deq_scale is {quant_bias[channel]:.4g}, outside int32, because "
+            f"the channel's deq_scale is {deq_scale[channel]:.4g}; set act_quant_granularity: per_token for this linear"
+        )
+    # The NPU's quantised matmul reads a float16 model's scale as a 64-bit word with the float32 in its low half.
+    stored = deq_scale.view(np.int32).astype(np.int64) if dtype == np.float16 else deq_scale
+    return tensors | {
+        "input_scale": input_scale,
+        "input_offset": np.array([zero_point], dtype=np.int8),
+        "deq_scale": stored,
+        "quant_bias": quant_bias.astype(np.int32),
+    }
+
+
+def _encode_kv(cache: QuantizedKVCache, dtype: np.dtype[Any], prefix: str) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for linear, scale in (("k_proj", cache.key_scale), ("v_proj", cache.value_scale)):
+        where = f"{prefix}self_attn.{linear}.kv_cache"
+        if scale is None:
+            raise LayerError(f"{where}: no static scale; set kvcache_quant_granularity: per_channel")
+        tensors[where + "_scale"] = cast_scale(scale, dtype, where + "_scale")
+        tensors[where + "_offset"] = np.zeros(scale.shape, dtype=dtype)
+    return tensors
+
+
+def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> QuantizedLinear:
+    if label not in LABELS:
+        raise CheckpointError(f"{DESCRIPTION_FILE}: {where} is {label!r}; this dialect knows {', '.join(LABELS)}")
+    try:
+        codes, scale = leaves["weight"], leaves["weight_scale"].astype(np.float32).reshape(-1, 1)
+        bias: Float32 | None = leaves["bias"].astype(np.float32) if "bias" in leaves else None
+        if label != "W8A8":
+            return QuantizedLinear(policy=policy_of(label), codes=codes, scale=scale, bias=bias)
+        zero_point = int(leaves["input_offset"][0])
+        deq_scale = leaves["deq_scale"]
+        if deq_scale.dtype == np.int64:
+            deq_scale = deq_scale.astype(np.int32).view(np.float32)
+        folded = leaves["quant_bias"].astype(np.int64) + zero_point * row_sums(codes)
+        if bias is not None or folded.any():
+            bias = (folded * deq_scale.astype(np.float64)).astype(np.float32)
+        return QuantizedLinear(
+            policy=policy_of(label),
+            codes=codes,
+            scale=scale,
+            bias=bias,
+            input_scale=float(leaves["input_scale"].astype(np.float32)[0]),
+            input_zero_point=zero_point,
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"{where} is {label} and has no tensor {where}.{missing.args[0]}") from missing
+
+
+def _decode_kv(own: dict[str, Array]) -> QuantizedKVCache | None:
+    scales = [own.pop(f"self_attn.{linear}.kv_cache_scale", None) for linear in ("k_proj", "v_proj")]
+    for linear in ("k_proj", "v_proj"):
+        own.pop(f"self_attn.{linear}.kv_cache_offset", None)
+    key, value = (None if scale is None else scale.astype(np.float32) for scale in scales)
+    return None if key is None and value is None else QuantizedKVCache(key_scale=key, value_scale=value)

@@ -1,0 +1,219 @@
+"""What the two dialects with a description file share: labels, fused linears, rules on policies.
+
+The ascend and golden-stick dialects name every tensor of a checkpoint in one JSON file, with the kind of
+quantisation as a word (`W8A8`, `FLOAT`, ...), and their engines fuse q/k/v and gate/up into one linear each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.errors import LayerError, RecipeError
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
+
+__all__ = [
+    "FLOAT",
+    "FUSED_LINEARS",
+    "Array",
+    "Policies",
+    "cast_scale",
+    "describe_tensors",
+    "float_dtype",
+    "fused_members",
+    "kv_layers",
+    "label_of",
+    "policy_of",
+    "refuse",
+    "refuse_mixed_fusions",
+    "require_shared_input",
+    "row_sums",
+    "static_parameters",
+]
+
+Array = npt.NDArray[Any]
+Policies = Mapping[str, QuantPolicy | None]
+
+FLOAT = "FLOAT"
+FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+_FLOAT_DTYPES: Mapping[str, npt.DTypeLike] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+_POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "W8A8": {"act_quant_dtype": "int8"},
+    "W8A8_DYNAMIC": {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"},
+    "W8A16": {},
+    "W4A16": {"weight_quant_dtype": "qint4x2"},
+}
+
+
+def float_dtype(name: str) -> np.dtype[Any]:
+    """NumPy dtype of config.json's `torch_dtype` (bfloat16 by ml_dtypes)."""
+    return np.dtype(_FLOAT_DTYPES[name])
+
+
+def label_of(policy: QuantPolicy | None) -> str:
+    """The word that description files use: FLOAT, W8A8 (static), W8A8_DYNAMIC (per token), W8A16, W4A16 ..."""
+    if policy is None or not policy.quantises_linear:
+        return FLOAT
+    if policy.act_quant_dtype is None:
+        return f"W{policy.weight_bits}A16"
+    return f"W{policy.weight_bits}A8" + ("" if policy.is_static else "_DYNAMIC")
+
+
+def policy_of(label: str, group_size: int = 0) -> QuantPolicy:
+    """A policy that `label_of` turns into `label`: as much of the recipe as a checkpoint tells."""
+    grouped = {"weight_quant_granularity": "per_group", "group_size": group_size} if group_size else {}
+    return QuantPolicy(**{**_POLICIES[label], **grouped})
+
+
+def describe_tensors(policies: Policies, tensors: Iterable[str], layer_kv: str = "C8") -> dict[str, str]:
+    """Tensor name to label, in sorted order, for tensors that are there.
+
+    A linear is FLOAT if its scale is not among the tensors, whatever its policy says (a layer may have been
+    kept as it was because its error was too large).
+    """
+    names = sorted(tensors)
+    present = set(names)
+    labels = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        if leaf.startswith("kv_cache_"):
+            labels[name] = layer_kv
+        elif f"{module}.weight_scale" in present:
+            labels[name] = label_of(policies.get(module))
+        else:
+            labels[name] = FLOAT
+    return labels
+
+
+def fused_members(architecture: DecoderArchitecture) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Full name of every fused linear and of the linears it is made of."""
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        for fused, members in FUSED_LINEARS.items():
+            yield prefix + fused, tuple(prefix + member for member in members)
+
+
+def kv_layers(policies: Policies, architecture: DecoderArchitecture) -> dict[int, QuantPolicy]:
+    """Layers whose KV cache is quantised, with the policy that says so."""
+    found = {}
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        for linear in ("self_attn.k_proj", "self_attn.v_proj"):
+            policy = policies.get(prefix + linear)
+            if policy is not None and policy.kvcache_quant_dtype is not None:
+                found[layer] = policy
+    return found
+
+
+def refuse(dialect: str, reasons: Mapping[str, list[str]]) -> None:
+    """Raises RecipeError if anything was found: reason to the linears it holds for."""
+    lines = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {reason}")
+    if lines:
+        raise RecipeError(f"format {dialect} cannot hold what the recipe asks for: " + "; ".join(lines))
+
+
+def refuse_mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict[str, list[str]]:
+    """Reasons against linears that an engine fuses into one but the recipe treats differently.
+
+    One label for all of them, and with static activations also one input scale: the fused linear has a single
+    one, and loaders keep the last they read.
+    """
+    reasons: dict[str, list[str]] = {}
+    for fused, members in fused_members(architecture):
+        found = [policies.get(member) for member in members]
+        labels = [label_of(policy) for policy in found]
+        short = ", ".join(member.rpartition(".")[2] for member in members)
+        if len(set(labels)) > 1:
+            reason = (
+                f"the engine fuses {short} into one linear, and they are {', '.join(labels)}: "
+                "let one entry of layer_policies (or of opname_blacklist) cover all of them"
+            )
+        elif labels[0] == "W8A8" and len({_input_settings(policy) for policy in found}) > 1:
+            reason = (
+                f"the engine fuses {short} into one linear with one input scale: give them the same act_symmetric, "
+                "act_range, outliers_suppression and algo_args"
+            )
+        else:
+            continue
+        reasons.setdefault(reason, []).append(fused)
+    return reasons
+
+
+def _input_settings(policy: QuantPolicy | None) -> tuple[object, ...]:
+    if policy is None:
+        return ()
+    arguments = (policy.algo_args.alpha, policy.algo_args.smooth_alpha)
+    return (policy.act_symmetric, policy.act_range, policy.outliers_suppression, *arguments)
+
+
+def require_shared_input(layer: QuantizedLayer) -> None:
+    """Raises LayerError unless fused linears with static activations share one input scale and offset."""
+    for fused, members in FUSED_LINEARS.items():
+        linears = [layer.linears[member] for member in members if member in layer.linears]
+        found = {(linear.input_scale, linear.input_zero_point) for linear in linears}
+        if len(found) > 1 and any(linear.policy.is_static for linear in linears):
+            raise LayerError(
+                f"layer {layer.layer}, {', '.join(members)}: static input scales and zero points differ "
+                f"({sorted(map(str, found))}), and the engine fuses these linears into {fused} with one of each; "
+                "set act_quant_granularity: per_token for them, or give them one policy"
+            )
+
+
+def cast_scale(values: Float32, dtype: np.dtype[Any], where: str) -> Array:
+    """Scales in the model's dtype.
+
+    Raises:
+        LayerError: a scale that is not finite and positive in that dtype.
+    """
+    cast = np.asarray(values).astype(dtype)
+    widened = cast.astype(np.float32)
+    if not (np.isfinite(widened).all() and (widened > 0).all()):
+        raise LayerError(
+            f"{where}: scales from {np.min(values):g} to {np.max(values):g} are not finite and positive as "
+            f"{dtype.name}; set outliers_suppression: none for this linear, or leave it float (layer_policies: null)"
+        )
+    return cast
+
+
+def row_sums(codes: Int8) -> npt.NDArray[np.int64]:
+    """Sum of each output channel's codes, (out,) int64."""
+    return np.asarray(codes.sum(axis=1, dtype=np.int64))
+
+
+def static_parameters(linear: QuantizedLinear, dtype: np.dtype[Any], where: str) -> tuple[Array, int, Float32]:
+    """Input scale as stored (1,), input zero point, and deq_scale (out,) float32 = input scale x weight scale.
+
+    The input scale is rounded to the dtype that the engine computes in, because it quantises with the rounded
+    one: the model's, and bfloat16 for a float32 model, which engines load as bfloat16.
+
+    Raises:
+        LayerError: a zero point outside int8, or a scale that the dtype cannot hold.
+    """
+    assert linear.input_scale is not None, where  # the solver sets it for every static policy
+    zero_point = int(linear.input_zero_point or 0)
+    if not -128 <= zero_point <= 127:
+        raise LayerError(f"{where}: the input's zero point is {zero_point}, outside int8; set act_symmetric: true")
+    single = np.array([linear.input_scale], dtype=np.float32)
+    computed_in = np.dtype(ml_dtypes.bfloat16) if dtype == np.float32 else dtype
+    scale = cast_scale(single, computed_in, where + " input_scale").astype(dtype)
+    deq_scale = scale.astype(np.float32) * linear.scale[:, 0].astype(np.float32)
+    if not (np.isfinite(deq_scale).all() and (deq_scale > 0).all()):
+        raise LayerError(f"{where}: input scale times weight scale leaves float32; leave this linear float")
+    return scale, zero_point, np.asarray(deq_scale, dtype=np.float32)

@@ -1,0 +1,221 @@
+"""The dialect of `vllm serve --quantization golden-stick`: Golden Stick's `save_quantized(backend=ASCEND)`.
+
+Shapes and labels are those of the golden-stick 1.4.1 wheel, run on plain `nn.Dense` linears; the reader is
+vLLM-MindSpore a7b56a4, `model_executor/layers/quantization/golden_stick/golden_stick.py` (description file, labels,
+fused linears) and `a8w8.py` (tensors). That reader knows FLOAT and W8A8; the other labels are Golden Stick's own
+and are read by networks that Golden Stick builds.
+
+Weight files keep this project's names under `model.safetensors.index.json`: vLLM-MindSpore loads through vLLM's
+`default_loader.py`, which takes the files this index lists, whatever they are called.
+
+Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype, G = K / group_size:
+
+* `W8A16`, `W8A8_DYNAMIC`: weight int8 (N, K); weight_scale pd (N,); weight_offset int32 (N,), zero; bias pd.
+* `W8A8`: these and deq_scale float32 (N,); quant_bias int32 (N,) *without* the linear's bias, which the reader adds
+  after the matmul; input_scale pd (K,); input_offset int8 (K,).
+* `W4A16`: weight int8 (K, N/2): transposed, neighbouring output channels share a byte, the even one in the low
+  half, two's complement; weight_scale pd, weight_offset int32 of shape (N,) or (G, N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats.ascend import without_quantization
+from gs_dist.checkpoint.formats.description import (
+    FLOAT,
+    Array,
+    Policies,
+    cast_scale,
+    describe_tensors,
+    float_dtype,
+    kv_layers,
+    policy_of,
+    refuse,
+    refuse_mixed_fusions,
+    require_shared_input,
+    row_sums,
+    static_parameters,
+)
+from gs_dist.errors import CheckpointError
+from gs_dist.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.quantized import Int8, QuantizedLayer, QuantizedLinear
+
+__all__ = ["DESCRIPTION_FILE", "LABELS", "GoldenStickFormat", "pack_int4", "unpack_int4"]
+
+DESCRIPTION_FILE = "quantization_description.json"
+LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16")
+
+
+class GoldenStickFormat:
+    """Writes and reads Golden Stick's layout; see the module's page for the tensors."""
+
+    name = "golden-stick"
+
+    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> None:
+        """Refuses what the layout has no place for, naming what to choose in its place.
+
+        Raises:
+            RecipeError: weights with zero points, dense W4A8, groups in GPTQ's activation order, odd numbers of
+                output channels at 4 bits, a quantised KV cache, or linears that the engine fuses with
+                different policies.
+        """
+        reasons: dict[str, list[str]] = {}
+        shapes = {
+            architecture.layer_prefix(layer) + linear.name: linear
+            for layer in range(architecture.num_layers)
+            for linear in architecture.linears
+        }
+        for name, policy in policies.items():
+            out_features = shapes[name].out_features if name in shapes else architecture.vocab_size
+            for reason in _unwritable(policy, out_features):
+                reasons.setdefault(reason, []).append(name)
+        for layer in kv_layers(policies, architecture):
+            reason = (
+                "Golden Stick's files have no KV cache scales that a reader loads: set kvcache_quant_dtype: null, or "
+                "format: [ascend]"
+            )
+            reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
+        refuse(self.name, {**reasons, **refuse_mixed_fusions(policies, architecture)})
+
+    def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
+        """Tensors of a decoder layer under their full names.
+
+        Raises:
+            LayerError: fused linears with different input scales, or a value that its dtype cannot hold.
+        """
+        require_shared_input(layer)
+        prefix = architecture.layer_prefix(layer.layer)
+        dtype = float_dtype(architecture.dtype)
+        tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
+        for name, linear in layer.linears.items():
+            encoded = _encode_linear(linear, dtype, prefix + name)
+            tensors.update({f"{prefix}{name}.{leaf}": array for leaf, array in encoded.items()})
+        return tensors
+
+    def describe(
+        self, policies: Policies, architecture: DecoderArchitecture, tensors: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Content of `quantization_description.json` by file name: one key a tensor and no other.
+
+        All keys of a module carry its linear's label, biases too: the reader refuses a module with two.
+        """
+        return {DESCRIPTION_FILE: dict(describe_tensors(policies, tensors))}
+
+    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json without `quantization_config`, which vLLM would read in place of the description file."""
+        return without_quantization(config)
+
+    def decode_tensors(
+        self,
+        tensors: Mapping[str, Array],
+        description: Mapping[str, Any],
+        architecture: DecoderArchitecture,
+        layer: int,
+    ) -> QuantizedLayer:
+        """Inverse of `encode_layer`, from the layer's tensors by full name and the description file.
+
+        Raises:
+            CheckpointError: a tensor is missing or a label is not one of this dialect.
+        """
+        prefix = architecture.layer_prefix(layer)
+        own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        linears = {}
+        for linear in architecture.linears:
+            label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
+            if label == FLOAT:
+                continue
+            leaves = {
+                name.removeprefix(linear.name + "."): own.pop(name)
+                for name in list(own)
+                if name.startswith(linear.name + ".")
+            }
+            linears[linear.name] = _decode_linear(leaves, str(label), prefix + linear.name)
+        return QuantizedLayer(layer=layer, linears=linears, tensors=own)
+
+
+def pack_int4(codes: Int8) -> Int8:
+    """Codes (N, K) within [-8, 7] to bytes (K, N/2); output channels 2i and 2i + 1 in the low and high half."""
+    nibbles = codes.T.view(np.uint8) & 0x0F
+    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int8)
+
+
+def unpack_int4(packed: Int8) -> Int8:
+    """Inverse of `pack_int4`: bytes (K, N/2) to codes (N, K)."""
+    low = np.left_shift(packed, 4) >> 4  # arithmetic shifts carry the sign of the low half
+    codes = np.stack([low, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
+    return np.ascontiguousarray(codes.T)
+
+
+def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
+    if policy is None or not policy.quantises_linear:
+        return []
+    reasons = []
+    if policy.weight_bits == 4 and policy.act_quant_dtype is not None:
+        reasons.append(
+            "Golden Stick writes W4A8 for mixture-of-experts networks only: set act_quant_dtype: null (W4A16), or "
+            "format: [compressed-tensors]"
+        )
+    if not policy.weight_symmetric:
+        reasons.append("Golden Stick's readers take weights without zero points: set weight_symmetric: true")
+    if policy.weight_bits == 4 and out_features % 2:
+        reasons.append(
+            f"two output channels share a byte and this linear has {out_features}: set weight_quant_dtype: int8 for it"
+        )
+    if policy.weight_bits == 8 and policy.weight_quant_granularity != "per_channel":
+        reasons.append("Golden Stick's W8A16 files are per channel: set weight_quant_granularity: per_channel")
+    reordered = policy.precision_recovery is PrecisionRecovery.GPTQ and policy.algo_args.desc_act
+    if reordered and policy.weight_quant_granularity == "per_group" and not policy.algo_args.static_groups:
+        reasons.append(
+            "Golden Stick's files cannot say which group a column belongs to: set algo_args static_groups: true, or "
+            "desc_act: false"
+        )
+    return reasons
+
+
+def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str) -> dict[str, Array]:
+    scale = cast_scale(linear.scale, dtype, where + " weight_scale")
+    scale = np.ascontiguousarray(scale.T) if scale.shape[1] > 1 else scale.reshape(-1)
+    packs = linear.policy.weight_bits == 4
+    tensors: dict[str, Array] = {
+        "weight": pack_int4(linear.codes) if packs else np.ascontiguousarray(linear.codes),
+        "weight_scale": scale,
+        "weight_offset": np.zeros(scale.shape, dtype=np.int32),
+    }
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.astype(dtype)
+    if not linear.policy.is_static:
+        return tensors
+    input_scale, zero_point, deq_scale = static_parameters(linear, dtype, where)
+    columns = linear.codes.shape[1]
+    return tensors | {
+        "deq_scale": deq_scale,
+        "quant_bias": (-zero_point * row_sums(linear.codes)).astype(np.int32),
+        "input_scale": np.full(columns, input_scale[0], dtype=dtype),
+        "input_offset": np.full(columns, zero_point, dtype=np.int8),
+    }
+
+
+def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> QuantizedLinear:
+    if label not in LABELS:
+        raise CheckpointError(f"{DESCRIPTION_FILE}: {where} is {label!r}; this dialect knows {', '.join(LABELS)}")
+    try:
+        weight, scale = leaves["weight"], leaves["weight_scale"].astype(np.float32)
+        codes = unpack_int4(weight) if label == "W4A16" else weight
+        scale = np.ascontiguousarray(scale.T) if scale.ndim == 2 else scale.reshape(-1, 1)
+        group_size = codes.shape[1] // scale.shape[1] if scale.shape[1] > 1 else 0
+        static = label == "W8A8"
+        return QuantizedLinear(
+            policy=policy_of(label, group_size),
+            codes=codes,
+            scale=scale,
+            bias=leaves["bias"].astype(np.float32) if "bias" in leaves else None,
+            input_scale=float(leaves["input_scale"].astype(np.float32)[0]) if static else None,
+            input_zero_point=int(leaves["input_offset"][0]) if static else None,
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"{where} is {label} and has no tensor {where}.{missing.args[0]}") from missing
