@@ -1,0 +1,115 @@
+"""Weight clipping: a smaller range per output channel and group where that lessens the output error.
+
+Lin et al. (AWQ, 2024) as in golden-stick `LinearClipper`: every ratio of a list shrinks the range
+of each group by itself, and the one with the least error of the group's partial product wins. Over all
+calibration tokens that error is d G_gg dT, with the group's diagonal block of the Gram matrix: no token
+needs to be sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32
+from gs_dist.solvers.affine import code_range, num_groups, range_parameters
+
+__all__ = ["ClipResult", "clip_weight"]
+
+# Weights of a tile of rows, 4 MiB: three such arrays are live.
+_TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipResult:
+    """`weight` (out, in) float32 within its chosen ranges; `ratio` (out, groups) float32 of each range kept.
+
+    The losses are sums of d G_gg dT over output channels and groups, before with the whole range.
+    """
+
+    weight: Float32
+    ratio: Float32
+    loss_before: float
+    loss_after: float
+
+
+def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dtype: str) -> ClipResult:
+    """Chooses each range's ratio from `algo_args.weight_clip_ratio`, the first of equals.
+
+    A list is searched, together with the whole range where the list leaves it out; a float is used as it is.
+
+    Args:
+        weight: (out, in) float32.
+        gram: (in, in) float32; only its diagonal blocks of a group are read (all of it per channel).
+        policy: bits, group_size, weight_symmetric, algo_args.
+        scale_dtype: dtype the scale will be stored in.
+
+    Raises:
+        UserError: the input channels do not divide into groups.
+    """
+    count, columns = weight.shape
+    groups = num_groups(columns, policy.group_size)
+    size = columns // groups
+    given = policy.algo_args.weight_clip_ratio
+    ratios = (given,) if isinstance(given, float) else given
+    blocks = np.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
+    clipped, kept = np.empty((count, columns), dtype=np.float32), np.empty((count, groups), dtype=np.float32)
+    before = after = 0.0
+    step = max(1, _TILE_ELEMENTS // columns)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        tile = np.asarray(weight[rows], dtype=np.float32).reshape(-1, groups, size).transpose(1, 0, 2)
+        tile = np.ascontiguousarray(tile)  # (groups, rows, size)
+        low, high = np.minimum(tile.min(axis=2), 0.0), np.maximum(tile.max(axis=2), 0.0)
+        whole = _block_errors(tile, blocks, low, high, policy, scale_dtype)
+        least, best = np.full(whole.shape, np.inf), np.ones(whole.shape, dtype=np.float32)
+        for ratio in ratios:
+            single = np.float32(ratio)
+            errors = (
+                whole if ratio == 1.0 else _block_errors(tile, blocks, low * single, high * single, policy, scale_dtype)
+            )
+            better = errors < least
+            np.copyto(least, errors, where=better)
+            np.copyto(best, single, where=better)
+        if not isinstance(given, float):
+            better = whole < least
+            np.copyto(least, whole, where=better)
+            np.copyto(best, np.float32(1.0), where=better)
+        before += float(whole.sum())
+        after += float(least.sum())
+        np.clip(tile, (low * best)[:, :, None], (high * best)[:, :, None], out=tile)
+        clipped[rows] = tile.transpose(1, 0, 2).reshape(-1, columns)
+        kept[rows] = best.T
+    return ClipResult(weight=clipped, ratio=kept, loss_before=before, loss_after=after)
+
+
+def _block_errors(
+    tile: Float32,
+    blocks: Float32,
+    low: npt.NDArray[np.floating[Any]],
+    high: npt.NDArray[np.floating[Any]],
+    policy: QuantPolicy,
+    scale_dtype: str,
+) -> npt.NDArray[np.float64]:
+    """Errors d G_gg dT of rounding within [low, high]: (groups, rows) float64."""
+    scale, zero = range_parameters(
+        low, high, bits=policy.weight_bits, symmetric=policy.weight_symmetric, scale_dtype=scale_dtype
+    )
+    change = tile / scale[:, :, None]
+    smallest, largest = code_range(policy.weight_bits)
+    if zero is None:
+        np.rint(change, out=change)
+        np.clip(change, smallest, largest, out=change)
+    else:
+        offset = zero.astype(np.float32)[:, :, None]
+        change += offset
+        np.rint(change, out=change)
+        np.clip(change, smallest, largest, out=change)
+        change -= offset
+    change *= scale[:, :, None]
+    change -= tile
+    return np.asarray(np.einsum("grk,grk->gr", change @ blocks, change), dtype=np.float64)
