@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Style, types and tests, in an environment of their own (.venv, or $GS_DIST_VENV). Arguments go to pytest:
+#   bash tests/run.sh                              everything that needs no card, no torch and no long wait
+#   bash tests/run.sh -m slow tests/integration    what takes minutes
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../jobs/environment.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../jobs/environment.sh"
+cd -- "$gs_dist_root"
+
+make_environment test
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+exec "$python" -m pytest -m "not npu and not interop and not slow" "$@"
