@@ -1,0 +1,227 @@
+"""What a worker holds, byte by byte, computed from shapes before a weight is read.
+
+Every constant stands at the top with its reason; each errs upwards. Measured peaks belong beside the
+prediction in the summary, so that a constant that has drifted shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.statistics import HISTOGRAM_BINS, StatisticsSettings
+
+__all__ = ["ITEMS", "JobShape", "MemoryPlan", "StageShape", "gram_statistics_bytes", "layer_set_bytes", "stage_memory"]
+
+GIB = 1 << 30
+
+ITEMS = ("runtime", "weights", "activations", "statistics", "solver workspace", "write buffers")
+
+# Resident memory of a process once NumPy, SciPy, MindSpore and Ray are imported and one op has run: 485 MiB
+# measured with mindspore 2.10 and ray 2.60, 290 MiB of it file-backed; the rest is for what jit compiles.
+CPU_RUNTIME_BYTES = GIB // 2
+# On a card: context, streams and the memory pool's own blocks. Not measured here; vendors' guides put aside 1 to 2 GiB.
+ASCEND_RUNTIME_BYTES = 2 * GIB
+
+# Hidden states alive at once inside a layer: its input, the residual, the branch's output, and the two norms'.
+HIDDEN_COPIES = 5
+# Queries, keys and values before and after the rotary embedding, and the attention output before its projection.
+QUERY_COPIES, KV_COPIES = 3, 3
+# Scores, and scores after softmax; the causal mask is added into a third that the pool reuses.
+SCORE_COPIES = 3
+# gate, its activation, up, and their product.
+MLP_COPIES = 4
+# An observer looks at float32 tokens beside one array of magnitudes; inputs are observed one after another.
+OBSERVER_COPIES = 2
+
+# Per channel: minimum and maximum in float32, sums of magnitudes and of squares in float64.
+VECTOR_BYTES_PER_CHANNEL = 4 + 4 + 8 + 8
+HISTOGRAM_BYTES_PER_CHANNEL = 2 * HISTOGRAM_BINS * 4
+
+# On a card a block's Gram matrix is `sum + x xT`: the product and the new sum stand beside the old sum.
+CARD_GRAM_WORKSPACES = 2
+
+# Of the largest Gram matrix while a layer is solved, in bytes per entry: the rescaled float32 copy with its one-sided
+# intermediate; a search adds one float64 copy; GPTQ works on the damped float64 matrix, its inverse and a factor.
+RESCALED_GRAM_BYTES = 4 + 4
+SEARCH_GRAM_BYTES = 8
+GPTQ_GRAM_BYTES = 3 * 8
+# Of a layer's largest weight while it is solved, in bytes per entry: float32 weight, rescaled, dequantised, difference
+# and its product with the Gram matrix, and int8 codes. GPTQ's working copy is float64.
+SOLVER_WEIGHT_BYTES = 5 * 4 + 1
+GPTQ_WEIGHT_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Predicted peak of one worker, bytes by item (`ITEMS`). On Ascend `items` is the card's, the rest the host's."""
+
+    items: Mapping[str, int]
+    host_items: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device at the worst moment: all items live while a wave's first layer is solved."""
+        return sum(self.items.values())
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory; the same as `peak` on the CPU."""
+        return sum(self.host_items.values()) if self.host_items else self.peak
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """Name and bytes of the largest item."""
+        return max(self.items.items(), key=lambda item: item[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobShape:
+    """What memory depends on and stages share.
+
+    Attributes:
+        layer_weight_bytes: weights of each layer in the compute dtype.
+        embedding_bytes: likewise, of the embedding table.
+        layer_output_bytes: what is written of each layer, at most.
+        policies: per layer, linear name within the layer to policy.
+        settings: per layer, name of input (`key` and `value` included) to what is observed of it.
+    """
+
+    architecture: DecoderArchitecture
+    device: str
+    micro_batch_size: int
+    sequence_length: int
+    max_in_flight: int
+    element_bytes: int
+    layer_weight_bytes: Sequence[int]
+    embedding_bytes: int
+    layer_output_bytes: Sequence[int]
+    policies: Sequence[Mapping[str, QuantPolicy | None]]
+    settings: Sequence[Mapping[str, StatisticsSettings]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of one micro-batch, as they pass from stage to stage."""
+        return self.tokens * self.architecture.hidden_size * self.element_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShape:
+    """One stage as a worker runs it: its layers, those observed in a wave, and what it keeps.
+
+    `live_sets` is how many partial sums of an observed layer are alive at once, the block being summed
+    included; `kept_micro_batches` the hidden states kept between waves (0 with a single wave).
+    """
+
+    layers: Sequence[int]
+    wave: Sequence[int]
+    resident: bool
+    embeds: bool
+    live_sets: int
+    kept_micro_batches: int
+
+
+def channels_of(architecture: DecoderArchitecture, name: str) -> int:
+    """Channels of an observed activation: a layer input, or `key` and `value`."""
+    if name in ("key", "value"):
+        return architecture.kv_size
+    return next(layer_input.channels for layer_input in architecture.inputs if layer_input.name == name)
+
+
+def _gram_entries(settings: StatisticsSettings, channels: int) -> int:
+    return channels * channels * (int(settings.gram) + int(settings.weighted_gram))
+
+
+def layer_set_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+    """One set of statistics of one layer."""
+    total = 0
+    for name, taken in settings.items():
+        channels = channels_of(architecture, name)
+        total += channels * VECTOR_BYTES_PER_CHANNEL + 4 * _gram_entries(taken, channels)
+        total += channels * HISTOGRAM_BYTES_PER_CHANNEL if taken.histogram else 0
+    return total
+
+
+def gram_statistics_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+    """The part of `layer_set_bytes` that Gram matrices take."""
+    return sum(4 * _gram_entries(taken, channels_of(architecture, name)) for name, taken in settings.items())
+
+
+def _activation_bytes(shape: JobShape) -> int:
+    """Working set of one layer on one micro-batch, and the micro-batches waiting."""
+    a, tokens = shape.architecture, shape.tokens
+    scores = shape.micro_batch_size * a.num_heads * shape.sequence_length**2
+    entries = tokens * (
+        HIDDEN_COPIES * a.hidden_size
+        + QUERY_COPIES * a.query_size
+        + KV_COPIES * a.kv_size
+        + MLP_COPIES * a.intermediate_size
+    )
+    entries += SCORE_COPIES * scores
+    observed = OBSERVER_COPIES * tokens * max(a.hidden_size, a.query_size, a.intermediate_size) * 4
+    return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
+
+
+def _largest_gram(shape: JobShape, layers: Sequence[int]) -> int:
+    """Entries of the largest Gram matrix taken in `layers`."""
+    sizes = [
+        channels_of(shape.architecture, name) ** 2
+        for layer in layers
+        for name, taken in shape.settings[layer].items()
+        if taken.gram or taken.weighted_gram
+    ]
+    return max(sizes, default=0)
+
+
+def _solver_bytes(shape: JobShape, layers: Sequence[int]) -> int:
+    """Workspace of the costliest linear of `layers`; they are solved one after another."""
+    inputs = {name: i for i in shape.architecture.inputs for name in i.linears}
+    worst = 0
+    for layer in layers:
+        for linear in shape.architecture.linears:
+            policy = shape.policies[layer].get(linear.name)
+            if policy is None or not policy.quantises_linear:
+                continue
+            taken = shape.settings[layer][inputs[linear.name].name]
+            gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
+            searches = policy.weight_clip or policy.outliers_suppression not in (
+                OutliersSuppressionType.NONE,
+                OutliersSuppressionType.SMOOTH,
+            )
+            per_entry = RESCALED_GRAM_BYTES * (int(taken.gram) + int(taken.weighted_gram))
+            per_entry += SEARCH_GRAM_BYTES * int(searches) + GPTQ_GRAM_BYTES * int(gptq)
+            gram = linear.in_features**2 * per_entry if taken.gram or taken.weighted_gram else 0
+            weight = linear.out_features * linear.in_features * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq))
+            worst = max(worst, gram + weight)
+    return worst
+
+
+def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
+    """Peak memory of a worker of this stage while it observes and solves `stage.wave`."""
+    weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
+    weights += shape.embedding_bytes if stage.embeds else 0
+    one_set = sum(layer_set_bytes(shape.architecture, shape.settings[i]) for i in stage.wave)
+    activations = _activation_bytes(shape)
+    kept = stage.kept_micro_batches * shape.hidden_bytes
+    solver = _solver_bytes(shape, stage.wave)
+    written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)
+    if shape.device == "cpu":
+        # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
+        values = (CPU_RUNTIME_BYTES, weights, activations + kept, one_set * stage.live_sets, solver, written)
+        return MemoryPlan(items=dict(zip(ITEMS, values, strict=True)))
+    # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's.
+    card_statistics = one_set + CARD_GRAM_WORKSPACES * 4 * _largest_gram(shape, stage.wave)
+    card = (ASCEND_RUNTIME_BYTES, weights, activations, card_statistics, 0, 0)
+    in_flight = shape.max_in_flight * shape.hidden_bytes
+    host = (CPU_RUNTIME_BYTES, 0, kept + in_flight, one_set * stage.live_sets, solver, written)
+    return MemoryPlan(
+        items=dict(zip(ITEMS, card, strict=True)),
+        host_items=dict(zip(ITEMS, host, strict=True)),
+    )

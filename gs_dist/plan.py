@@ -1,0 +1,207 @@
+"""From a recipe, a checkpoint's headers and a cluster's size to everything that is decided before work starts.
+
+Pure: nothing is read but the arguments. A job that cannot fit is refused here, with the setting to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.config import CalibrationConfig
+from gs_dist.errors import PlanError
+from gs_dist.memory import MemoryPlan, layer_set_bytes
+from gs_dist.policy import QuantPolicy
+from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, shares, threads_of
+from gs_dist.statistics import StatisticsSettings, block_bounds
+from gs_dist.workload import (
+    Operations,
+    TensorHeader,
+    Workload,
+    compute_bytes,
+    count_operations,
+    layer_settings,
+    make_workload,
+)
+
+__all__ = [
+    "CalibrationPlan",
+    "ClusterFacts",
+    "Operations",
+    "StagePlan",
+    "TensorHeader",
+    "make_plan",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Decoder layers [first_layer, end_layer), observed wave by wave.
+
+    `resident`: the stage holds the weights of all its layers, so its first pass runs them all and sends
+    the output on at once. Otherwise it loads a wave's layers at a time and sends in the last wave. With
+    several waves a worker keeps `kept_micro_batches` hidden states between them.
+    """
+
+    stage: int
+    first_layer: int
+    end_layer: int
+    waves: tuple[tuple[int, ...], ...]
+    resident: bool
+    memory: MemoryPlan
+
+    @property
+    def layers(self) -> range:
+        """The stage's layers."""
+        return range(self.first_layer, self.end_layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """Everything decided before work starts. `policies` maps every linear's full name to its policy or None."""
+
+    architecture: DecoderArchitecture
+    stages: tuple[StagePlan, ...]
+    data_parallel_size: int
+    device: str  # "cpu" or "ascend"
+    threads_per_worker: int
+    memory_per_worker: int
+    micro_batch_size: int
+    sequence_length: int
+    num_samples: int
+    num_micro_batches: int
+    num_blocks: int
+    max_in_flight: int  # micro-batches between the first and the last stage of a replica
+    bytes_read: int  # from storage, over all workers
+    bytes_moved: int  # between workers: hidden states and statistics
+    policies: Mapping[str, QuantPolicy | None]
+    gram: bool
+    propagation: str
+    operations: Operations
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Number of stages."""
+        return len(self.stages)
+
+    @property
+    def num_workers(self) -> int:
+        """Stages times replicas."""
+        return len(self.stages) * self.data_parallel_size
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """First and past-the-last micro-batch of each reduction block."""
+        return block_bounds(self.num_micro_batches, self.num_blocks)
+
+    def stage_of(self, layer: int) -> StagePlan:
+        """The stage that holds a layer."""
+        return next(stage for stage in self.stages if layer in stage.layers)
+
+    def owner(self, layer: int) -> int:
+        """The replica that solves a layer: neighbours go to different replicas, so that solves are spread."""
+        return (layer - self.stage_of(layer).first_layer) % self.data_parallel_size
+
+    def blocks_of(self, replica: int) -> range:
+        """Reduction blocks whose micro-batches a replica runs."""
+        return blocks_of(replica, self.data_parallel_size, self.num_blocks)
+
+    def micro_batches_of(self, replica: int) -> range:
+        """Micro-batches that a replica runs."""
+        blocks = self.blocks_of(replica)
+        return range(self.blocks[blocks.start][0], self.blocks[blocks.stop - 1][1])
+
+    def layer_policies(self, layer: int) -> dict[str, QuantPolicy | None]:
+        """Policy of each linear of a layer, by name within the layer."""
+        prefix = self.architecture.layer_prefix(layer)
+        return {linear.name: self.policies[prefix + linear.name] for linear in self.architecture.linears}
+
+    def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
+        """What is observed of each activation of a layer."""
+        return layer_settings(self.architecture, self.layer_policies(layer), gram=self.gram)
+
+
+def make_plan(
+    config: CalibrationConfig,
+    architecture: DecoderArchitecture,
+    tensors: Mapping[str, TensorHeader],
+    available: ClusterFacts,
+) -> CalibrationPlan:
+    """Decides stages, replicas, waves and memory.
+
+    Args:
+        config: the recipe.
+        architecture: of the checkpoint.
+        tensors: header of every tensor of the checkpoint, by full name.
+        available: what there is to run on; resolves what the recipe leaves to `auto`.
+
+    Raises:
+        PlanError: sizes that contradict each other, or a job that does not fit; the message names the
+            settings to change, with values that would do.
+        UserError: policies that conflict, match nothing or quantise nothing.
+        CheckpointError: a tensor that config.json implies has no header.
+    """
+    workload = make_workload(config, architecture, tensors)
+    return _plan_of(config, workload, available, choose_spread(config, workload, available))
+
+
+def _plan_of(config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread) -> CalibrationPlan:
+    data, architecture = config.calibration, workload.architecture
+    if spread.data_parallel_size < config.parallel.min_data_parallel_size:
+        raise PlanError(
+            f"parallel.min_data_parallel_size is {config.parallel.min_data_parallel_size} and only "
+            f"{spread.data_parallel_size} replicas can be used: lower it"
+        )
+    stages = tuple(
+        StagePlan(
+            stage=stage,
+            first_layer=choice.waves[0][0],
+            end_layer=choice.waves[-1][-1] + 1,
+            waves=choice.waves,
+            resident=choice.resident,
+            memory=choice.memory,
+        )
+        for stage, choice in enumerate(spread.choices)
+    )
+    num_workers = spread.pipeline_parallel_size * spread.data_parallel_size
+    device = device_of(config, available)
+    replicas = spread.data_parallel_size
+    return CalibrationPlan(
+        architecture=architecture,
+        stages=stages,
+        data_parallel_size=replicas,
+        device=device,
+        threads_per_worker=threads_of(config, available, num_workers),
+        memory_per_worker=spread.memory_per_worker,
+        micro_batch_size=data.samples_per_micro_batch,
+        sequence_length=data.sequence_length,
+        num_samples=data.num_samples,
+        num_micro_batches=data.num_micro_batches,
+        num_blocks=data.reduction_blocks,
+        max_in_flight=spread.max_in_flight,
+        # Every replica reads the layers; the first one also what is carried over, all of them the embedding.
+        bytes_read=replicas * (sum(workload.layer_nbytes) + workload.embedding_nbytes) + workload.outer_nbytes,
+        bytes_moved=_bytes_moved(config, workload, device, spread),
+        policies=workload.resolved,
+        gram=config.takes_gram,
+        propagation=config.propagation,
+        operations=count_operations(workload, data.num_samples, data.sequence_length),
+        notes=workload.notes,
+    )
+
+
+def _bytes_moved(config: CalibrationConfig, workload: Workload, device: str, spread: Spread) -> int:
+    """Hidden states over every boundary of stages once, and partial sums from each replica to a layer's owner."""
+    data, architecture = config.calibration, workload.architecture
+    states = data.num_micro_batches * data.samples_per_micro_batch * data.sequence_length * architecture.hidden_size
+    moved = states * compute_bytes(architecture, device) * (spread.pipeline_parallel_size - 1)
+    _, at_end, _ = shares(config, spread.data_parallel_size)
+    for choice in spread.choices:
+        first = choice.waves[0][0]
+        for layer in (layer for wave in choice.waves for layer in wave):
+            owner = (layer - first) % spread.data_parallel_size
+            sets = sum(at_end) - at_end[owner]
+            moved += sets * layer_set_bytes(architecture, workload.settings[layer])
+    return moved

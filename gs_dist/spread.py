@@ -1,0 +1,322 @@
+"""How a job is spread over stages, replicas and waves, and what to change where no way fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gs_dist.config import CalibrationConfig
+from gs_dist.errors import PlanError
+from gs_dist.memory import GIB
+from gs_dist.statistics import block_bounds
+from gs_dist.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
+from gs_dist.workload import Workload, without_gram
+
+__all__ = ["ClusterFacts", "Spread", "blocks_of", "choose_spread", "device_of", "format_bytes", "shares", "threads_of"]
+
+IN_FLIGHT_PER_STAGE = 2  # one at work and one waiting keeps a stage busy; more only fills memory
+CPU_MEMORY_SHARE = 0.8  # of the machine, for workers: the rest is the object store's and the system's
+_ROUND = 64 << 20  # sizes in advice are rounded up to this
+ASCEND_MEMORY_PER_WORKER = 60 * GIB  # of a card with 64 GB, what its driver leaves free
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFacts:
+    """What there is to run on: totals over all nodes; `num_npus` is 0 where there is none, or none is known."""
+
+    num_cpus: int
+    num_npus: int
+    memory_bytes: int
+
+    @classmethod
+    def of_this_machine(cls) -> ClusterFacts:
+        """Cores, memory (or the container's limit) and Ascend cards of the machine this runs on."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = Path("/sys/fs/cgroup/memory.max")
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
+        cards = [path for path in Path("/dev").glob("davinci*") if path.name.removeprefix("davinci").isdigit()]
+        num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(num_cpus=num_cpus, num_npus=len(cards), memory_bytes=memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """One way to spread the job, and how each stage would be run."""
+
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    memory_per_worker: int
+    max_in_flight: int
+    choices: tuple[WaveChoice, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage stays within its memory."""
+        return all(choice.fits for choice in self.choices)
+
+    @property
+    def cost(self) -> tuple[bool, int, bool, int]:
+        """Smaller is better: fits, few passes, weights in memory, few stages."""
+        return (
+            not self.fits,
+            max(len(choice.waves) for choice in self.choices),
+            not all(choice.resident for choice in self.choices),
+            self.pipeline_parallel_size,
+        )
+
+
+def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
+    """Reduction blocks that a replica runs: neighbours, so that it can merge most of what it holds."""
+    return range(replica * num_blocks // num_replicas, (replica + 1) * num_blocks // num_replicas)
+
+
+def format_bytes(size: int) -> str:
+    """Bytes as people read them: `17.2 GiB`, `512 MiB`."""
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
+
+
+def choose_spread(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
+    """The first way that fits with all weights in memory and one pass, else the least costly one that fits.
+
+    Raises:
+        PlanError: sizes that contradict each other, or no way fits; the message names the settings to
+            change, with values that would do.
+    """
+    spread = _best(config, workload, available)
+    if not spread.fits:
+        raise PlanError(_explain_misfit(config, workload, available, spread))
+    return spread
+
+
+def device_of(config: CalibrationConfig, available: ClusterFacts) -> str:
+    """`cpu` or `ascend`: as the recipe says, else cards where there are any."""
+    if config.parallel.device != "auto":
+        return config.parallel.device
+    return "ascend" if available.num_npus > 0 else "cpu"
+
+
+def _num_slots(config: CalibrationConfig, available: ClusterFacts) -> int | None:
+    """How many workers the cluster has room for, or None where it is not known."""
+    if device_of(config, available) == "cpu":
+        return available.num_cpus
+    return available.num_npus or None
+
+
+def _busy_replicas(config: CalibrationConfig, data_parallel_size: int) -> bool:
+    """Whether every replica gets at least one micro-batch."""
+    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.reduction_blocks)
+    shares = [blocks_of(replica, data_parallel_size, len(bounds)) for replica in range(data_parallel_size)]
+    return all(len(share) and bounds[share.stop - 1][1] > bounds[share.start][0] for share in shares)
+
+
+def _check_sizes(config: CalibrationConfig, num_layers: int) -> None:
+    parallel, data = config.parallel, config.calibration
+    if parallel.pipeline_parallel_size != "auto" and parallel.pipeline_parallel_size > num_layers:
+        raise PlanError(
+            f"parallel.pipeline_parallel_size is {parallel.pipeline_parallel_size} and the model has {num_layers} "
+            f"decoder layers: set it to {num_layers} or less"
+        )
+    replicas = parallel.data_parallel_size
+    if replicas != "auto":
+        if replicas > data.reduction_blocks:
+            raise PlanError(
+                f"parallel.data_parallel_size is {replicas} and the samples form {data.reduction_blocks} blocks: set "
+                f"it to {data.reduction_blocks} or less, or calibration.reduction_blocks to a larger power of two"
+            )
+        if not _busy_replicas(config, replicas):
+            raise PlanError(
+                f"parallel.data_parallel_size is {replicas} and there are {data.num_micro_batches} micro-batches of "
+                f"{data.samples_per_micro_batch} samples, so that a replica would have none: set it to "
+                f"{_most_replicas(config, replicas)}, raise calibration.num_samples, or lower "
+                "calibration.micro_batch_size"
+            )
+    if config.propagation == "quantized" and parallel.layers_per_wave not in ("auto", 1):
+        raise PlanError(
+            f"parallel.layers_per_wave is {parallel.layers_per_wave} and propagation is quantized, which solves each "
+            "layer before the next is observed: set layers_per_wave: 1 or auto, or propagation: original"
+        )
+
+
+def _most_replicas(config: CalibrationConfig, limit: int) -> int:
+    limit = min(limit, config.calibration.reduction_blocks)
+    return next((n for n in range(limit, 1, -1) if _busy_replicas(config, n)), 1)
+
+
+def _candidates(config: CalibrationConfig, num_layers: int, slots: int | None) -> Iterator[tuple[int, int]]:
+    """Numbers of stages and replicas to try: as many workers as there is room for, few stages first."""
+    stages, replicas = config.parallel.pipeline_parallel_size, config.parallel.data_parallel_size
+    reserved = 1 if replicas == "auto" else replicas
+    if stages != "auto":
+        counts = range(stages, stages + 1)
+    else:
+        counts = range(1, max(1, min(num_layers, num_layers if slots is None else slots // reserved)) + 1)
+    for count in counts:
+        if replicas != "auto":
+            yield count, replicas
+        else:
+            room = 1 if slots is None else max(1, slots // count)
+            yield count, max(_most_replicas(config, room), config.parallel.min_data_parallel_size)
+
+
+def _best(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
+    """The first way that fits with all weights in memory and one pass, else the least costly one."""
+    num_layers = workload.architecture.num_layers
+    _check_sizes(config, num_layers)
+    best: Spread | None = None
+    for stages, replicas in _candidates(config, num_layers, _num_slots(config, available)):
+        spread = _try(config, workload, available, stages, replicas)
+        if best is None or spread.cost < best.cost:
+            best = spread
+        if spread.fits and spread.cost[1:3] == (1, False):
+            break
+    assert best is not None, "there is always a candidate"
+    return best
+
+
+def _try(
+    config: CalibrationConfig, workload: Workload, available: ClusterFacts, num_stages: int, num_replicas: int
+) -> Spread:
+    device, parallel, data = device_of(config, available), config.parallel, config.calibration
+    in_flight = IN_FLIGHT_PER_STAGE * num_stages if parallel.max_in_flight == "auto" else parallel.max_in_flight
+    num_workers = num_stages * num_replicas
+    limit = parallel.memory_per_worker
+    if limit == "auto":
+        share = int(available.memory_bytes * CPU_MEMORY_SHARE) // num_workers
+        limit = share if device == "cpu" else ASCEND_MEMORY_PER_WORKER
+    host_limit = None
+    if device == "ascend" and available.num_npus:
+        host_limit = int(available.memory_bytes * CPU_MEMORY_SHARE) // num_workers
+    shape = workload.shape(
+        device=device,
+        micro_batch_size=data.samples_per_micro_batch,
+        sequence_length=data.sequence_length,
+        max_in_flight=min(in_flight, data.num_micro_batches),
+    )
+    live_sets, _, kept = shares(config, num_replicas)
+    per_wave = 1 if config.propagation == "quantized" else parallel.layers_per_wave
+    choices = [
+        choose_waves(
+            shape,
+            layers,
+            embeds=stage == 0,
+            live_sets=live_sets,
+            kept_micro_batches=kept,
+            layers_per_wave=None if per_wave == "auto" else per_wave,
+            limit=limit,
+            host_limit=host_limit,
+        )
+        for stage, layers in enumerate(split_stages(workload.architecture.num_layers, num_stages))
+    ]
+    return Spread(
+        pipeline_parallel_size=num_stages,
+        data_parallel_size=num_replicas,
+        memory_per_worker=limit,
+        max_in_flight=in_flight,
+        choices=tuple(choices),
+    )
+
+
+def shares(config: CalibrationConfig, num_replicas: int) -> tuple[int, list[int], int]:
+    """Of the busiest replica: partial sums alive at once; of each: partial sums at the end; most micro-batches."""
+    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.reduction_blocks)
+    most, at_end, kept = 1, [], 0
+    for replica in range(num_replicas):
+        share = blocks_of(replica, num_replicas, len(bounds))
+        filled = [block for block in share if bounds[block][0] < bounds[block][1]]
+        alive, final = count_partial_sums(filled)
+        most = max(most, alive)
+        at_end.append(final)
+        kept = max(kept, sum(bounds[block][1] - bounds[block][0] for block in filled))
+    return most, at_end, kept
+
+
+def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
+    """Threads of each worker: an even share of the cores, or fewer.
+
+    Raises:
+        PlanError: the recipe asks for more.
+    """
+    share = max(1, available.num_cpus // num_workers)
+    asked = config.parallel.threads_per_worker
+    if asked == "auto":
+        return share
+    known = device_of(config, available) == "cpu" or available.num_npus > 0
+    if known and asked > share:
+        raise PlanError(
+            f"parallel.threads_per_worker is {asked}, and {available.num_cpus} cores over {num_workers} workers give "
+            f"{share} each; workers that share cores run many times slower: set it to {share} or auto"
+        )
+    return asked
+
+
+def _explain_misfit(
+    config: CalibrationConfig,
+    workload: Workload,
+    available: ClusterFacts,
+    spread: Spread,
+) -> str:
+    """What does not fit, and which single change of a setting would make it fit."""
+    stage, choice = max(enumerate(spread.choices), key=lambda pair: (not pair[1].fits, pair[1].memory.peak))
+    name, size = choice.memory.largest
+    per_wave = max(len(wave) for wave in choice.waves)
+    first, last = choice.waves[0][0], choice.waves[-1][-1]
+    ways = [f"  {way}" for way in _ways_out(config, workload, available, spread)]
+    return "\n".join(
+        [
+            f"stage {stage} of {spread.pipeline_parallel_size} (layers {first} to {last}, {per_wave} in a wave) needs "
+            f"{format_bytes(choice.memory.peak)} a worker and memory_per_worker is "
+            f"{format_bytes(spread.memory_per_worker)}; the largest item is {name}, {format_bytes(size)}.",
+            *(["Any one of these would make it fit:", *ways] if ways else []),
+        ]
+    )
+
+
+def _changed(config: CalibrationConfig, section: str, **values: Any) -> CalibrationConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _ways_out(config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread) -> Iterator[str]:
+    """Changes of one setting each, tried until one of its values fits."""
+    parallel, data = config.parallel, config.calibration
+    num_layers, stages, replicas = len(workload.policies), spread.pipeline_parallel_size, spread.data_parallel_size
+    needed = -(-max(choice.memory.peak for choice in spread.choices) // _ROUND) * _ROUND
+    more_stages = range(stages + 1, num_layers + 1)
+    fewer_blocks = [1 << n for n in reversed(range(data.reduction_blocks.bit_length() - 1)) if 1 << n >= replicas]
+    smaller_batches = [data.samples_per_micro_batch >> n for n in range(1, data.samples_per_micro_batch.bit_length())]
+    fewer_in_flight = [n for n in (stages, 1) if n < spread.max_in_flight]
+    fixed_wave = [] if parallel.layers_per_wave == "auto" else range(parallel.layers_per_wave - 1, 0, -1)
+    trials: list[tuple[str, str, Iterable[Any]]] = [
+        ("parallel", "memory_per_worker", [needed]),
+        ("parallel", "pipeline_parallel_size", more_stages),
+        ("parallel", "data_parallel_size", range(replicas - 1, 0, -1)),
+        ("parallel", "layers_per_wave", fixed_wave),
+        ("parallel", "max_in_flight", fewer_in_flight),
+        ("calibration", "micro_batch_size", smaller_batches),
+        ("calibration", "reduction_blocks", fewer_blocks),
+    ]
+    for section, setting, values in trials:
+        for value in values:
+            if _would_fit(_changed(config, section, **{setting: value}), workload, available):
+                shown = f"{value >> 20}MiB" if setting == "memory_per_worker" else value
+                yield f"{section}.{setting}: {shown}"
+                break
+    without = config.model_copy(update={"gram": "off"})
+    if config.takes_gram and _would_fit(without, without_gram(workload), available):
+        yield "gram: off (errors are then estimated from the diagonal)"
+
+
+def _would_fit(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> bool:
+    try:
+        spread = _best(config, workload, available)
+    except PlanError:
+        return False
+    on_host = device_of(config, available) == "cpu"
+    asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
+    return spread.fits and not (on_host and asked > available.memory_bytes)

@@ -1,0 +1,263 @@
+"""What a job does to each layer, from the recipe and the checkpoint's headers: policies, statistics, sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.config import CalibrationConfig
+from gs_dist.errors import CheckpointError, PlanError, UserError
+from gs_dist.memory import JobShape, channels_of
+from gs_dist.policy import (
+    OutliersSuppressionType,
+    PrecisionRecovery,
+    QuantPolicy,
+    required_statistics,
+    resolve_policies,
+)
+from gs_dist.statistics import StatisticsSettings
+
+__all__ = [
+    "Operations",
+    "TensorHeader",
+    "Workload",
+    "compute_bytes",
+    "count_operations",
+    "layer_settings",
+    "make_workload",
+    "without_gram",
+]
+
+
+class TensorHeader(Protocol):
+    """What a checkpoint's header says of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """Element type, as the reader spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Floating-point operations that the whole job needs, whatever it is run on.
+
+    What symmetry and causality make superfluous is not counted: half of a Gram matrix, half of the
+    attention scores. Multiplication and addition count as two.
+    """
+
+    forward: int
+    gram: int
+    solve: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.forward + self.gram + self.solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Per layer: policies by name within the layer, what is observed, and sizes; `notes` is for people."""
+
+    architecture: DecoderArchitecture
+    resolved: Mapping[str, QuantPolicy | None]
+    policies: tuple[Mapping[str, QuantPolicy | None], ...]
+    settings: tuple[Mapping[str, StatisticsSettings], ...]
+    layer_nbytes: tuple[int, ...]  # in the checkpoint
+    layer_elements: tuple[int, ...]
+    layer_output_nbytes: tuple[int, ...]
+    embedding_elements: int
+    embedding_nbytes: int
+    outer_nbytes: int
+    notes: tuple[str, ...]
+
+    def shape(self, *, device: str, micro_batch_size: int, sequence_length: int, max_in_flight: int) -> JobShape:
+        """What memory depends on. The CPU has no bfloat16 product and computes in float32."""
+        cpu = device == "cpu"
+        return JobShape(
+            architecture=self.architecture,
+            device=device,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            max_in_flight=max_in_flight,
+            element_bytes=compute_bytes(self.architecture, device),
+            layer_weight_bytes=[4 * n for n in self.layer_elements] if cpu else self.layer_nbytes,
+            embedding_bytes=4 * self.embedding_elements if cpu else self.embedding_nbytes,
+            layer_output_bytes=self.layer_output_nbytes,
+            policies=self.policies,
+            settings=self.settings,
+        )
+
+
+def compute_bytes(architecture: DecoderArchitecture, device: str) -> int:
+    """Bytes of an element of hidden states."""
+    return 4 if device == "cpu" or architecture.dtype == "float32" else 2
+
+
+def layer_settings(
+    architecture: DecoderArchitecture, policies: Mapping[str, QuantPolicy | None], *, gram: bool
+) -> dict[str, StatisticsSettings]:
+    """What is observed of a layer; keys and values only where their cache gets one scale per channel."""
+    settings = required_statistics(architecture.inputs, policies, gram=gram)
+    for name, linear in (("key", "self_attn.k_proj"), ("value", "self_attn.v_proj")):
+        policy = policies.get(linear)
+        if policy and policy.kvcache_quant_dtype and policy.kvcache_quant_granularity == "per_channel":
+            settings[name] = StatisticsSettings(gram=False)
+    return settings
+
+
+def _resolve(
+    config: CalibrationConfig, architecture: DecoderArchitecture
+) -> tuple[dict[str, QuantPolicy | None], tuple[str, ...]]:
+    """Policies of all linears; the head is carried over as it is."""
+    resolved = resolve_policies(
+        architecture.linear_names(), config.network_policy, config.resolved_layer_policies, config.ptq.opname_blacklist
+    )
+    named = [pattern for pattern, override in config.layer_policies.items() if "lm_head" in pattern and override]
+    if named:
+        raise PlanError(
+            f"layer_policies.'{named[0]}' asks for a quantised lm_head, which is always carried over as it is: "
+            "set the entry to null or remove it"
+        )
+    notes: tuple[str, ...] = ()
+    if resolved["lm_head"] is not None:
+        notes = ("lm_head is carried over as it is; add it to ptq.opname_blacklist to say so in the recipe",)
+        resolved["lm_head"] = None
+    if not any(p and (p.quantises_linear or p.kvcache_quant_dtype) for p in resolved.values()):
+        raise UserError(
+            "the policies leave every linear of the decoder layers unquantised: change ptq or layer_policies"
+        )
+    return resolved, notes
+
+
+def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, QuantPolicy | None]) -> None:
+    for layer in range(architecture.num_layers):
+        for linear in architecture.linears:
+            name = architecture.layer_prefix(layer) + linear.name
+            policy = resolved[name]
+            if policy is None or policy.group_size == 0 or linear.in_features % policy.group_size == 0:
+                continue
+            sizes = [str(size) for size in (64, 128, 256) if linear.in_features % size == 0]
+            write = f"group_size: {' or '.join(sizes)}" if sizes else "weight_quant_granularity: per_channel"
+            raise PlanError(
+                f"{name} has {linear.in_features} input channels, which groups of {policy.group_size} do not divide: "
+                f"set {write} for it under layer_policies, or in ptq"
+            )
+
+
+def _output_nbytes(
+    architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None], nbytes: int
+) -> int:
+    """Bytes of a layer's shard at most: every quantised weight at one byte and more, the rest as in the checkpoint."""
+    weights = {linear.name: linear.out_features * linear.in_features for linear in architecture.linears}
+    total_entries = sum(weights.values())
+    source_bytes = max(1, nbytes // max(1, total_entries))
+    total = nbytes
+    for name, entries in weights.items():
+        policy = policies.get(name)
+        if policy and policy.quantises_linear:
+            scales = entries // policy.group_size * 8 if policy.group_size else 0
+            total += entries * policy.weight_bits // 8 + scales - entries * source_bytes
+    return max(total, 0)
+
+
+def make_workload(
+    config: CalibrationConfig, architecture: DecoderArchitecture, tensors: Mapping[str, TensorHeader]
+) -> Workload:
+    """Lays the recipe over the checkpoint.
+
+    Raises:
+        CheckpointError: a tensor of the architecture has no header.
+        PolicyConflictError, UserError, PlanError: policies that conflict, match nothing or do not suit a shape.
+    """
+    resolved, notes = _resolve(config, architecture)
+    _check_groups(architecture, resolved)
+    names = [linear.name for linear in architecture.linears]
+    policies = []
+    layer_headers = []
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        policies.append({name: resolved[prefix + name] for name in names})
+        layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors()]))
+    nbytes = tuple(sum(header.nbytes for header in headers) for headers in layer_headers)
+    embedding = _headers(tensors, ["model.embed_tokens.weight"])[0]
+    return Workload(
+        architecture=architecture,
+        resolved=resolved,
+        policies=tuple(policies),
+        settings=tuple(layer_settings(architecture, p, gram=config.takes_gram) for p in policies),
+        layer_nbytes=nbytes,
+        layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
+        layer_output_nbytes=tuple(
+            _output_nbytes(architecture, layer, policies[layer], nbytes[layer])
+            for layer in range(architecture.num_layers)
+        ),
+        embedding_elements=math.prod(embedding.shape),
+        embedding_nbytes=embedding.nbytes,
+        outer_nbytes=sum(header.nbytes for header in _headers(tensors, list(architecture.outer_tensors()))),
+        notes=notes,
+    )
+
+
+def without_gram(workload: Workload) -> Workload:
+    """The same job with `gram: off`: only what solvers themselves need is observed."""
+    settings = tuple(layer_settings(workload.architecture, policies, gram=False) for policies in workload.policies)
+    return replace(workload, settings=settings)
+
+
+def _headers(tensors: Mapping[str, TensorHeader], names: Sequence[str]) -> list[TensorHeader]:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no tensor {missing[0]}, which its config.json implies ({len(missing)} missing): "
+            "complete the download, or correct config.json"
+        )
+    return [tensors[name] for name in names]
+
+
+def count_operations(workload: Workload, num_samples: int, sequence_length: int) -> Operations:
+    """Operations of forward passes, Gram matrices and solves over the whole job."""
+    a, tokens = workload.architecture, num_samples * sequence_length
+    products = 2 * sum(linear.out_features * linear.in_features for linear in a.linears)
+    attention = 2 * (sequence_length + 1) * a.query_size  # scores and their product with values, half of them masked
+    gram = solve = 0
+    for policies, settings in zip(workload.policies, workload.settings, strict=True):
+        for name, taken in settings.items():
+            channels = channels_of(a, name)
+            gram += tokens * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
+        solve += _solve_operations(a, policies, settings)
+    return Operations(forward=tokens * a.num_layers * (products + attention), gram=gram, solve=solve)
+
+
+def _solve_operations(
+    architecture: DecoderArchitecture,
+    policies: Mapping[str, QuantPolicy | None],
+    settings: Mapping[str, StatisticsSettings],
+) -> int:
+    """Of one layer: an error tr(D G DT) per linear and candidate scale; GPTQ's factorisation and its updates."""
+    inputs = {name: layer_input.name for layer_input in architecture.inputs for name in layer_input.linears}
+    total = 0
+    for linear in architecture.linears:
+        policy, taken = policies.get(linear.name), settings[inputs[linear.name]]
+        if policy is None or not policy.quantises_linear or not (taken.gram or taken.weighted_gram):
+            continue
+        out, channels = linear.out_features, linear.in_features
+        candidates = 1
+        searched = policy.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
+        if searched and isinstance(policy.algo_args.smooth_alpha, tuple):
+            candidates += len(policy.algo_args.smooth_alpha)
+        total += candidates * 2 * out * channels * channels
+        if policy.precision_recovery is PrecisionRecovery.GPTQ:
+            total += channels * channels * channels * 4 // 3 + out * channels * channels
+    return total
