@@ -97,9 +97,10 @@ class ArrowFile:
     def column_is_text(self, column: str) -> bool:
         """Whether a column holds text; refuses a missing one, and one that holds neither text nor lists of integers."""
         columns = ", ".join(f"{field.name} ({field.type})" for field in self.schema) or "none"
-        if column not in self.schema.names:
+        count = self.schema.names.count(column)
+        if count != 1:
             raise DatasetError(
-                f"{self} has no column {column}; set calibration.column to one of its columns: {columns}"
+                f"{self} has {count or 'no'} column {column}; set calibration.column to one of its columns: {columns}"
             )
         kind = self.schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -141,12 +142,7 @@ class ArrowFile:
                     return
                 numbers = wanted.within(start, len(array))
                 if numbers.size:
-                    consecutive = int(numbers[-1] - numbers[0]) == numbers.size - 1
-                    places = numbers - start
-                    yield (
-                        numbers,
-                        array.slice(int(places[0]), places.size) if consecutive else array.take(pa.array(places)),
-                    )
+                    yield numbers, _taken(array, numbers - start)
 
     def _arrays(self, source: Any, column: str) -> Iterator[tuple[int, pa.Array]]:
         start = 0
@@ -296,3 +292,10 @@ def _saved_dataset(filesystem: pafs.FileSystem, path: str, names: set[str]) -> I
         if name not in names:
             raise DatasetError(f"{path}/state.json lists {name}, which is not in the directory; copy it there")
         yield f"{path}/{name}"
+
+
+def _taken(array: pa.Array, places: Rows) -> pa.Array:
+    """The values at ascending places, checked first: a damaged file's offsets would lead anywhere in memory."""
+    part = array.slice(int(places[0]), int(places[-1] - places[0]) + 1)
+    part.validate(full=True)
+    return part if len(part) == places.size else part.take(pa.array(places - places[0]))

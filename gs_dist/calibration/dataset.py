@@ -76,9 +76,7 @@ def open_dataset(
     tokenizer = _load_tokenizer(tokenizer_file, files[0], column) if is_text else None
     dataset = CalibrationDataset(config, files, column, tokenizer, vocab_size, eos_token_id)
     if fewer_samples:
-        dataset._num_samples = sum(1 for _ in dataset._samples(0, config.num_samples, refuse=False))
-        if dataset._num_samples == 0:
-            raise dataset._too_few(0)
+        dataset._serve_what_is_there()
     return dataset
 
 
@@ -156,6 +154,14 @@ class CalibrationDataset:
             digest.update(sample.astype("<i4").tobytes())
         return digest.hexdigest()
 
+    def _serve_what_is_there(self) -> None:
+        self._num_samples = self._count_samples()
+        if self._num_samples == 0:
+            raise self._too_few(0)
+
+    def _count_samples(self) -> int:
+        return sum(1 for _ in self._samples(0, self._config.num_samples, refuse=False))
+
     def _samples(self, first: int, last: int, *, refuse: bool = True) -> Iterator[Ids]:
         """Samples `first` to `last` - 1, without padding; refuses data that hold fewer."""
         length = self._config.sequence_length
@@ -169,17 +175,20 @@ class CalibrationDataset:
                 found += 1
                 yield sample
         if found < last and refuse:
-            raise self._too_few(sum(1 for _ in self._samples(0, last, refuse=False)))
+            raise self._too_few(self._count_samples())
 
     def _too_few(self, found: int) -> DatasetError:
         config = self._config
         names = ", ".join([without_secrets(entry) for entry in config.data[:3]] + ["..."] * (len(config.data) > 3))
-        length = f"of {config.sequence_length} tokens" if config.packing else "(rows)"
-        cure = f"set calibration.num_samples to {found} or give more data" if found else "give other data"
-        if config.packing and not found:
-            cure = "set a smaller calibration.sequence_length or give more data"
+        cure = f"set calibration.num_samples to {found} or give more data"
+        if found == 0:
+            cure = (
+                "set a smaller calibration.sequence_length or give more data" if config.packing else "give other data"
+            )
+        kind = f"samples of {config.sequence_length} tokens" if config.packing else "rows"
         return DatasetError(
-            f"calibration.num_samples asks for {config.num_samples} samples {length}; {names} holds {found}: {cure}"
+            f"{names}: {found or 'no'} {kind} in column {self.column}, while calibration.num_samples asks for "
+            f"{config.num_samples}: {cure}"
         )
 
     def _rows(self, first: int, last: int | None = None) -> Iterator[Ids]:
@@ -227,6 +236,10 @@ class CalibrationDataset:
         step = _ROWS_AT_ONCE if self._tokenizer is None else _TEXTS_AT_ONCE
         for start in range(0, len(array), step):
             part, numbers = array.slice(start, step), rows[start : start + step]
+            if file.column_is_text(self.column) is (self._tokenizer is None):
+                raise DatasetError(f"{file}: column {self.column} is {array.type}, unlike in other files of the data")
+            if pa.types.is_dictionary(part.type):
+                part = part.dictionary_decode()
             if part.null_count:
                 raise DatasetError(f"{file}, row {numbers[_first_true(part.is_null())]}: {self.column} is null")
             lengths, ids = self._encode(part) if self._tokenizer is not None else self._ids(file, numbers, part)
