@@ -28,7 +28,9 @@ _TILE_ELEMENTS = 1 << 20
 class ClipResult:
     """`weight` (out, in) float32 within its chosen ranges; `ratio` (out, groups) float32 of each range kept.
 
-    The losses are sums of d G_gg dT over output channels and groups, before with the whole range.
+    Rather than the clipped weight, round the weight itself with `clip_ratio=ratio`: a weight cut to -absmax lies
+    half way between two codes of a symmetric range. The losses are sums of d G_gg dT over output channels
+    and groups, before with the whole range.
     """
 
     weight: Float32
@@ -63,8 +65,11 @@ def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dt
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         tile = np.asarray(weight[rows], dtype=np.float32).reshape(-1, groups, size).transpose(1, 0, 2)
-        tile = np.ascontiguousarray(tile)  # (groups, rows, size)
+        tile = np.array(tile, order="C")  # (groups, rows, size), never the caller's memory
         low, high = np.minimum(tile.min(axis=2), 0.0), np.maximum(tile.max(axis=2), 0.0)
+        if policy.weight_symmetric:
+            high = np.maximum(-low, high)
+            low = -high
         whole = _block_errors(tile, blocks, low, high, policy, scale_dtype)
         least, best = np.full(whole.shape, np.inf), np.ones(whole.shape, dtype=np.float32)
         for ratio in ratios:

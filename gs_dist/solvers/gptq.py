@@ -240,7 +240,8 @@ def _plain(
         scale_dtype=scale_dtype,
         clip_ratio=clip_ratio,
     )
-    loss = output_error(dequantise(codes, scale, zero_point) - weight, gram)
+    with np.errstate(invalid="ignore"):  # a Gram matrix that is not finite gives a loss of NaN, and a note says so
+        loss = output_error(dequantise(codes, scale, zero_point) - weight, gram)
     return GPTQResult(
         codes=codes,
         scale=scale,
