@@ -1,0 +1,243 @@
+"""Finished parts of a run: a shard per format, and beside them the manifest that says they are complete.
+
+Layout of an output directory: `<format>/layer-00017.safetensors`, `<format>/outer.safetensors` (embedding,
+final norm and head), `manifests/layer-00017.json`, `manifests/outer.json`. A manifest is written after
+its shards, so whatever it names exists in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_json, write_safetensors
+from gs_dist.errors import OutputError
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import LinearSummary, QuantizedLayer
+
+__all__ = [
+    "Fingerprints",
+    "LayerManifest",
+    "check_fingerprints",
+    "publish_layer",
+    "publish_outer",
+    "read_manifest",
+    "shard_faults",
+    "write_manifest",
+]
+
+MANIFESTS = "manifests"
+_VERSION = 1
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """What a part was made from: digests of the recipe, of the source checkpoint and of the calibration data."""
+
+    recipe: str
+    source: str
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerManifest:
+    """One finished decoder layer, or (`layer` None) what lies outside of the layers.
+
+    Attributes:
+        layer: index of the decoder layer.
+        shards: name of the format to the shard written for it.
+        fingerprints: what it was made from.
+        policies: full dotted name of every linear that was quantised, to how it was; a linear of the layer
+            that is not here stayed in float.
+        kv_cache: "per_channel", "per_token" or None.
+        rows: the layer's rows of the summary.
+    """
+
+    layer: int | None
+    shards: Mapping[str, ShardRecord]
+    fingerprints: Fingerprints
+    policies: Mapping[str, QuantPolicy] = field(default_factory=dict)
+    kv_cache: str | None = None
+    rows: tuple[LinearSummary, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """`layer-00017` or `outer`: what its files are called."""
+        return part_stem(self.layer)
+
+
+def part_stem(layer: int | None) -> str:
+    """Name without suffix of a layer's shards and manifest, `outer` for None."""
+    return "outer" if layer is None else f"layer-{layer:05d}"
+
+
+def publish_layer(
+    output: Path,
+    layer: QuantizedLayer,
+    architecture: DecoderArchitecture,
+    formats: Sequence[str],
+    fingerprints: Fingerprints,
+) -> LayerManifest:
+    """Writes a layer's shard in every format, then its manifest.
+
+    Args:
+        output: the run's output directory; subdirectories are made.
+        layer: what the solvers made of the layer.
+        architecture: of the source checkpoint.
+        formats: names in `FORMATS`.
+        fingerprints: what the layer was made from.
+
+    Raises:
+        OutputError: the disk is full, or the directory cannot be written.
+        LayerError: a value that the format cannot hold.
+    """
+    prefix = architecture.layer_prefix(layer.layer)
+    shards = {}
+    for name in formats:
+        directory = make_directory(output / name)
+        tensors = FORMATS[name].encode_layer(layer, architecture)
+        shards[name] = write_safetensors(directory / f"{part_stem(layer.layer)}.safetensors", tensors)
+    kv_cache = None
+    if layer.kv_cache is not None:
+        kv_cache = "per_token" if layer.kv_cache.key_scale is None else "per_channel"
+    manifest = LayerManifest(
+        layer=layer.layer,
+        shards=shards,
+        fingerprints=fingerprints,
+        policies={prefix + name: linear.policy for name, linear in layer.linears.items()},
+        kv_cache=kv_cache,
+        rows=layer.rows,
+    )
+    write_manifest(output, manifest)
+    return manifest
+
+
+def publish_outer(
+    output: Path, reader: CheckpointReader, formats: Sequence[str], fingerprints: Fingerprints
+) -> LayerManifest:
+    """Carries embedding, final norm and head over, bit for bit, in every format; then writes their manifest."""
+    tensors = reader.read_outer()
+    shards = {
+        name: write_safetensors(make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors)
+        for name in formats
+    }
+    manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints)
+    write_manifest(output, manifest)
+    return manifest
+
+
+def write_manifest(output: Path, manifest: LayerManifest) -> None:
+    """Publishes a manifest; its shards are in place already."""
+    content = {
+        "version": _VERSION,
+        "layer": manifest.layer,
+        "fingerprints": dataclasses.asdict(manifest.fingerprints),
+        "shards": {name: dataclasses.asdict(record) for name, record in manifest.shards.items()},
+        "policies": {name: policy.model_dump(mode="json") for name, policy in manifest.policies.items()},
+        "kv_cache": manifest.kv_cache,
+        "rows": [dataclasses.asdict(row) for row in manifest.rows],
+    }
+    write_json(make_directory(output / MANIFESTS) / f"{manifest.stem}.json", content)
+
+
+def read_manifest(output: Path, layer: int | None) -> LayerManifest | None:
+    """The manifest of a layer (None: of the outer part), or None where it is not finished.
+
+    Raises:
+        OutputError: the file is damaged or of another version.
+    """
+    label = f"{MANIFESTS}/{part_stem(layer)}.json"
+    try:
+        content = json.loads((output / label).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(
+            f"{label}: cannot be read ({error!s:.200}); delete it to have the layer done again"
+        ) from error
+    try:
+        manifest = _from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OutputError(
+            f"{label}: is not a manifest of this version ({error!s:.200}); delete it to have the layer done again"
+        ) from error
+    if manifest.layer != layer:
+        raise OutputError(f"{label}: is the manifest of {manifest.stem}; delete it to have the layer done again")
+    return manifest
+
+
+def check_fingerprints(manifest: LayerManifest, wanted: Fingerprints) -> None:
+    """Refuses to go on with a run that was made from something else.
+
+    Raises:
+        OutputError: says which of recipe, model and data differ.
+    """
+    names = {"recipe": "the recipe", "source": "the model", "data": "the calibration data"}
+    different = [label for key, label in names.items() if getattr(manifest.fingerprints, key) != getattr(wanted, key)]
+    if different:
+        raise OutputError(
+            f"{MANIFESTS}/{manifest.stem}.json: the output directory holds a run in which {' and '.join(different)} "
+            "differed; restore what it was, or set output to another directory"
+        )
+
+
+def shard_faults(output: Path, manifest: LayerManifest) -> list[str]:
+    """Reads the manifest's shards in full and says which are missing or changed; empty where all is well."""
+    faults = []
+    for name, record in manifest.shards.items():
+        label = f"{name}/{record.file}"
+        try:
+            digest, nbytes = _sha256(output / name / record.file)
+        except OSError as error:
+            faults.append(f"{label}: cannot be read ({error.strerror})")
+            continue
+        if nbytes != record.nbytes:
+            faults.append(f"{label}: has {nbytes} bytes, {record.nbytes} were written")
+        elif digest != record.sha256:
+            faults.append(f"{label}: its content changed since it was written (sha256 {digest[:12]}...)")
+    return faults
+
+
+def _sha256(path: Path) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    nbytes = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            nbytes += len(chunk)
+    return digest.hexdigest(), nbytes
+
+
+def _from_json(content: Mapping[str, Any]) -> LayerManifest:
+    if content["version"] != _VERSION:
+        raise ValueError(f"version {content['version']!r}")
+    return LayerManifest(
+        layer=content["layer"],
+        fingerprints=Fingerprints(**content["fingerprints"]),
+        shards={name: _record(record) for name, record in content["shards"].items()},
+        policies={
+            name: QuantPolicy.model_validate_json(json.dumps(policy)) for name, policy in content["policies"].items()
+        },
+        kv_cache=content["kv_cache"],
+        rows=tuple(LinearSummary(**{**row, "notes": tuple(row["notes"])}) for row in content["rows"]),
+    )
+
+
+def _record(content: Mapping[str, Any]) -> ShardRecord:
+    file = content["file"]
+    if Path(file).name != file:
+        raise ValueError(f"shard {file!r} lies elsewhere")
+    tensors = {
+        name: StoredTensor(dtype=stored["dtype"], shape=tuple(stored["shape"]))
+        for name, stored in content["tensors"].items()
+    }
+    return ShardRecord(file=file, sha256=content["sha256"], nbytes=content["nbytes"], tensors=tensors)

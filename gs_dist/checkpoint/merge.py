@@ -1,0 +1,212 @@
+"""The last step of a run: from shards with manifests to a model directory.
+
+No shard is rewritten: the merge checks that everything is there, then writes config.json, the tokenizer's
+files and, last, the index that makes the directory a model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gs_dist.checkpoint.formats import FORMATS, CheckpointFormat
+from gs_dist.checkpoint.formats.base import Policies
+from gs_dist.checkpoint.header import read_header
+from gs_dist.checkpoint.manifest import LayerManifest
+from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader, contained_path
+from gs_dist.checkpoint.writer import StoredTensor, publish, remove_leftovers, write_json
+from gs_dist.errors import CheckpointError, JobFailure, OutputError
+
+__all__ = ["MergeRecord", "merge_checkpoint"]
+
+# Files that go with the weights. Code (*.py) is never carried over.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+)
+_NEVER = ("*.py", "*.safetensors", "*.bin", "*.index.json", "config.json")
+_MAX_COMPANION = 256 << 20  # bytes; tokenizers have up to some 40 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """What a merge made: `total_size` bytes of tensors; `dropped` source tensors that no decoder needs."""
+
+    format: str
+    total_size: int
+    num_tensors: int
+    files: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def merge_checkpoint(
+    output: Path,
+    format_name: str,
+    reader: CheckpointReader,
+    manifests: Iterable[LayerManifest],
+    outer: LayerManifest,
+    planned: Policies | None = None,
+) -> MergeRecord:
+    """Makes `output/<format_name>` a model directory.
+
+    Args:
+        output: the run's output directory.
+        format_name: a name in `FORMATS`.
+        reader: the source checkpoint.
+        manifests: those of all decoder layers, in any order.
+        outer: the manifest of embedding, final norm and head.
+        planned: the recipe's policies by full name of linear. A linear that should have been quantised and
+            stayed in float must then say why in its row of the summary.
+
+    Raises:
+        OutputError: a shard is missing or changed, or a foreign weight file lies in the directory.
+        JobFailure: a source tensor that no shard accounts for, or a shard that does not hold what the
+            policies call for; nothing has been written then.
+    """
+    directory = output / format_name
+    architecture = reader.architecture
+    layers = _by_layer(manifests, architecture.num_layers, format_name)
+    parts = [*layers.values(), outer]
+    policies: Policies = {name: policy for part in parts for name, policy in part.policies.items()}
+    kv_cache = {layer: part.kv_cache for layer, part in layers.items()}
+    _check_planned(planned or {}, policies, layers)
+    for part in parts:
+        _check_accounted(part, FORMATS[format_name], policies, reader)
+        _check_on_disk(directory, part, format_name)
+    _check_no_foreign_weights(directory, parts, format_name)
+
+    weight_map: dict[str, str] = {}
+    for part in parts:
+        record = part.shards[format_name]
+        weight_map.update(dict.fromkeys(record.tensors, record.file))
+    total_size = sum(_data_bytes(directory, part, format_name) for part in parts)
+
+    remove_leftovers(directory)
+    written = _copy_companions(reader.directory, directory)
+    for name, content in FORMATS[format_name].extra_files(policies, kv_cache, architecture).items():
+        write_json(directory / name, content)
+        written.append(name)
+    source = {key: value for key, value in reader.config.items() if key != "auto_map"}  # names code to run
+    if "dtype" not in source and "torch_dtype" not in source:
+        source["torch_dtype"] = architecture.dtype
+    write_json(directory / "config.json", FORMATS[format_name].config(source, policies, kv_cache, architecture))
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / INDEX_FILE, index)
+    return MergeRecord(
+        format=format_name,
+        total_size=total_size,
+        num_tensors=len(weight_map),
+        files=tuple(sorted([*written, "config.json", INDEX_FILE, *set(weight_map.values())])),
+        dropped=reader.ignored,
+    )
+
+
+def _by_layer(manifests: Iterable[LayerManifest], num_layers: int, format_name: str) -> dict[int, LayerManifest]:
+    found: dict[int, LayerManifest] = {}
+    for manifest in manifests:
+        if manifest.layer is None or manifest.layer in found or not 0 <= manifest.layer < num_layers:
+            raise JobFailure(f"{manifest.stem}: comes twice, or is not one of the model's {num_layers} layers")
+        if format_name not in manifest.shards:
+            raise JobFailure(f"{manifest.stem}: has no shard in format {format_name}")
+        found[manifest.layer] = manifest
+    missing = [layer for layer in range(num_layers) if layer not in found]
+    if missing:
+        raise JobFailure(f"{len(missing)} of {num_layers} layers are not finished, the first is layer {missing[0]}")
+    return dict(sorted(found.items()))
+
+
+def _check_planned(planned: Policies, actual: Policies, layers: Mapping[int, LayerManifest]) -> None:
+    noted = {row.name for part in layers.values() for row in part.rows if row.notes}
+    for name, policy in planned.items():
+        wanted = policy is not None and policy.quantises_linear and name != "lm_head"
+        if wanted and name not in actual and name not in noted:
+            raise JobFailure(f"{name}: the recipe quantises it, it stayed in float, and nothing says why")
+        if name in actual and not wanted:
+            raise JobFailure(f"{name}: the recipe leaves it alone, and it was quantised")
+
+
+def _check_accounted(
+    part: LayerManifest, dialect: CheckpointFormat, policies: Policies, reader: CheckpointReader
+) -> None:
+    """A shard holds exactly what the architecture and the policies call for, in the source's float dtypes."""
+    architecture = reader.architecture
+    if part.layer is None:
+        expected = {name: StoredTensor(dtype="", shape=shape) for name, shape in architecture.outer_tensors().items()}
+    else:
+        expected = dialect.expected_tensors(part.layer, policies, part.kv_cache, architecture)
+    held = part.shards[dialect.name]
+    for name, stored in expected.items():
+        wanted = stored if stored.dtype else replace(stored, dtype=reader.tensors[name].dtype)
+        found = held.tensors.get(name)
+        if found is None:
+            raise JobFailure(
+                f"{dialect.name}/{held.file}: tensor {name} is unaccounted for: it is called for, and missing"
+            )
+        if found != wanted:
+            raise JobFailure(
+                f"{dialect.name}/{held.file}: tensor {name} is {found.dtype} {found.shape}, called for is "
+                f"{wanted.dtype} {wanted.shape}"
+            )
+    extra = [name for name in held.tensors if name not in expected]
+    if extra:
+        raise JobFailure(f"{dialect.name}/{held.file}: holds {extra[0]}, which neither model nor policies call for")
+
+
+def _data_bytes(directory: Path, part: LayerManifest, format_name: str) -> int:
+    tensors, _ = read_header(directory / part.shards[format_name].file, part.shards[format_name].file)
+    return sum(info.nbytes for info in tensors.values())
+
+
+def _check_on_disk(directory: Path, part: LayerManifest, format_name: str) -> None:
+    """Size and header of the file against the record; the data's hash was taken when it was written."""
+    record = part.shards[format_name]
+    label = f"{format_name}/{record.file}"
+    again = f"delete manifests/{part.stem}.json and submit the recipe again to have it done anew"
+    try:
+        tensors, _ = read_header(directory / record.file, label)
+        nbytes = (directory / record.file).stat().st_size
+    except (CheckpointError, OSError) as error:
+        raise OutputError(f"{error}; {again}") from error
+    found = {name: StoredTensor(dtype=info.dtype, shape=info.shape) for name, info in tensors.items()}
+    if found != dict(record.tensors) or nbytes != record.nbytes:
+        raise OutputError(f"{label}: is not the file that was written; {again}")
+
+
+def _check_no_foreign_weights(directory: Path, parts: Iterable[LayerManifest], format_name: str) -> None:
+    ours = {part.shards[format_name].file for part in parts}
+    foreign = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in ours)
+    if foreign:
+        raise OutputError(
+            f"{format_name}/{foreign[0]}: is not of this run, and serving engines would load it too; move it away"
+        )
+
+
+def _copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, generation and licence files; returns their names, sorted."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+        if not wanted or any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEVER):
+            continue
+        real = contained_path(source, name)
+        if not real.is_file():
+            continue
+        if real.stat().st_size > _MAX_COMPANION:
+            raise OutputError(f"{name}: has {real.stat().st_size} bytes, too many for a tokenizer file; move it away")
+        with real.open("rb") as stream, publish(target / name) as file:
+            shutil.copyfileobj(stream, file)
+        copied.append(name)
+    return copied

@@ -1,0 +1,221 @@
+"""Files are published whole or not at all: written beside, flushed to disk, then renamed.
+
+A temporary file is locked (`flock`) for as long as its writer lives, so that leftovers of a dead writer
+can be told from work in progress on any host that shares the directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.checkpoint.header import SPELLINGS
+from gs_dist.errors import OutputError
+
+__all__ = [
+    "ShardRecord",
+    "StoredTensor",
+    "make_directory",
+    "publish",
+    "remove_leftovers",
+    "write_bytes",
+    "write_json",
+    "write_safetensors",
+]
+
+_PREFIX = ".gs-dist-"
+_SUFFIX = ".tmp"
+_CHUNK = 16 << 20  # bytes hashed and written at a time
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a shard holds under a name: NumPy's dtype name ("int8", "bfloat16" ...) and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """A written safetensors file: name within its directory, sha256 (hexadecimal), size, tensors by full name."""
+
+    file: str
+    sha256: str
+    nbytes: int
+    tensors: Mapping[str, StoredTensor]
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`; on leaving, it is flushed to disk and takes `path`'s place.
+
+    The file has the permissions that the umask leaves. When the block raises, nothing changes at `path`.
+
+    Raises:
+        OutputError: the disk is full, or the directory cannot be written.
+    """
+    try:
+        descriptor, temporary = _open_locked(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)  # while the lock is held: no one may take it for a leftover
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        where = f"{path.parent.name}/{path.name}"
+        if error.errno in _NO_ROOM:
+            raise OutputError(
+                f"{where}: the disk is full; free space and start again, finished layers are kept"
+            ) from error
+        raise OutputError(
+            f"{where}: cannot be written ({error.strerror}); set output to a writable directory"
+        ) from error
+
+
+def make_directory(path: Path) -> Path:
+    """Makes a directory where there is none, durably, and returns it; its parent exists."""
+    try:
+        path.mkdir()
+        _sync_directory(path.parent)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise OutputError(
+            f"{path.name}: cannot be made ({error.strerror}); set output to a writable directory"
+        ) from error
+    return path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Publishes a small file."""
+    with publish(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Publishes a JSON file, indented, keys in the order given; refuses NaN and infinities (ValueError)."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> ShardRecord:
+    """Publishes a safetensors file; same tensors, same bytes, in whatever order they come.
+
+    Tensors lie in descending order of item size, then by name, as the safetensors library writes them, so
+    that each is aligned. One that is not contiguous is copied, one at a time; beyond that no copy is made.
+
+    Args:
+        path: the file; its directory exists.
+        tensors: name to array.
+        metadata: `__metadata__` of the header; transformers wants "format" to be "pt", the default.
+
+    Returns:
+        The record of the file, its hash taken while writing.
+
+    Raises:
+        OutputError: as `publish`.
+        TypeError: a dtype that safetensors does not know.
+    """
+    for name, array in tensors.items():
+        if array.dtype.name not in SPELLINGS or not array.dtype.isnative:
+            raise TypeError(f"tensor {name!r} is {array.dtype}, which a safetensors file cannot hold")
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = _header({name: tensors[name] for name in names}, {"format": "pt"} if metadata is None else metadata)
+    digest = hashlib.sha256(header)
+    nbytes = len(header)
+    with publish(path) as file:
+        file.write(header)
+        for name in names:
+            flat = np.ascontiguousarray(tensors[name]).reshape(-1)
+            data = flat.view(np.uint8).data  # a memoryview; bfloat16 itself has no buffer protocol
+            for start in range(0, len(data), _CHUNK):
+                digest.update(data[start : start + _CHUNK])
+                file.write(data[start : start + _CHUNK])
+            nbytes += len(data)
+    stored = {name: StoredTensor(dtype=tensors[name].dtype.name, shape=tensors[name].shape) for name in names}
+    return ShardRecord(file=path.name, sha256=digest.hexdigest(), nbytes=nbytes, tensors=stored)
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Deletes temporary files whose writer is dead; returns their names, sorted.
+
+    Files of living writers stay, and so do all where the file system knows no locks.
+    """
+    removed = []
+    for path in sorted(directory.glob(f"{_PREFIX}*{_SUFFIX}")):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # renamed or removed meanwhile, or not ours to open
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed.append(path.name)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def _open_locked(path: Path) -> tuple[int, Path]:
+    while True:
+        temporary = path.with_name(f"{_PREFIX}{path.name}.{secrets.token_hex(6)}{_SUFFIX}")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, temporary
+            # Someone cleaning up took the file in the instant before it was locked, and will delete it.
+            os.close(descriptor)
+            continue
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)  # cleaned up in that same instant
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, array in tensors.items():
+        entries[name] = {
+            "dtype": SPELLINGS[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts aligned
+    return struct.pack("<Q", len(text)) + text
