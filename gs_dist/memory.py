@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
@@ -106,6 +107,22 @@ class JobShape:
         """Tokens of a micro-batch."""
         return self.micro_batch_size * self.sequence_length
 
+    @cached_property
+    def set_bytes(self) -> list[int]:
+        """One set of statistics, of each layer."""
+        return [layer_set_bytes(self.architecture, settings) for settings in self.settings]
+
+    @cached_property
+    def solver_bytes(self) -> list[int]:
+        """Workspace of each layer's costliest linear; linears are solved one after another."""
+        pairs = zip(self.policies, self.settings, strict=True)
+        return [_solver_bytes(self.architecture, policies, settings) for policies, settings in pairs]
+
+    @cached_property
+    def largest_gram_bytes(self) -> list[int]:
+        """The largest Gram matrix taken, of each layer."""
+        return [_largest_gram_bytes(self.architecture, settings) for settings in self.settings]
+
     @property
     def hidden_bytes(self) -> int:
         """Hidden states of one micro-batch, as they pass from stage to stage."""
@@ -169,37 +186,32 @@ def _activation_bytes(shape: JobShape) -> int:
     return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
 
 
-def _largest_gram(shape: JobShape, layers: Sequence[int]) -> int:
-    """Entries of the largest Gram matrix taken in `layers`."""
-    sizes = [
-        channels_of(shape.architecture, name) ** 2
-        for layer in layers
-        for name, taken in shape.settings[layer].items()
-        if taken.gram or taken.weighted_gram
-    ]
-    return max(sizes, default=0)
+def _largest_gram_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+    taken = [name for name, seen in settings.items() if seen.gram or seen.weighted_gram]
+    return max((4 * channels_of(architecture, name) ** 2 for name in taken), default=0)
 
 
-def _solver_bytes(shape: JobShape, layers: Sequence[int]) -> int:
-    """Workspace of the costliest linear of `layers`; they are solved one after another."""
-    inputs = {name: i for i in shape.architecture.inputs for name in i.linears}
+def _solver_bytes(
+    architecture: DecoderArchitecture,
+    policies: Mapping[str, QuantPolicy | None],
+    settings: Mapping[str, StatisticsSettings],
+) -> int:
+    inputs = {name: layer_input.name for layer_input in architecture.inputs for name in layer_input.linears}
     worst = 0
-    for layer in layers:
-        for linear in shape.architecture.linears:
-            policy = shape.policies[layer].get(linear.name)
-            if policy is None or not policy.quantises_linear:
-                continue
-            taken = shape.settings[layer][inputs[linear.name].name]
-            gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-            searches = policy.weight_clip or policy.outliers_suppression not in (
-                OutliersSuppressionType.NONE,
-                OutliersSuppressionType.SMOOTH,
-            )
-            per_entry = RESCALED_GRAM_BYTES * (int(taken.gram) + int(taken.weighted_gram))
-            per_entry += SEARCH_GRAM_BYTES * int(searches) + GPTQ_GRAM_BYTES * int(gptq)
-            gram = linear.in_features**2 * per_entry if taken.gram or taken.weighted_gram else 0
-            weight = linear.out_features * linear.in_features * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq))
-            worst = max(worst, gram + weight)
+    for linear in architecture.linears:
+        policy, taken = policies.get(linear.name), settings[inputs[linear.name]]
+        if policy is None or not policy.quantises_linear:
+            continue
+        gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
+        searches = policy.weight_clip or policy.outliers_suppression not in (
+            OutliersSuppressionType.NONE,
+            OutliersSuppressionType.SMOOTH,
+        )
+        per_entry = RESCALED_GRAM_BYTES * (int(taken.gram) + int(taken.weighted_gram))
+        per_entry += SEARCH_GRAM_BYTES * int(searches) + GPTQ_GRAM_BYTES * int(gptq)
+        gram = linear.in_features**2 * per_entry if taken.gram or taken.weighted_gram else 0
+        weight = linear.out_features * linear.in_features * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq))
+        worst = max(worst, gram + weight)
     return worst
 
 
@@ -207,17 +219,17 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     """Peak memory of a worker of this stage while it observes and solves `stage.wave`."""
     weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
     weights += shape.embedding_bytes if stage.embeds else 0
-    one_set = sum(layer_set_bytes(shape.architecture, shape.settings[i]) for i in stage.wave)
+    one_set = sum(shape.set_bytes[i] for i in stage.wave)
     activations = _activation_bytes(shape)
     kept = stage.kept_micro_batches * shape.hidden_bytes
-    solver = _solver_bytes(shape, stage.wave)
+    solver = max((shape.solver_bytes[i] for i in stage.wave), default=0)
     written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)
     if shape.device == "cpu":
         # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
         values = (CPU_RUNTIME_BYTES, weights, activations + kept, one_set * stage.live_sets, solver, written)
         return MemoryPlan(items=dict(zip(ITEMS, values, strict=True)))
     # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's.
-    card_statistics = one_set + CARD_GRAM_WORKSPACES * 4 * _largest_gram(shape, stage.wave)
+    card_statistics = one_set + CARD_GRAM_WORKSPACES * max((shape.largest_gram_bytes[i] for i in stage.wave), default=0)
     card = (ASCEND_RUNTIME_BYTES, weights, activations, card_statistics, 0, 0)
     in_flight = shape.max_in_flight * shape.hidden_bytes
     host = (CPU_RUNTIME_BYTES, 0, kept + in_flight, one_set * stage.live_sets, solver, written)

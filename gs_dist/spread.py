@@ -13,13 +13,12 @@ from gs_dist.errors import PlanError
 from gs_dist.memory import GIB
 from gs_dist.statistics import block_bounds
 from gs_dist.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
-from gs_dist.workload import Workload, without_gram
+from gs_dist.workload import Workload, count_operations, without_gram
 
 __all__ = ["ClusterFacts", "Spread", "blocks_of", "choose_spread", "device_of", "format_bytes", "shares", "threads_of"]
 
 IN_FLIGHT_PER_STAGE = 2  # one at work and one waiting keeps a stage busy; more only fills memory
 CPU_MEMORY_SHARE = 0.8  # of the machine, for workers: the rest is the object store's and the system's
-_ROUND = 64 << 20  # sizes in advice are rounded up to this
 ASCEND_MEMORY_PER_WORKER = 60 * GIB  # of a card with 64 GB, what its driver leaves free
 
 
@@ -59,14 +58,30 @@ class Spread:
         return all(choice.fits for choice in self.choices)
 
     @property
-    def cost(self) -> tuple[bool, int, bool, int]:
-        """Smaller is better: fits, few passes, weights in memory, few stages."""
-        return (
-            not self.fits,
-            max(len(choice.waves) for choice in self.choices),
-            not all(choice.resident for choice in self.choices),
-            self.pipeline_parallel_size,
-        )
+    def overshoot(self) -> float:
+        """The costliest stage's peak over what a worker may use."""
+        return max(choice.memory.peak for choice in self.choices) / self.memory_per_worker
+
+    @property
+    def streams(self) -> bool:
+        """Whether one pass with all weights in memory is enough."""
+        return all(choice.resident and len(choice.waves) == 1 for choice in self.choices)
+
+
+def _relative_time(spread: Spread, config: CalibrationConfig, workload: Workload) -> float:
+    """How long the passes take, in operations of the busiest worker; to compare spreads, not to promise a time."""
+    data = config.calibration
+    operations = count_operations(workload, data.num_samples, data.sequence_length)
+    num_layers, times = len(workload.policies), []
+    for choice in spread.choices:
+        # With all weights in memory the first pass runs every layer, and each later one its wave.
+        passes = 2 - 1 / len(choice.waves) if choice.resident and config.propagation == "original" else 1
+        layers = sum(len(wave) for wave in choice.waves)
+        times.append(layers / num_layers * (operations.forward * passes + operations.gram))
+    share = data.num_micro_batches / spread.data_parallel_size
+    if config.propagation == "original" and all(choice.resident for choice in spread.choices):
+        return max(times) / spread.data_parallel_size * (share + len(times) - 1) / share
+    return sum(times) / spread.data_parallel_size  # each stage waits for the one before
 
 
 def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
@@ -83,7 +98,7 @@ def format_bytes(size: int) -> str:
 
 
 def choose_spread(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
-    """The first way that fits with all weights in memory and one pass, else the least costly one that fits.
+    """The fastest way to spread the job that fits.
 
     Raises:
         PlanError: sizes that contradict each other, or no way fits; the message names the settings to
@@ -166,18 +181,24 @@ def _candidates(config: CalibrationConfig, num_layers: int, slots: int | None) -
 
 
 def _best(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
-    """The first way that fits with all weights in memory and one pass, else the least costly one."""
-    num_layers = workload.architecture.num_layers
+    """The fastest way that fits; on a cluster of unknown size the one with fewest workers that needs one pass."""
+    num_layers, slots = workload.architecture.num_layers, _num_slots(config, available)
     _check_sizes(config, num_layers)
-    best: Spread | None = None
-    for stages, replicas in _candidates(config, num_layers, _num_slots(config, available)):
+    best: tuple[tuple[float, ...], Spread] | None = None
+    for stages, replicas in _candidates(config, num_layers, slots):
         spread = _try(config, workload, available, stages, replicas)
-        if best is None or spread.cost < best.cost:
-            best = spread
-        if spread.fits and spread.cost[1:3] == (1, False):
+        if slots is None:
+            passes = max(len(choice.waves) for choice in spread.choices)
+            cost: tuple[float, ...] = (not spread.streams, passes, stages)
+        else:
+            cost = (_relative_time(spread, config, workload), stages)
+        key = (0.0, *cost) if spread.fits else (1.0, spread.overshoot)
+        if best is None or key < best[0]:
+            best = (key, spread)
+        if slots is None and spread.fits and spread.streams:
             break
     assert best is not None, "there is always a candidate"
-    return best
+    return best[1]
 
 
 def _try(
@@ -268,12 +289,18 @@ def _explain_misfit(
     per_wave = max(len(wave) for wave in choice.waves)
     first, last = choice.waves[0][0], choice.waves[-1][-1]
     ways = [f"  {way}" for way in _ways_out(config, workload, available, spread)]
+    advice = ["Any one of these would make it fit:", *ways]
+    if not ways:
+        advice = [
+            "No single setting makes it fit: spread it over more or larger machines (parallel.pipeline_parallel_size, "
+            "parallel.memory_per_worker), or lower calibration.num_samples and calibration.sequence_length."
+        ]
     return "\n".join(
         [
             f"stage {stage} of {spread.pipeline_parallel_size} (layers {first} to {last}, {per_wave} in a wave) needs "
             f"{format_bytes(choice.memory.peak)} a worker and memory_per_worker is "
             f"{format_bytes(spread.memory_per_worker)}; the largest item is {name}, {format_bytes(size)}.",
-            *(["Any one of these would make it fit:", *ways] if ways else []),
+            *advice,
         ]
     )
 
@@ -286,7 +313,9 @@ def _ways_out(config: CalibrationConfig, workload: Workload, available: ClusterF
     """Changes of one setting each, tried until one of its values fits."""
     parallel, data = config.parallel, config.calibration
     num_layers, stages, replicas = len(workload.policies), spread.pipeline_parallel_size, spread.data_parallel_size
-    needed = -(-max(choice.memory.peak for choice in spread.choices) // _ROUND) * _ROUND
+    peak = max(choice.memory.peak for choice in spread.choices)
+    unit = GIB if peak > 4 * GIB else 64 << 20
+    needed = -(-peak // unit) * unit
     more_stages = range(stages + 1, num_layers + 1)
     fewer_blocks = [1 << n for n in reversed(range(data.reduction_blocks.bit_length() - 1)) if 1 << n >= replicas]
     smaller_batches = [data.samples_per_micro_batch >> n for n in range(1, data.samples_per_micro_batch.bit_length())]
@@ -304,7 +333,8 @@ def _ways_out(config: CalibrationConfig, workload: Workload, available: ClusterF
     for section, setting, values in trials:
         for value in values:
             if _would_fit(_changed(config, section, **{setting: value}), workload, available):
-                shown = f"{value >> 20}MiB" if setting == "memory_per_worker" else value
+                size = f"{value // GIB}GiB" if value % GIB == 0 else f"{value >> 20}MiB"
+                shown = size if setting == "memory_per_worker" else value
                 yield f"{section}.{setting}: {shown}"
                 break
     without = config.model_copy(update={"gram": "off"})
