@@ -23,7 +23,8 @@ class LinearSummary:
     `strategy` is spelt as the Golden Stick reference page does (`W8-perchannel-A8-pertensor`, `NA`).
     `relative_error` is |Q(W)x - Wx|^2 / |Wx|^2 over all calibration tokens, None for a linear that stays
     as it is; `error_source` says whether it came from the Gram matrix (exact for the weights) or from
-    its diagonal alone (channels taken as uncorrelated). `notes` records fallbacks and gates.
+    its diagonal alone (channels taken as uncorrelated). `activation_error` estimates, on the same scale,
+    what rounding x adds (None where activations stay). `notes` records fallbacks and gates.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class LinearSummary:
     scale_max: float | None
     num_tokens: int
     notes: tuple[str, ...] = ()
+    activation_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class QuantizedLinear:
     `zero_point` (out, groups) int8 or None when symmetric; `group_index` (in,) int32 names each column's
     group where columns were taken in another order (GPTQ desc_act without static groups), else None.
     `input_scale` and `input_zero_point` are set for static activations: q = round(x / scale) + zero_point.
-    `bias` (out,) float32 or None, after folding.
+    `bias` (out,) float32 or None, after folding. `smooth_scale` and `smooth_shift` (in,) are set where no
+    tensor before the linear could absorb a rescaling: the linear then reads (x - shift) / scale.
     """
 
     policy: QuantPolicy
@@ -57,6 +60,8 @@ class QuantizedLinear:
     bias: Float32 | None = None
     input_scale: float | None = None
     input_zero_point: int | None = None
+    smooth_scale: Float32 | None = None
+    smooth_shift: Float32 | None = None
 
     def dequantised(self) -> Float32:
         """The weight (out, in) float32 that the integers stand for."""

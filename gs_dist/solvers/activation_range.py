@@ -1,0 +1,235 @@
+"""The one range of a statically quantised activation, after any rescaling of its channels.
+
+`minmax` covers every value seen. A few massive values then set the step for all others, so `mse` weighs
+clipping against rounding: it takes the range for which the expected output error
+sum_j |W_:j|^2 sum_t (q(x_tj) - x_tj)^2 is least. Per-channel histograms with logarithmic bins supply the
+values' distribution; a channel divided by s shifts along the logarithmic axis, so histograms taken before
+the scales were known serve afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix
+
+from gs_dist.solvers.affine import range_parameters
+from gs_dist.statistics import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_BINS_PER_OCTAVE,
+    HISTOGRAM_MIN_EXPONENT,
+    InputStatistics,
+)
+
+__all__ = [
+    "ActivationRange",
+    "RangeProfile",
+    "Weighting",
+    "channel_rounding",
+    "least_error_range",
+    "minmax_range",
+    "range_profile",
+]
+
+Array = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
+
+Weighting = Literal["plain", "token"]
+
+# Resolution of the common logarithmic axis: a channel's shift is rounded to 1/64 octave (1.1 %).
+_STEPS_PER_OCTAVE = 64
+# Ranges tried: the largest value seen times 2^(-i/16), down to 2^-12 of it.
+_RATIOS = tuple(2.0 ** (-i / 16) for i in range(12 * 16 + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRange:
+    """Scale (rounded to its stored dtype) and zero point of a static activation; None when symmetric.
+
+    `rounding` is the expected output error it causes, None where no histogram was at hand.
+    """
+
+    scale: float
+    zero_point: int | None
+    rounding: float | None = None
+
+
+def minmax_range(statistics: InputStatistics, *, symmetric: bool, scale_dtype: str) -> ActivationRange:
+    """The range of all values seen, extended to include 0.
+
+    Args:
+        statistics: of the activation as it is rounded, after rescaling.
+        symmetric: absmax/127.5 without zero point, else (max - min)/255.
+        scale_dtype: dtype the scale will be stored in.
+    """
+    return _as_range(float(statistics.minimum.min()), float(statistics.maximum.max()), symmetric, scale_dtype)
+
+
+def _as_range(low: float, high: float, symmetric: bool, scale_dtype: str) -> ActivationRange:
+    scale, zero_point = range_parameters(low, high, bits=8, symmetric=symmetric, scale_dtype=scale_dtype)
+    return ActivationRange(scale=float(scale), zero_point=None if zero_point is None else int(zero_point))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeProfile:
+    """Values of all channels on one logarithmic axis, each counted by what an error in it costs.
+
+    Attributes:
+        edges: (n + 1,) magnitudes, ascending.
+        mass: (2, n) float64; row 0 negative values, row 1 the others.
+        low, high: smallest and largest value seen after rescaling.
+    """
+
+    edges: Float64
+    mass: Float64
+    low: float
+    high: float
+
+    def error(self, scale: float, zero_point: int | None) -> float:
+        """Expected output error of rounding with that scale and zero point, clipping included."""
+        zero = zero_point or 0
+        widths = np.diff(self.edges)
+        total = 0.0
+        for mass, steps in ((self.mass[0], 128 + zero), (self.mass[1], 127 - zero)):
+            total += float(mass @ (np.diff(_integrated_error(self.edges, scale, steps)) / widths))
+        return total
+
+
+def _integrated_error(x: Float64, step: float, num_steps: int) -> Float64:
+    """Integral from 0 to x of (q(v) - v)^2 dv for a grid 0, step .. num_steps * step."""
+    nearest = np.clip(np.floor(x / step + 0.5), 0, num_steps)
+    return np.asarray(nearest * step**3 / 12.0 + (x - nearest * step) ** 3 / 3.0)
+
+
+def range_profile(
+    statistics: InputStatistics,
+    scale: Array | None,
+    column_weights: Float64,
+    *,
+    weighting: Weighting = "plain",
+) -> RangeProfile:
+    """Rebins the histograms of all channels of x / scale onto one axis.
+
+    Args:
+        statistics: of x, not rescaled, with its histogram.
+        scale: (channels,) that x is divided by, or None.
+        column_weights: (channels,) cost of an error in each channel of x / scale, |W_:j|^2.
+        weighting: "plain" counts every value alike. "token" divides a value's count by 1 + x^2 / E, E a
+            typical token's energy: an estimate of the relative error of each token's output, which keeps
+            a few massive tokens from deciding.
+
+    Raises:
+        ValueError: the statistics hold no histogram.
+    """
+    if statistics.histogram is None:
+        raise ValueError("no histogram was taken of this activation: act_range mse needs one")
+    channels = statistics.channels
+    log_scale = np.zeros(channels) if scale is None else np.log2(np.asarray(scale, dtype=np.float64))
+    shift = np.rint(log_scale * _STEPS_PER_OCTAVE).astype(np.int64)
+    shifts, row = np.unique(shift, return_inverse=True)
+    gather = csr_matrix((column_weights, (row, np.arange(channels))), shape=(len(shifts), channels))
+    counts = np.asarray(gather @ statistics.histogram.reshape(channels, 2 * HISTOGRAM_BINS), dtype=np.float64)
+    counts = counts.reshape(len(shifts), 2, HISTOGRAM_BINS)
+    coarse = _bin_edges()
+    if weighting == "token":
+        energy = np.pi / 2 * float(np.sum(statistics.mean_abs**2))
+        middle = 0.5 * (coarse[1:] + coarse[:-1])
+        counts = counts / (1.0 + middle**2 / energy) if energy > 0 else counts
+    fine, share = _spread(coarse)
+    spread = counts @ share  # (shifts, 2, fine bins)
+    first, last = int(shifts.max()), int(shifts.min())
+    total = np.zeros((2, share.shape[1] + first - last))
+    for index, offset in enumerate(shifts):
+        start = first - int(offset)
+        total[:, start : start + share.shape[1]] += spread[index]
+    exponent = np.log2(fine[0]) * _STEPS_PER_OCTAVE - first
+    edges = np.exp2((exponent + np.arange(total.shape[1] + 1)) / _STEPS_PER_OCTAVE)
+    inverse = 1.0 if scale is None else 1.0 / np.asarray(scale, dtype=np.float64)
+    low = min(float((statistics.minimum * inverse).min()), 0.0)
+    high = max(float((statistics.maximum * inverse).max()), 0.0)
+    return _within(edges, total, low, high)
+
+
+def _bin_edges() -> Float64:
+    """Magnitudes between the histogram's bins, (HISTOGRAM_BINS + 1,): quarters of an octave."""
+    octave, quarter = np.divmod(np.arange(HISTOGRAM_BINS + 1), HISTOGRAM_BINS_PER_OCTAVE)
+    return np.asarray(np.exp2(HISTOGRAM_MIN_EXPONENT + octave) * (1.0 + quarter / HISTOGRAM_BINS_PER_OCTAVE))
+
+
+def _spread(coarse: Float64) -> tuple[Float64, Float64]:
+    """Fine edges, and (coarse bins, fine bins) share of each coarse bin that falls in each fine one.
+
+    Within a bin values are taken as evenly spread; the first bin, which holds all that is smaller, too.
+    """
+    low, high = np.floor(np.log2(coarse[0])), np.ceil(np.log2(coarse[-1]))
+    fine = np.exp2(np.arange(low * _STEPS_PER_OCTAVE, high * _STEPS_PER_OCTAVE + 1) / _STEPS_PER_OCTAVE)
+    overlap = np.minimum(coarse[1:, None], fine[None, 1:]) - np.maximum(coarse[:-1, None], fine[None, :-1])
+    return fine, np.maximum(overlap, 0.0) / np.diff(coarse)[:, None]
+
+
+def _within(edges: Float64, mass: Float64, low: float, high: float) -> RangeProfile:
+    """Moves mass that evenly filled bins put beyond the values seen to the last bin that was reached."""
+    for sign, bound in ((0, -low), (1, high)):
+        last = int(np.clip(np.searchsorted(edges, bound) - 1, 0, mass.shape[1] - 1))
+        mass[sign, last] += mass[sign, last + 1 :].sum()
+        mass[sign, last + 1 :] = 0.0
+    used = np.flatnonzero(mass.any(axis=0))
+    stop = int(used[-1]) + 1 if used.size else 1
+    return RangeProfile(edges=edges[: stop + 1], mass=mass[:, :stop], low=low, high=high)
+
+
+def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: str) -> ActivationRange:
+    """The range of least expected output error among fractions of the range of all values seen.
+
+    Symmetric ranges are searched along one axis; asymmetric ones shrink both ends together, then each by
+    itself in turn until neither moves. The first of equals wins, starting from the widest.
+    """
+
+    def tried(low: float, high: float) -> ActivationRange:
+        found = _as_range(low, high, symmetric, scale_dtype)
+        return replace(found, rounding=profile.error(found.scale, found.zero_point))
+
+    def cost(shares: tuple[float, float]) -> float:
+        return float(tried(profile.low * shares[0], profile.high * shares[1]).rounding or 0.0)
+
+    shares = min(((r, r) for r in _RATIOS), key=cost)
+    while not symmetric:
+        lower = min(((r, shares[1]) for r in (shares[0], *_RATIOS)), key=cost)
+        moved = min(((lower[0], r) for r in (lower[1], *_RATIOS)), key=cost)
+        if moved == shares:
+            break
+        shares = moved
+    return tried(profile.low * shares[0], profile.high * shares[1])
+
+
+def channel_rounding(statistics: InputStatistics, scale: Array | None, chosen: ActivationRange) -> Float64:
+    """Expected sum over tokens of (q(x_j) - x_j)^2 of each channel of x / scale, clipping included: (in,).
+
+    Args:
+        statistics: of x, not rescaled, with its histogram.
+        scale: (in,) that x is divided by, or None.
+        chosen: the static range.
+    """
+    if statistics.histogram is None:
+        raise ValueError("no histogram was taken of this activation")
+    channels = statistics.channels
+    inverse = np.ones(channels) if scale is None else 1.0 / np.asarray(scale, dtype=np.float64)
+    edges, zero = _bin_edges(), chosen.zero_point or 0
+    seen = (-statistics.minimum.astype(np.float64), statistics.maximum.astype(np.float64))
+    total = np.empty(channels)
+    for start in range(0, channels, 2048):  # some 2 MiB for each array below
+        part = slice(start, start + 2048)
+        counts = statistics.histogram[part].astype(np.float64)
+        factor = inverse[part, None]
+        errors = np.zeros(counts.shape[0])
+        for sign, steps in ((0, 128 + zero), (1, 127 - zero)):
+            reach = np.maximum(seen[sign][part, None], edges[0])
+            upper = np.maximum(np.minimum(edges[1:], reach), edges[:-1] * (1 + 1e-6)) * factor
+            lower = edges[:-1] * factor
+            integral = _integrated_error(upper, chosen.scale, steps) - _integrated_error(lower, chosen.scale, steps)
+            errors += np.einsum("cb,cb->c", counts[:, sign], integral / (upper - lower))
+        total[part] = errors
+    return np.minimum(total, statistics.sum_squares * inverse**2)  # 0 is on the grid: no error exceeds its value

@@ -1,0 +1,339 @@
+"""One decoder layer: from weights, statistics and policies to integers, scales and a row for each linear.
+
+The steps: outlier suppression for each group of linears that share an input, then linear by linear
+clipping, weights, activation parameters and the error at the output; KV-cache scales last. A layer is a
+pure function of its problem: the same problem gives the same bytes wherever it is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from gs_dist.architecture import LayerInput, Linear
+from gs_dist.errors import LayerError, UserError
+from gs_dist.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.solvers import affine, clip, gptq, kv_cache, output_error
+from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.folding import FoldedTensors, Tensor
+from gs_dist.solvers.rescaling import Rescaling
+from gs_dist.solvers.strategy import clips_weights, strategy
+from gs_dist.solvers.suppression import input_ranges, suppress
+from gs_dist.statistics import InputStatistics, LayerStatistics
+
+__all__ = ["LayerProblem", "solve_layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerProblem:
+    """All that decides a layer's outcome.
+
+    Attributes:
+        layer: index of the decoder layer, for messages and rows.
+        prefix: of full tensor names, ending in a dot (`model.layers.3.`).
+        inputs: activations and the linears that read them, in forward order.
+        linears: the layer's linears.
+        tensors: source tensors by name within the layer, in the checkpoint's dtype. Never written to.
+        statistics: of each input by name, and of `key` and `value` for a KV cache.
+        policies: by linear name within the layer; None (or no entry) leaves a linear as it is.
+        scale_dtype: dtype scales will be stored in: "float32", "float16" or "bfloat16".
+    """
+
+    layer: int
+    prefix: str
+    inputs: tuple[LayerInput, ...]
+    linears: tuple[Linear, ...]
+    tensors: Mapping[str, Tensor]
+    statistics: LayerStatistics
+    policies: Mapping[str, QuantPolicy | None]
+    scale_dtype: str
+
+    def quantised(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
+        """Policies of those readers of an input that are quantised."""
+        policies = {name: self.policies.get(name) for name in layer_input.linears}
+        return {name: policy for name, policy in policies.items() if policy and policy.quantises_linear}
+
+
+def solve_layer(
+    problem: LayerProblem,
+    *,
+    max_relative_error: float | None = None,
+    on_bad_layer: Literal["fail", "keep_float"] = "fail",
+) -> QuantizedLayer:
+    """Quantises a decoder layer.
+
+    Args:
+        problem: weights, statistics and policies.
+        max_relative_error: ceiling of a linear's error, rounded activations included; None for no ceiling.
+        on_bad_layer: what to do about a linear above it. `keep_float` leaves it unquantised together with
+            the linears that read the same input, because serving engines fuse those and take one scheme
+            for all; the rows say so.
+
+    Raises:
+        LayerError: statistics are missing, empty or not finite, or a linear is above the ceiling.
+        UserError: weights are not finite, do not divide into groups, or policies within one group differ.
+    """
+    notes: dict[str, tuple[str, ...]] = {}
+    current = problem
+    while True:
+        try:
+            solved = _solve(current)
+        except UserError as error:
+            raise type(error)(f"layer {problem.layer}: {error}") from error
+        quantised = {problem.prefix + name for name in solved.linears}
+        bad = _above([row for row in solved.rows if row.name in quantised], max_relative_error)
+        if not bad:
+            rows = tuple(replace(row, notes=row.notes + notes.get(row.name, ())) for row in solved.rows)
+            return replace(solved, rows=rows)
+        if on_bad_layer == "fail":
+            listed = "; ".join(f"{name} {error:.3g}" for name, error in bad.items())
+            raise LayerError(
+                f"layer {problem.layer}: relative output error above max_relative_error {max_relative_error:g}: "
+                f"{listed}; choose another policy for them in layer_policies, set on_bad_layer: keep_float, or "
+                "raise max_relative_error"
+            )
+        kept = dict(current.policies)
+        for layer_input in current.inputs:
+            failing = [name for name in layer_input.linears if problem.prefix + name in bad]
+            for name in layer_input.linears if failing else ():
+                kept[name] = None
+                worst = ", ".join(f"{problem.prefix + f} {bad[problem.prefix + f]:.3g}" for f in failing)
+                notes[problem.prefix + name] = (
+                    f"kept in float: relative error above max_relative_error {max_relative_error:g} ({worst})",
+                )
+        current = replace(current, policies=kept)
+
+
+def _above(rows: Sequence[LinearSummary], ceiling: float | None) -> dict[str, float]:
+    if ceiling is None:
+        return {}
+    totals = {
+        row.name: row.relative_error + (row.activation_error or 0.0) for row in rows if row.relative_error is not None
+    }
+    return {name: error for name, error in totals.items() if not error <= ceiling}
+
+
+def _solve(problem: LayerProblem) -> QuantizedLayer:
+    _check_statistics(problem)
+    folded = FoldedTensors(problem.tensors)
+    rescalings = {
+        layer_input.name: suppress(
+            layer_input,
+            {name: problem.policies.get(name) for name in layer_input.linears},
+            problem.statistics.get(layer_input.name),
+            folded,
+            problem.scale_dtype,
+        )
+        for layer_input in problem.inputs
+    }
+    linears: dict[str, QuantizedLinear] = {}
+    rows: dict[str, LinearSummary] = {}
+    for layer_input in problem.inputs:
+        for name, solved, row in _solve_group(problem, layer_input, folded, rescalings[layer_input.name]):
+            linears[name], rows[name] = solved, row
+    for linear in problem.linears:
+        rows.setdefault(linear.name, _untouched_row(problem, linear.name))
+    tensors = {name: folded.published(name) for name in problem.tensors if name.rpartition(".")[0] not in linears}
+    cache, cache_rows = _solve_cache(problem, rescalings)
+    ordered = tuple(rows[linear.name] for linear in problem.linears)
+    return QuantizedLayer(
+        layer=problem.layer, linears=linears, tensors=tensors, kv_cache=cache, rows=ordered + cache_rows
+    )
+
+
+def _check_statistics(problem: LayerProblem) -> None:
+    for layer_input in problem.inputs:
+        readers = problem.quantised(layer_input)
+        if readers:
+            reader = problem.prefix + next(iter(readers))
+            _check_input(problem, layer_input.name, f"which {reader} reads", layer_input.channels)
+
+
+def _check_input(problem: LayerProblem, name: str, purpose: str, channels: int | None = None) -> InputStatistics:
+    statistics = problem.statistics.get(name)
+    where = f"layer {problem.layer}: input {name}, {purpose}"
+    if statistics is None:
+        raise LayerError(f"{where}: no statistics were taken; they must be observed before the layer is solved")
+    if statistics.num_tokens <= 0:
+        raise LayerError(f"{where}: no calibration token reached it; raise calibration.num_samples")
+    if channels is not None and statistics.channels != channels:
+        raise LayerError(f"{where}: statistics of {statistics.channels} channels for {channels} input channels")
+    for field in ("minimum", "maximum", "sum_abs", "sum_squares", "gram", "weighted_gram"):
+        values = getattr(statistics, field)
+        if values is None:
+            continue
+        # |G_ij| <= sqrt(G_ii G_jj): a finite diagonal vouches for the rest of a Gram matrix.
+        finite = np.isfinite(np.diagonal(values) if values.ndim == 2 else values)
+        if not finite.all():
+            raise LayerError(
+                f"{where}: {field} is not finite in {int((~finite).sum())} of {finite.size} channels, the first "
+                f"being {int(np.argmin(finite))}; the activation overflowed or a weight is damaged"
+            )
+    return statistics
+
+
+def _solve_group(
+    problem: LayerProblem, layer_input: LayerInput, folded: FoldedTensors, rescaling: Rescaling
+) -> Iterator[tuple[str, QuantizedLinear, LinearSummary]]:
+    """Solves the quantised linears that read one input."""
+    policies = problem.quantised(layer_input)
+    if not policies:
+        return
+    statistics = problem.statistics[layer_input.name]
+    ranges = input_ranges(policies, statistics, rescaling, folded, problem.scale_dtype)
+    objective: Float32 | None = None
+    if any(p.precision_recovery is PrecisionRecovery.GPTQ or clips_weights(p) for p in policies.values()):
+        objective = rescaling.objective(statistics)
+    for name, policy in policies.items():
+        try:
+            yield (
+                name,
+                *_solve_linear(problem, name, policy, statistics, folded, rescaling, ranges.get(name), objective),
+            )
+        except UserError as error:
+            raise type(error)(f"{problem.prefix}{name}: {error}") from error
+
+
+def _solve_linear(
+    problem: LayerProblem,
+    name: str,
+    policy: QuantPolicy,
+    statistics: InputStatistics,
+    folded: FoldedTensors,
+    rescaling: Rescaling,
+    input_range: ActivationRange | None,
+    objective: Float32 | None,
+) -> tuple[QuantizedLinear, LinearSummary]:
+    weight = folded.weight(name)
+    solved, notes = _round_weight(weight, policy, objective, problem.scale_dtype)
+    solved = replace(
+        solved,
+        bias=folded.bias(name),
+        input_scale=input_range.scale if input_range else None,
+        input_zero_point=input_range.zero_point if input_range else None,
+        smooth_scale=rescaling.scale if rescaling.explicit else None,
+        smooth_shift=rescaling.shift if rescaling.explicit else None,
+    )
+    if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
+        raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
+    restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
+    rounding = rescaling.rounding(policy, statistics, input_range)
+    columns = output_error.column_energy(restored) if rounding is not None else None
+    restored -= weight  # now the change of the weight
+    inverse = rescaling.inverse
+    energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, inverse)
+    error = output_error.output_energy(restored, statistics.gram, statistics.sum_squares, inverse)
+    row = LinearSummary(
+        layer=problem.layer,
+        name=problem.prefix + name,
+        strategy=strategy(policy),
+        relative_error=_ratio(error, energy),
+        error_source="diagonal" if statistics.gram is None else "gram",
+        activation_error=None
+        if columns is None or rounding is None
+        else _ratio(output_error.activation_term(columns, rounding), energy),
+        scale_min=float(solved.scale.min()),
+        scale_max=float(solved.scale.max()),
+        num_tokens=statistics.num_tokens,
+        notes=(*rescaling.notes, *notes),
+    )
+    return solved, row
+
+
+def _ratio(error: float, energy: float) -> float:
+    """Share of the output; a linear whose output is zero throughout and stays so has no error."""
+    return 0.0 if error <= 0 else error / max(energy, float(np.finfo(np.float32).tiny))
+
+
+def _round_weight(
+    weight: Float32, policy: QuantPolicy, objective: Float32 | None, scale_dtype: str
+) -> tuple[QuantizedLinear, tuple[str, ...]]:
+    ratio: Float32 | None = None
+    if clips_weights(policy) and objective is not None:
+        ratio = clip.clip_weight(weight, objective, policy, scale_dtype=scale_dtype).ratio
+    if policy.precision_recovery is PrecisionRecovery.GPTQ and objective is not None:
+        result = gptq.quantise(weight, objective, policy, scale_dtype=scale_dtype, clip_ratio=ratio)
+        solved = QuantizedLinear(
+            policy=policy,
+            codes=result.codes,
+            scale=result.scale,
+            zero_point=result.zero_point,
+            group_index=result.group_index,
+        )
+        return solved, result.notes
+    codes, scale, zero_point = affine.quantise_weight(
+        weight,
+        bits=policy.weight_bits,
+        group_size=policy.group_size,
+        symmetric=policy.weight_symmetric,
+        scale_dtype=scale_dtype,
+        clip_ratio=ratio,
+    )
+    return QuantizedLinear(policy=policy, codes=codes, scale=scale, zero_point=zero_point), ()
+
+
+def _untouched_row(problem: LayerProblem, name: str) -> LinearSummary:
+    readers = [i.name for i in problem.inputs if name in i.linears]
+    seen = problem.statistics.get(readers[0]) if readers else None
+    return LinearSummary(
+        layer=problem.layer,
+        name=problem.prefix + name,
+        strategy="NA",
+        relative_error=None,
+        error_source="none",
+        scale_min=None,
+        scale_max=None,
+        num_tokens=seen.num_tokens if seen else 0,
+    )
+
+
+def _solve_cache(
+    problem: LayerProblem, rescalings: Mapping[str, Rescaling]
+) -> tuple[QuantizedKVCache | None, tuple[LinearSummary, ...]]:
+    """Scales of keys and values, where the policies of `k_proj` and `v_proj` ask for an int8 cache."""
+    owners = {n: p for n, p in problem.policies.items() if n.rpartition(".")[2] in ("k_proj", "v_proj")}
+    settings = {
+        (p.kvcache_quant_dtype, p.kvcache_quant_granularity) if p and p.kvcache_quant_dtype else None
+        for p in owners.values()
+    }
+    if len(settings) > 1:
+        raise UserError(
+            f"{' and '.join(problem.prefix + n for n in owners)} differ in kvcache_quant_dtype or "
+            "kvcache_quant_granularity, and keys and values share one cache: give both the same policy"
+        )
+    asked = next(iter(settings), None)
+    if asked is None:
+        return None, ()
+    attention = problem.prefix + next(iter(owners)).rpartition(".")[0]
+    row = LinearSummary(
+        layer=problem.layer,
+        name=f"{attention}.kv_cache",
+        strategy=f"C8-{asked[1].replace('_', '')}",
+        relative_error=None,
+        error_source="none",
+        scale_min=None,
+        scale_max=None,
+        num_tokens=0,
+    )
+    if asked[1] == "per_token":
+        return QuantizedKVCache(key_scale=None, value_scale=None), (row,)
+    key = _check_input(problem, "key", "which the KV cache holds")
+    value = _check_input(problem, "value", "which the KV cache holds")
+    for layer_input in problem.inputs:
+        if layer_input.source in owners:
+            value = rescalings[layer_input.name].of_source(value, layer_input)
+    scales = [kv_cache.cache_scale(s, scale_dtype=problem.scale_dtype) for s in (key, value)]
+    errors = [kv_cache.cache_relative_error(s, scale) for s, scale in zip((key, value), scales, strict=True)]
+    row = replace(
+        row,
+        relative_error=max(errors),
+        error_source="diagonal",
+        scale_min=float(min(s.min() for s in scales)),
+        scale_max=float(max(s.max() for s in scales)),
+        num_tokens=key.num_tokens,
+    )
+    return QuantizedKVCache(key_scale=scales[0], value_scale=scales[1]), (row,)

@@ -1,0 +1,111 @@
+"""Outlier Suppression Lite and Plus: SmoothQuant's exponent chosen by the output error it leaves.
+
+Golden-stick tries each exponent with a forward pass of the decoder layer. Here the error of the linears
+that share the input is computed from statistics: tr(D G DT) for the rounded weights, and the expected
+rounding of the activation times the weights' energy. Plus (Wei et al. 2023) shifts each channel to the
+middle of its range first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32
+from gs_dist.solvers import activation_range, affine, output_error
+from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.rescaling import Rescaling
+from gs_dist.solvers.smoothquant import smoothing_scale
+from gs_dist.statistics import InputStatistics
+
+__all__ = ["PLUS_ALPHAS", "ExponentResult", "search_exponent"]
+
+PLUS_ALPHAS = tuple(i / 20 for i in range(21))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentResult:
+    """`scale` (in,) of the best exponent `alpha`, its `loss`, and the loss of every exponent tried."""
+
+    scale: Float32
+    alpha: float
+    loss: float
+    losses: tuple[float, ...]
+
+
+def search_exponent(
+    weights: Sequence[Float32],
+    weight_max: npt.NDArray[Any],
+    statistics: InputStatistics,
+    policy: QuantPolicy,
+    *,
+    alphas: Sequence[float],
+    scale_dtype: str,
+    shift: Float32 | None = None,
+    tie: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = np.asarray,
+) -> ExponentResult:
+    """Tries SmoothQuant scales for each exponent; the first of equally good ones wins.
+
+    Args:
+        weights: (rows, in) float32 of each linear that reads the input: all rows, or an even share.
+        weight_max: (in,) largest magnitude of each column over all linears, tied.
+        statistics: of the input with its Gram matrix, not rescaled.
+        policy: of the linears.
+        alphas: exponents to try.
+        scale_dtype: dtype the weights' scales will be stored in.
+        shift: (in,) subtracted from the input before scaling.
+        tie: makes channels that must share a scale equal (grouped-query attention).
+    """
+    activation_max = tie(Rescaling(shift=shift).ranges_of(statistics).max_abs)
+    scales = [smoothing_scale(activation_max, weight_max, alpha) for alpha in alphas]
+    losses = [_loss(weights, scale, shift, statistics, policy, scale_dtype) for scale in scales]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return ExponentResult(scale=scales[best], alpha=alphas[best], loss=losses[best], losses=tuple(losses))
+
+
+def _loss(
+    weights: Sequence[Float32],
+    scale: Float32,
+    shift: Float32 | None,
+    statistics: InputStatistics,
+    policy: QuantPolicy,
+    scale_dtype: str,
+) -> float:
+    rescaling = Rescaling(scale=scale, shift=shift)
+    total = 0.0
+    columns = np.zeros(len(scale))
+    for weight in weights:
+        scaled = weight * scale
+        codes, step, zero_point = affine.quantise_weight(
+            scaled,
+            bits=policy.weight_bits,
+            group_size=policy.group_size,
+            symmetric=policy.weight_symmetric,
+            scale_dtype=scale_dtype,
+        )
+        change = affine.dequantise(codes, step, zero_point)
+        columns += output_error.column_energy(change)
+        change -= scaled
+        total += output_error.output_energy(change, statistics.gram, statistics.sum_squares, rescaling.inverse)
+    static = _static_range(columns, rescaling, statistics, policy, scale_dtype) if policy.is_static else None
+    rounding = rescaling.rounding(policy, statistics, static)
+    return total if rounding is None else total + output_error.activation_term(columns, rounding)
+
+
+def _static_range(
+    columns: npt.NDArray[np.float64],
+    rescaling: Rescaling,
+    statistics: InputStatistics,
+    policy: QuantPolicy,
+    scale_dtype: str,
+) -> ActivationRange:
+    if policy.act_range == "mse" and statistics.histogram is not None and rescaling.shift is None:
+        profile = activation_range.range_profile(statistics, rescaling.scale, columns)
+        return activation_range.least_error_range(profile, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)
+    seen = rescaling.ranges_of(statistics)
+    return activation_range.minmax_range(seen, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)

@@ -1,0 +1,99 @@
+"""What happened to an input of linears, and how its statistics follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.architecture import LayerInput
+from gs_dist.errors import UserError
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32
+from gs_dist.solvers import activation_range, output_error
+from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.folding import source_channels
+from gs_dist.statistics import InputStatistics
+
+__all__ = ["Rescaling", "objective_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaling:
+    """What was done to an input: its readers now see (x - shift) / scale.
+
+    `explicit` tells that nothing before the input absorbs this, so that whoever runs the layer does it.
+    """
+
+    scale: Float32 | None = None
+    shift: Float32 | None = None
+    explicit: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inverse(self) -> Float32 | None:
+        """1 / scale (in,), None where nothing was rescaled."""
+        return None if self.scale is None else (1.0 / self.scale.astype(np.float64)).astype(np.float32)
+
+    def ranges_of(self, statistics: InputStatistics) -> InputStatistics:
+        """Statistics of (x - shift) / scale without Gram matrices and histogram.
+
+        The sum of squares of a shifted channel is an upper bound: the statistics hold no plain sum.
+        """
+        light = replace(statistics, gram=None, weighted_gram=None, histogram=None)
+        if self.shift is not None:
+            low, high = light.minimum - self.shift, light.maximum - self.shift
+            reach = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+            wide = 2.0 * (light.sum_squares + light.num_tokens * self.shift.astype(np.float64) ** 2)
+            squares = np.minimum(light.num_tokens * reach**2, wide)
+            light = replace(light, minimum=low, maximum=high, sum_squares=squares)
+        return light if self.scale is None else light.scaled(self.scale)
+
+    def of_source(self, statistics: InputStatistics, layer_input: LayerInput) -> InputStatistics:
+        """Statistics of the source linear's output after this was folded into it."""
+        rows = Rescaling(
+            scale=None if self.scale is None else source_channels(self.scale, layer_input),
+            shift=None if self.shift is None else source_channels(self.shift, layer_input),
+        )
+        return rows.ranges_of(statistics)
+
+    def objective(self, statistics: InputStatistics) -> Float32:
+        """The Gram matrix that weight solvers minimise against, of the rescaled input.
+
+        Raises:
+            UserError: no Gram matrix was taken.
+        """
+        gram = objective_of(statistics)
+        inverse = self.inverse
+        if inverse is None:
+            return gram
+        rescaled = gram * inverse[:, None]
+        rescaled *= inverse[None, :]
+        return np.asarray(rescaled)
+
+    def rounding(
+        self, policy: QuantPolicy, statistics: InputStatistics, static: ActivationRange | None
+    ) -> npt.NDArray[np.float64] | None:
+        """Expected sum over tokens of the squared rounding error of each channel; None if x stays float."""
+        if policy.act_quant_dtype is None:
+            return None
+        if static is not None and statistics.histogram is not None and self.shift is None:
+            return activation_range.channel_rounding(statistics, self.scale, static)
+        seen = self.ranges_of(statistics)
+        step = static.scale**2 if static is not None else output_error.per_token_step_squared(seen)
+        return output_error.static_rounding(seen, step)
+
+
+def objective_of(statistics: InputStatistics) -> Float32:
+    """The matrix weights are rounded against: tokens weighted by 1/x.x where taken, else the plain one.
+
+    With plain weights a few tokens of enormous energy decide, and what the other tokens need is lost.
+
+    Raises:
+        UserError: neither was taken.
+    """
+    gram = statistics.weighted_gram if statistics.weighted_gram is not None else statistics.gram
+    if gram is None:
+        raise UserError("GPTQ, AWQ, clipping and outlier searches need Gram matrices: set gram: on")
+    return np.asarray(gram)

@@ -1,0 +1,42 @@
+"""How a policy is spelt in a summary, as golden-stick's reference page spells it."""
+
+from __future__ import annotations
+
+from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+
+__all__ = ["clips_weights", "strategy"]
+
+_SUPPRESSION = {
+    OutliersSuppressionType.SMOOTH: "SmoothQuant",
+    OutliersSuppressionType.AWQ: "AWQ",
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE: "OSL",
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS: "OutlierSuppressionPlus",
+}
+
+
+def clips_weights(policy: QuantPolicy) -> bool:
+    """Whether the weight's ranges are searched.
+
+    Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds afterwards only an explicit
+    `weight_clip` does: GPTQ makes up for rounding, and a narrower range takes that room from it.
+    """
+    forced = policy.outliers_suppression in (
+        OutliersSuppressionType.AWQ,
+        OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+    )
+    return policy.weight_clip or (forced and policy.precision_recovery is PrecisionRecovery.NONE)
+
+
+def strategy(policy: QuantPolicy | None) -> str:
+    """`SmoothQuant-W8-perchannel-A8-pertensor`, `AWQ-wclip-W4-pergroup`, `NA` for a linear that stays."""
+    if policy is None or not policy.quantises_linear:
+        return "NA"
+    parts = [_SUPPRESSION[policy.outliers_suppression]] if policy.outliers_suppression in _SUPPRESSION else []
+    if clips_weights(policy):
+        parts.append("wclip")
+    if policy.precision_recovery is PrecisionRecovery.GPTQ:
+        parts.append("GPTQ")
+    parts.append(f"W{policy.weight_bits}-{policy.weight_quant_granularity.replace('_', '')}")
+    if policy.act_quant_dtype is not None:
+        parts.append(f"A8-{policy.act_quant_granularity.replace('_', '')}")
+    return "-".join(parts)

@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gs_dist.architecture import LayerInput, Linear
+from gs_dist.errors import LayerError, UserError
+from gs_dist.policy import AlgoArgs, QuantPolicy
+from gs_dist.solvers.layer import LayerProblem, solve_layer
+from gs_dist.statistics import HISTOGRAM_BINS, HISTOGRAM_BINS_PER_OCTAVE, HISTOGRAM_MIN_EXPONENT, InputStatistics
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, TOKENS = 64, 4, 2, 16, 128, 40
+INPUTS = (
+    LayerInput(
+        name="attention_input",
+        channels=HIDDEN,
+        linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        source="input_layernorm",
+    ),
+    LayerInput(
+        name="attention_output",
+        channels=HEADS * HEAD_DIM,
+        linears=("self_attn.o_proj",),
+        source="self_attn.v_proj",
+        repeat=HEADS // KV_HEADS,
+        head_dim=HEAD_DIM,
+    ),
+    LayerInput(
+        name="mlp_input",
+        channels=HIDDEN,
+        linears=("mlp.gate_proj", "mlp.up_proj"),
+        source="post_attention_layernorm",
+    ),
+    LayerInput(name="mlp_activation", channels=MIDDLE, linears=("mlp.down_proj",), source="mlp.up_proj"),
+)
+SHAPES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (MIDDLE, HIDDEN),
+    "mlp.up_proj": (MIDDLE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MIDDLE),
+}
+PREFIX = "model.layers.3."
+W8A16 = QuantPolicy()
+STATIC = QuantPolicy(act_quant_dtype="int8")
+DYNAMIC = QuantPolicy(act_quant_dtype="int8", act_quant_granularity="per_token")
+SMOOTH = QuantPolicy(act_quant_dtype="int8", outliers_suppression="smooth")
+
+
+def histogram(x):
+    """Counts by sign and quarter octave: log2's integer part, then four equal parts of the octave."""
+    size = np.abs(x.astype(float)) + 1e-30
+    octave = np.floor(np.log2(size))
+    place = (octave - HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE + np.floor((size / 2**octave - 1) * 4)
+    place = np.clip(place, 0, HISTOGRAM_BINS - 1).astype(int)
+    counts = np.zeros((x.shape[1], 2, HISTOGRAM_BINS), np.int32)
+    np.add.at(counts, (np.arange(x.shape[1])[None, :], (x >= 0).astype(int), place), 1)
+    return counts
+
+
+def statistics_of(x, *, gram=True):
+    wide = x.astype(np.float64)
+    energy = (wide**2).sum(axis=1)
+    return InputStatistics(
+        num_tokens=len(x),
+        minimum=x.min(axis=0),
+        maximum=x.max(axis=0),
+        sum_abs=np.abs(wide).sum(axis=0),
+        sum_squares=(wide**2).sum(axis=0),
+        gram=(wide.T @ wide).astype(np.float32) if gram else None,
+        weighted_gram=(wide.T @ (wide / energy[:, None])).astype(np.float32) if gram else None,
+        histogram=histogram(x),
+    )
+
+
+def softmax(scores):
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return scores / scores.sum(axis=-1, keepdims=True)
+
+
+def forward(tensors, hidden):
+    """A decoder layer in float64 without rotary embedding; returns its output and what its linears read."""
+    get = lambda name: tensors[name].astype(np.float64)  # noqa: E731 - reads as the formula does
+    seen = {}
+
+    def linear(name, x):
+        bias = get(f"{name}.bias") if f"{name}.bias" in tensors else 0.0
+        return x @ get(f"{name}.weight").T + bias
+
+    def norm(name, x):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True)) * get(f"{name}.weight")
+
+    x = seen["attention_input"] = norm("input_layernorm", hidden)
+    q = linear("self_attn.q_proj", x).reshape(-1, HEADS, HEAD_DIM)
+    k = seen["key"] = linear("self_attn.k_proj", x)
+    v = seen["value"] = linear("self_attn.v_proj", x)
+    k, v = (a.reshape(-1, KV_HEADS, HEAD_DIM) for a in (k, v))
+    heads = [softmax(q[:, h] @ k[:, h * KV_HEADS // HEADS].T / 4) @ v[:, h * KV_HEADS // HEADS] for h in range(HEADS)]
+    x = seen["attention_output"] = np.concatenate(heads, axis=1)
+    hidden = hidden + linear("self_attn.o_proj", x)
+    x = seen["mlp_input"] = norm("post_attention_layernorm", hidden)
+    gate = linear("mlp.gate_proj", x)
+    x = seen["mlp_activation"] = gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", x)
+    return hidden + linear("mlp.down_proj", x), seen
+
+
+def make_problem(policy=W8A16, *, dtype=np.float32, biases=(), seed=0, gram=True, **policies):
+    rng = np.random.default_rng(seed)
+    tensors = {
+        f"{name}.weight": (rng.normal(size=shape) / np.sqrt(shape[1])).astype(dtype) for name, shape in SHAPES.items()
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        # Outliers between channels are what smoothing is for.
+        tensors[f"{name}.weight"] = rng.lognormal(sigma=0.8, size=HIDDEN).astype(dtype)
+    # Soft attention: hard maxima would turn a small rounding error into another token's value.
+    tensors["self_attn.q_proj.weight"] = (tensors["self_attn.q_proj.weight"] * dtype(0.1)).astype(dtype)
+    for name in biases:
+        tensors[f"{name}.bias"] = rng.normal(size=SHAPES[name][0]).astype(dtype)
+    hidden = rng.normal(size=(TOKENS, HIDDEN))
+    _, seen = forward(tensors, hidden)
+    for array in tensors.values():
+        array.flags.writeable = False
+    statistics = {}
+    for name, x in seen.items():
+        statistics[name] = statistics_of(x.astype(np.float32), gram=gram)
+    problem = LayerProblem(
+        layer=3,
+        prefix=PREFIX,
+        inputs=INPUTS,
+        linears=tuple(Linear(name=n, out_features=o, in_features=i, bias=n in biases) for n, (o, i) in SHAPES.items()),
+        tensors=tensors,
+        statistics=statistics,
+        policies={name: policies.get(name.rpartition(".")[2], policy) for name in SHAPES},
+        scale_dtype={np.float32: "float32", np.float16: "float16"}.get(dtype, "bfloat16"),
+    )
+    return problem, hidden, seen
+
+
+def restored(solved):
+    """All tensors of the solved layer with integers turned back into floats."""
+    tensors = dict(solved.tensors)
+    for name, linear in solved.linears.items():
+        tensors[f"{name}.weight"] = linear.dequantised()
+        if linear.bias is not None:
+            tensors[f"{name}.bias"] = linear.bias
+    return tensors
+
+
+def test_w8a16_rounds_every_linear_and_leaves_the_rest_bit_for_bit():
+    """Codes are those of absmax/127.5, and norms are the very source arrays."""
+    problem, _, _ = make_problem()
+    solved = solve_layer(problem)
+    assert list(solved.linears) == list(SHAPES)
+    for name, linear in solved.linears.items():
+        weight = problem.tensors[f"{name}.weight"].astype(np.float64)
+        scale = (np.abs(weight).max(axis=1, keepdims=True) / 127.5).astype(np.float32)
+        np.testing.assert_array_equal(linear.scale, scale)
+        np.testing.assert_array_equal(
+            linear.codes, np.clip(np.round(weight.astype(np.float32) / scale), -128, 127).astype(np.int8)
+        )
+        assert linear.input_scale is None
+    assert set(solved.tensors) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    for name, tensor in solved.tensors.items():
+        assert tensor is problem.tensors[name]
+    assert solved.kv_cache is None
+
+
+def test_rows_hold_the_error_of_a_forward_pass():
+    """tr(D G DT) / tr(W G WT) is the squared output error over tokens, computed here by running them."""
+    problem, _, seen = make_problem(QuantPolicy(weight_quant_dtype="qint4x2"))
+    solved = solve_layer(problem)
+    for row in solved.rows:
+        name = row.name.removeprefix(PREFIX)
+        read = next(i.name for i in INPUTS if name in i.linears)
+        weight = problem.tensors[f"{name}.weight"].astype(np.float64)
+        exact = seen[read] @ weight.T
+        error = seen[read] @ solved.linears[name].dequantised().astype(np.float64).T - exact
+        assert row.relative_error == pytest.approx((error**2).sum() / (exact**2).sum(), rel=1e-3)
+        assert row.error_source == "gram"
+        assert row.strategy == "W4-perchannel"
+        assert row.num_tokens == TOKENS
+        assert row.activation_error is None
+
+
+def test_without_gram_matrices_the_diagonal_stands_in_and_the_row_says_so():
+    """Errors from sums of squares are of the right size and marked."""
+    problem, _, _ = make_problem(gram=False)
+    exact, _, _ = make_problem()
+    for row, reference in zip(solve_layer(problem).rows, solve_layer(exact).rows, strict=True):
+        assert row.error_source == "diagonal"
+        assert 0.2 < row.relative_error / reference.relative_error < 5
+
+
+@pytest.mark.parametrize("suppression", ["smooth", "outlier-suppression-lite", "outlier-suppression+"])
+@pytest.mark.parametrize("biases", [(), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), tuple(SHAPES)])
+def test_folding_keeps_the_function_of_the_layer(suppression, biases):
+    """With 8-bit weights the layer's output moves by rounding only, grouped queries and biases included."""
+    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression=suppression)
+    problem, hidden, _ = make_problem(policy, biases=biases)
+    solved = solve_layer(problem)
+    expected, _ = forward(problem.tensors, hidden)
+    found, _ = forward(restored(solved), hidden)
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert not np.array_equal(solved.tensors["input_layernorm.weight"], problem.tensors["input_layernorm.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_smoothquant_scales_are_those_of_the_formula(dtype):
+    """Norms are divided by max|x|^a / max|W|^(1-a); query heads of a KV head share the larger maximum."""
+    policy = SMOOTH.model_copy(update={"algo_args": AlgoArgs(alpha=0.6)})
+    problem, _, seen = make_problem(policy, dtype=dtype)
+    solved = solve_layer(problem)
+    weights = {n: problem.tensors[f"{n}.weight"].astype(np.float64) for n in SHAPES}
+    x = np.abs(seen["attention_input"]).max(axis=0)
+    w = np.abs(np.concatenate([weights[n] for n in INPUTS[0].linears])).max(axis=0)
+    s = x**0.6 / w**0.4
+    tolerance = {np.float32: 1e-5, np.float16: 1e-3}.get(dtype, 8e-3)
+    norm = solved.tensors["input_layernorm.weight"]
+    assert norm.dtype == problem.tensors["input_layernorm.weight"].dtype
+    np.testing.assert_allclose(
+        norm.astype(float), problem.tensors["input_layernorm.weight"].astype(float) / s, rtol=tolerance
+    )
+    # v to o, one KV head and one channel at a time
+    x = np.abs(seen["attention_output"]).max(axis=0)
+    w = np.abs(weights["self_attn.o_proj"]).max(axis=0)
+    o = solved.linears["self_attn.o_proj"].dequantised().astype(float)
+    for kv_head in range(KV_HEADS):
+        for d in range(HEAD_DIM):
+            columns = [h * HEAD_DIM + d for h in range(HEADS) if h // 2 == kv_head]
+            s_shared = x[columns].max() ** 0.6 / w[columns].max() ** 0.4
+            expected = weights["self_attn.o_proj"][:, columns] * s_shared
+            step = solved.linears["self_attn.o_proj"].scale
+            assert np.abs(o[:, columns] - expected).max() <= step.max() * 1.1
+
+
+def test_a_bfloat16_norm_is_folded_with_the_ratio_that_was_stored():
+    """Columns are multiplied by old/new of the rounded norm, so that rounding the norm costs nothing."""
+    problem, _, _ = make_problem(SMOOTH, dtype=ml_dtypes.bfloat16, o_proj=W8A16, down_proj=W8A16)
+    solved = solve_layer(problem)
+    expected = problem.tensors["mlp.up_proj.weight"].astype(np.float64) * problem.tensors[
+        "post_attention_layernorm.weight"
+    ].astype(np.float64)
+    up = solved.linears["mlp.up_proj"]
+    norm = solved.tensors["post_attention_layernorm.weight"].astype(np.float64)
+    assert np.all(np.abs(up.dequantised() * norm - expected) <= up.scale * norm * 1.03)
+
+
+def test_static_scales_cover_the_rescaled_activation():
+    """The input scale is absmax/127.5 of x / s, as a forward pass of the folded layer gives it."""
+    problem, hidden, _ = make_problem(SMOOTH)
+    solved = solve_layer(problem)
+    _, seen = forward(restored(solved), hidden)
+    for layer_input in INPUTS[:1] + INPUTS[2:3]:
+        for name in layer_input.linears:
+            assert solved.linears[name].input_scale == pytest.approx(
+                np.abs(seen[layer_input.name]).max() / 127.5, rel=0.02
+            )
+            assert solved.linears[name].input_zero_point is None
+
+
+def test_asymmetric_static_activations_get_a_zero_point():
+    """act_symmetric false spends 255 steps on the range seen."""
+    problem, _, seen = make_problem(STATIC.model_copy(update={"act_symmetric": False}))
+    linear = solve_layer(problem).linears["mlp.down_proj"]
+    low, high = seen["mlp_activation"].min(), seen["mlp_activation"].max()
+    assert linear.input_scale == pytest.approx((high - low) / 255, rel=1e-5)
+    assert linear.input_zero_point == round(-128 - low / linear.input_scale)
+
+
+STRATEGIES = {
+    "W8-perchannel": W8A16,
+    "W8-perchannel-A8-pertensor": STATIC,
+    "W8-perchannel-A8-pertoken": DYNAMIC,
+    "SmoothQuant-W8-perchannel-A8-pertensor": SMOOTH,
+    "W8-pergroup": QuantPolicy(weight_quant_granularity="per_group", group_size=64),
+    "W4-pergroup": QuantPolicy(weight_quant_dtype="qint4x2", weight_quant_granularity="per_group", group_size=64),
+    "wclip-W8-perchannel": QuantPolicy(weight_clip=True),
+    "AWQ-wclip-W4-pergroup": QuantPolicy(
+        weight_quant_dtype="qint4x2",
+        weight_quant_granularity="per_group",
+        group_size=64,
+        outliers_suppression="awq",
+    ),
+    "GPTQ-W4-pergroup": QuantPolicy(
+        weight_quant_dtype="qint4x2",
+        weight_quant_granularity="per_group",
+        group_size=64,
+        precision_recovery="gptq",
+    ),
+    "AWQ-GPTQ-W4-pergroup": QuantPolicy(
+        weight_quant_dtype="qint4x2",
+        weight_quant_granularity="per_group",
+        group_size=64,
+        outliers_suppression="awq",
+        precision_recovery="gptq",
+    ),
+    "GPTQ-W4-perchannel-A8-pertoken": QuantPolicy(
+        weight_quant_dtype="qint4x2",
+        act_quant_dtype="int8",
+        act_quant_granularity="per_token",
+        precision_recovery="gptq",
+        algo_args=AlgoArgs(desc_act=True, static_groups=True),
+    ),
+    "OSL-wclip-W8-perchannel-A8-pertensor": QuantPolicy(
+        act_quant_dtype="int8", outliers_suppression="outlier-suppression-lite"
+    ),
+    "OutlierSuppressionPlus-W8-perchannel-A8-pertensor": QuantPolicy(
+        act_quant_dtype="int8", outliers_suppression="outlier-suppression+"
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_scheme_is_solved_and_spelt_as_the_reference_page_does(strategy):
+    """The row's strategy is exact, the error is small, and the source arrays are untouched."""
+    problem, hidden, _ = make_problem(STRATEGIES[strategy])
+    before = {name: tensor.copy() for name, tensor in problem.tensors.items()}
+    grams = {name: s.gram.copy() for name, s in problem.statistics.items()}
+    solved = solve_layer(problem)
+    assert {row.strategy for row in solved.rows} == {strategy}
+    assert max(row.relative_error for row in solved.rows) < 0.05
+    expected, _ = forward(problem.tensors, hidden)
+    found, _ = forward(restored(solved), hidden)
+    assert ((found - expected) ** 2).sum() < 0.05 * (expected**2).sum()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(problem.tensors[name], tensor)
+    for name, gram in grams.items():
+        np.testing.assert_array_equal(problem.statistics[name].gram, gram)
+
+
+def test_solving_twice_gives_the_same_bytes():
+    """A layer is a function of its problem."""
+    policy = STRATEGIES["AWQ-GPTQ-W4-pergroup"]
+    first, second = (solve_layer(make_problem(policy)[0]) for _ in range(2))
+    for name, linear in first.linears.items():
+        assert linear.codes.tobytes() == second.linears[name].codes.tobytes()
+        assert linear.scale.tobytes() == second.linears[name].scale.tobytes()
+    assert first.rows == second.rows
+
+
+def test_linears_without_a_policy_keep_their_source_tensors_and_show_na():
+    """None leaves weight and bias as they are; the row says NA and has no error."""
+    problem, _, _ = make_problem(down_proj=None, biases=("mlp.down_proj",))
+    solved = solve_layer(problem)
+    assert solved.tensors["mlp.down_proj.weight"] is problem.tensors["mlp.down_proj.weight"]
+    assert solved.tensors["mlp.down_proj.bias"] is problem.tensors["mlp.down_proj.bias"]
+    row = solved.rows[-1]
+    assert (row.name, row.strategy, row.relative_error, row.error_source) == (
+        PREFIX + "mlp.down_proj",
+        "NA",
+        None,
+        "none",
+    )
+
+
+def test_a_float_linear_absorbs_the_scale_of_what_follows():
+    """v_proj left in float still has its rows divided when o_proj is smoothed."""
+    problem, hidden, _ = make_problem(None, o_proj=SMOOTH)
+    solved = solve_layer(problem)
+    assert list(solved.linears) == ["self_attn.o_proj"]
+    assert not np.array_equal(solved.tensors["self_attn.v_proj.weight"], problem.tensors["self_attn.v_proj.weight"])
+    expected, found = forward(problem.tensors, hidden)[0], forward(restored(solved), hidden)[0]
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_mixed_policies_within_a_smoothed_group_are_refused_by_name():
+    """The message names the linears that share the input."""
+    problem, _, _ = make_problem(SMOOTH, k_proj=None)
+    with pytest.raises(ValueError, match=r"q_proj, self_attn\.k_proj, self_attn\.v_proj.*policies differ"):
+        solve_layer(problem)
+    solve_layer(make_problem(STATIC, k_proj=None)[0])  # nothing is rescaled: any mixture will do
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "nan"])
+def test_unusable_statistics_end_with_layer_and_linear_named(damage):
+    """Absent, empty and non-finite statistics are a LayerError that says where."""
+    problem, _, _ = make_problem()
+    statistics = dict(problem.statistics)
+    if damage == "absent":
+        del statistics["mlp_activation"]
+    elif damage == "empty":
+        statistics["mlp_activation"] = replace(statistics["mlp_activation"], num_tokens=0)
+    else:
+        broken = statistics["mlp_activation"].sum_squares.copy()
+        broken[5] = np.inf
+        statistics["mlp_activation"] = replace(statistics["mlp_activation"], sum_squares=broken)
+    with pytest.raises(LayerError, match=r"layer 3: input mlp_activation.*mlp\.down_proj"):
+        solve_layer(replace(problem, statistics=statistics))
+
+
+def test_weights_that_are_not_finite_are_named():
+    """A damaged tensor stops the layer with its name."""
+    problem, _, _ = make_problem()
+    broken = problem.tensors["mlp.up_proj.weight"].copy()
+    broken[1, 1] = np.nan
+    with pytest.raises(UserError, match=r"layer 3.*mlp\.up_proj\.weight"):
+        solve_layer(replace(problem, tensors={**problem.tensors, "mlp.up_proj.weight": broken}))
+
+
+def test_a_linear_above_the_ceiling_fails_the_layer_or_stays_float_with_its_group():
+    """Setting fail names linear and setting; keep_float leaves the group in float and the rows say why."""
+    four_bits = QuantPolicy(weight_quant_dtype="qint4x2")
+    problem, _, _ = make_problem(W8A16, up_proj=four_bits)
+    with pytest.raises(LayerError, match=r"mlp\.up_proj.*on_bad_layer: keep_float"):
+        solve_layer(problem, max_relative_error=1e-3)
+    solved = solve_layer(problem, max_relative_error=1e-3, on_bad_layer="keep_float")
+    assert set(SHAPES) - set(solved.linears) == {"mlp.up_proj", "mlp.gate_proj"}
+    rows = {row.name.removeprefix(PREFIX): row for row in solved.rows}
+    assert rows["mlp.up_proj"].strategy == rows["mlp.gate_proj"].strategy == "NA"
+    assert "kept in float" in rows["mlp.gate_proj"].notes[0]
+    assert not rows["mlp.down_proj"].notes
+    assert solved.tensors["mlp.up_proj.weight"] is problem.tensors["mlp.up_proj.weight"]
+
+
+def test_the_kv_cache_is_scaled_as_the_folded_layer_fills_it():
+    """Key and value scales are absmax/127.5 of what the folded layer writes to the cache."""
+    policy = SMOOTH.model_copy(update={"kvcache_quant_dtype": "int8"})
+    problem, hidden, _ = make_problem(policy)
+    solved = solve_layer(problem)
+    _, seen = forward(restored(solved), hidden)
+    np.testing.assert_allclose(solved.kv_cache.key_scale, np.abs(seen["key"]).max(axis=0) / 127.5, rtol=0.1)
+    np.testing.assert_allclose(solved.kv_cache.value_scale, np.abs(seen["value"]).max(axis=0) / 127.5, rtol=0.1)
+    row = solved.rows[-1]
+    assert (row.name, row.strategy) == (PREFIX + "self_attn.kv_cache", "C8-perchannel")
+    dynamic = policy.model_copy(update={"kvcache_quant_granularity": "per_token"})
+    cache = solve_layer(make_problem(dynamic)[0])
+    assert cache.kv_cache.key_scale is None
+    assert cache.rows[-1].strategy == "C8-pertoken"
+
+
+def test_a_network_without_a_source_reports_the_scale_to_divide_by():
+    """Where no tensor absorbs the scale, linears hold it, and dividing x by it restores the output."""
+    problem, _, seen = make_problem(SMOOTH)
+    problem = replace(problem, inputs=tuple(replace(i, source=None, repeat=1) for i in INPUTS))
+    solved = solve_layer(problem)
+    for layer_input in INPUTS:
+        for name in layer_input.linears:
+            linear = solved.linears[name]
+            exact = seen[layer_input.name] @ problem.tensors[f"{name}.weight"].T
+            found = (seen[layer_input.name] / linear.smooth_scale) @ linear.dequantised().T
+            assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+    assert solved.tensors["input_layernorm.weight"] is problem.tensors["input_layernorm.weight"]
+
+
+def test_plus_shifts_where_the_caller_can_subtract():
+    """Without a source, channels are centred and the bias makes up for it."""
+    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
+    problem, _, seen = make_problem(policy)
+    problem = replace(problem, inputs=tuple(replace(i, source=None, repeat=1) for i in INPUTS))
+    solved = solve_layer(problem)
+    linear, x = solved.linears["mlp.down_proj"], seen["mlp_activation"]
+    np.testing.assert_allclose(linear.smooth_shift, (x.max(axis=0) + x.min(axis=0)) / 2, rtol=1e-4, atol=1e-6)
+    exact = x @ problem.tensors["mlp.down_proj.weight"].T
+    found = ((x - linear.smooth_shift) / linear.smooth_scale) @ linear.dequantised().T + linear.bias
+    assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_plus_says_where_nothing_absorbs_the_shift():
+    """In a decoder without biases the smoothing remains, and the rows note that the shift was left out."""
+    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
+    rows = solve_layer(make_problem(policy)[0]).rows
+    assert all("without shift" in row.notes[0] for row in rows)
