@@ -1,0 +1,262 @@
+"""Cells that take the place of a network's linears: fake-quantised ones to look at, int8 ones to deploy.
+
+Both compute alike: divide outlier channels away if the algorithm found a scale for them, round the
+activation if it is to be int8, multiply with the rounded weight. `FakeQuantDense` holds that weight in
+floating point, `QuantDense` holds its codes and scales and turns them back on the fly, so that the two
+give the same output bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import mint, nn, ops
+
+from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.quantized import QuantizedLinear
+from gs_dist.solvers.affine import EPSILON, num_groups
+from gs_dist.solvers.packing import pack_int4
+
+__all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "round_per_token"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearForm:
+    """What the cell of a linear looks like from outside.
+
+    Attributes:
+        name: full dotted name of the cell.
+        out_features, in_features: shape of its weight.
+        bias: whether it has one.
+        dtype: MindSpore dtype of its weight, and of the outputs of what replaces it.
+        activation: cell or primitive applied to the output, or None.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+    dtype: Any
+    activation: Any
+
+
+def linear_form(name: str, cell: Any) -> LinearForm:
+    """The form of an `nn.Dense` or `mint.nn.Linear`."""
+    rows, columns = cell.weight.shape
+    return LinearForm(
+        name=name,
+        out_features=rows,
+        in_features=columns,
+        bias=cell.bias is not None,
+        dtype=cell.weight.dtype,
+        activation=getattr(cell, "activation", None),
+    )
+
+
+class _QuantisedLinear(nn.Cell):
+    """Everything but the weight: the activation's way in, and the bias and activation function behind."""
+
+    def __init__(self, form: LinearForm, policy: QuantPolicy, strategy: str) -> None:
+        super().__init__()
+        self.form = form
+        self.policy = policy
+        self.strategy = strategy
+        self.out_dtype = form.dtype
+        self.matmul = ops.MatMul(transpose_b=True)
+        # A copy, because MindSpore renames what is registered as a child; its parameters stay the caller's.
+        self.activation = _copy_of(form.activation)
+        # NaN until parameters come: a network whose checkpoint was never loaded shows it at once.
+        ones, zeros = np.full(form.in_features, np.nan, np.float32), np.zeros(form.in_features, np.float32)
+        suppression = policy.outliers_suppression
+        smooths = suppression is not OutliersSuppressionType.NONE
+        shifts = suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+        self.smooth_scale = self._parameter("smooth_scale", ones) if smooths else None
+        self.smooth_shift = self._parameter("smooth_shift", zeros) if shifts else None
+        static = policy.is_static
+        self.input_scale = self._parameter("input_scale", np.full(1, np.nan, np.float32)) if static else None
+        offset = static and not policy.act_symmetric
+        self.input_offset = self._parameter("input_offset", np.zeros(1, np.int8)) if offset else None
+        has_bias = form.bias or shifts
+        self.bias = self._parameter("bias", np.zeros(form.out_features, np.float32), form.dtype) if has_bias else None
+
+    def _parameter(self, name: str, value: Array, dtype: Any = None) -> Any:
+        full_name = f"{self.form.name}.{name}" if self.form.name else name
+        tensor = ms.Tensor(value) if dtype is None else ms.Tensor(value).astype(dtype)
+        return ms.Parameter(tensor, name=full_name, requires_grad=False)
+
+    def _fill(self, quantised: QuantizedLinear) -> None:
+        form = self.form
+        if self.smooth_scale is not None:
+            scale = quantised.smooth_scale
+            self.smooth_scale.set_data(ms.Tensor(np.ones(form.in_features, np.float32) if scale is None else scale))
+        if self.smooth_shift is not None and quantised.smooth_shift is not None:
+            self.smooth_shift.set_data(ms.Tensor(quantised.smooth_shift))
+        if self.input_scale is not None:
+            assert quantised.input_scale is not None, f"{form.name}: solved without a scale for its static input"
+            self.input_scale.set_data(ms.Tensor(np.array([quantised.input_scale], np.float32)))
+        if self.input_offset is not None:
+            self.input_offset.set_data(ms.Tensor(np.array([quantised.input_zero_point or 0], np.int8)))
+        if self.bias is not None and quantised.bias is not None:
+            self.bias.set_data(ms.Tensor(quantised.bias.astype(np.float32)).astype(form.dtype))
+
+    def rounded_input(self, x: Any) -> Any:
+        """The activation (..., in) as the weight meets it: smoothed, rounded to int8 and back."""
+        if self.smooth_scale is not None:
+            x = x.astype(ms.float32)
+            if self.smooth_shift is not None:
+                x = x - self.smooth_shift
+            x = x / self.smooth_scale
+        if self.policy.act_quant_dtype is not None:
+            x = x.astype(ms.float32)
+            x = self._round_static(x) if self.input_scale is not None else round_per_token(x)
+        return x.astype(self.out_dtype)
+
+    def _round_static(self, x: Any) -> Any:
+        codes = x / self.input_scale
+        if self.input_offset is None:
+            return mint.clamp(mint.round(codes), -128.0, 127.0) * self.input_scale
+        offset = self.input_offset.astype(ms.float32)
+        return (mint.clamp(mint.round(codes + offset), -128.0, 127.0) - offset) * self.input_scale
+
+    def float_weight(self) -> Any:
+        """The rounded weight (out, in) in the linear's dtype."""
+        raise NotImplementedError
+
+    def construct(self, x: Any) -> Any:
+        """Output (..., out) of the quantised linear for x (..., in)."""
+        shape = x.shape
+        rows = self.rounded_input(x.reshape(-1, shape[-1]))
+        y = self.matmul(rows, self.float_weight())
+        if self.bias is not None:
+            y = y + self.bias
+        if self.activation is not None:
+            y = self.activation(y)
+        return y.reshape((*shape[:-1], y.shape[-1]))
+
+    def extend_repr(self) -> str:
+        """Shape and strategy, for printing a network."""
+        return f"in_features={self.form.in_features}, out_features={self.form.out_features}, {self.strategy}"
+
+
+class FakeQuantDense(_QuantisedLinear):
+    """A linear with rounded weights kept in floating point.
+
+    Args:
+        form: of the linear it replaces.
+        strategy: as the summary shows it.
+        quantised: what the solver found.
+    """
+
+    def __init__(self, form: LinearForm, strategy: str, quantised: QuantizedLinear) -> None:
+        super().__init__(form, quantised.policy, strategy)
+        self.quantised = quantised
+        self._fill(quantised)
+        self.weight = self._parameter("weight", quantised.dequantised(), form.dtype)
+
+    def float_weight(self) -> Any:
+        """The rounded weight (out, in) in the linear's dtype."""
+        return self.weight
+
+    def converted(self) -> QuantDense:
+        """The same linear holding integers."""
+        cell = QuantDense(self.form, self.quantised.policy, self.strategy)
+        cell.fill(self.quantised)
+        return cell
+
+
+class QuantDense(_QuantisedLinear):
+    """A linear that holds integer codes and scales.
+
+    Parameters, by name within the cell:
+        weight: codes; int8 (out, in), or for int4 int8 (in, out / 2) with the even output channel in the
+            low nibble, as Golden Stick packs them (unpacked where the output channels are odd).
+        weight_scale: (out, groups) float32.
+        weight_offset: (out, groups) int8, asymmetric weights only.
+        group_index: (in,) int32, the group of each column, GPTQ with `desc_act` and moving groups only.
+        input_scale, input_offset: (1,) float32 and int8, static activations only.
+        smooth_scale, smooth_shift: (in,) float32, x becomes (x - smooth_shift) / smooth_scale.
+        bias: (out,).
+
+    A fresh one holds NaN scales and waits for `fill` or a checkpoint.
+    """
+
+    def __init__(self, form: LinearForm, policy: QuantPolicy, strategy: str) -> None:
+        super().__init__(form, policy, strategy)
+        rows, columns = form.out_features, form.in_features
+        groups = num_groups(columns, policy.group_size)
+        self.packed = policy.weight_bits == 4 and rows % 2 == 0
+        codes = np.zeros((columns, rows // 2) if self.packed else (rows, columns), np.int8)
+        self.weight = self._parameter("weight", codes)
+        self.weight_scale = self._parameter("weight_scale", np.full((rows, groups), np.nan, np.float32))
+        offset = np.zeros((rows, groups), np.int8)
+        self.weight_offset = None if policy.weight_symmetric else self._parameter("weight_offset", offset)
+        moves = has_group_index(policy)
+        self.group_index = self._parameter("group_index", np.zeros(columns, np.int32)) if moves else None
+
+    def fill(self, quantised: QuantizedLinear) -> None:
+        """Takes over what a solver found."""
+        self._fill(quantised)
+        codes = pack_int4(quantised.codes) if self.packed else quantised.codes
+        self.weight.set_data(ms.Tensor(codes))
+        self.weight_scale.set_data(ms.Tensor(quantised.scale))
+        if self.weight_offset is not None and quantised.zero_point is not None:
+            self.weight_offset.set_data(ms.Tensor(quantised.zero_point))
+        if self.group_index is not None:
+            index = quantised.group_index
+            groups = quantised.scale.shape[1]
+            if index is None:
+                index = np.repeat(np.arange(groups, dtype=np.int32), self.form.in_features // groups)
+            self.group_index.set_data(ms.Tensor(index))
+
+    def float_weight(self) -> Any:
+        """The weight (out, in) the integers stand for, in the linear's dtype."""
+        codes = self.weight.astype(ms.float32)
+        if self.packed:
+            codes = _unpack(codes)
+        if self.group_index is not None:
+            scale = ops.gather(self.weight_scale, self.group_index, 1)
+            if self.weight_offset is not None:
+                codes = codes - ops.gather(self.weight_offset.astype(ms.float32), self.group_index, 1)
+            return (codes * scale).astype(self.out_dtype)
+        rows, groups = self.weight_scale.shape
+        grouped = codes.reshape(rows, groups, -1)
+        if self.weight_offset is not None:
+            grouped = grouped - self.weight_offset.astype(ms.float32).reshape(rows, groups, 1)
+        grouped = grouped * self.weight_scale.reshape(rows, groups, 1)
+        return grouped.reshape(rows, -1).astype(self.out_dtype)
+
+
+def _copy_of(activation: Any) -> Any:
+    if not isinstance(activation, nn.Cell):
+        return activation
+    return copy.deepcopy(activation, {id(parameter): parameter for parameter in activation.get_parameters()})
+
+
+def has_group_index(policy: QuantPolicy) -> bool:
+    """Whether groups of that policy's weights may lie across the columns, so that an index must be kept."""
+    args = policy.algo_args
+    gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
+    return gptq and policy.group_size > 0 and args.desc_act and not args.static_groups
+
+
+def round_per_token(x: Any) -> Any:
+    """Activations (..., channels) float32 rounded to int8 with the scale absmax/127.5 of each token, and back."""
+    largest = mint.amax(mint.abs(x), -1, True)
+    scale = largest / 127.5 + (largest == 0).astype(ms.float32) * EPSILON
+    return mint.clamp(mint.round(x / scale), -128.0, 127.0) * scale
+
+
+def _unpack(packed: Any) -> Any:
+    """Bytes (in, out / 2) as float32 to codes (out, in): low nibble the even output channel, high the odd."""
+    high = mint.floor(packed / 16.0)
+    low = packed - high * 16.0
+    low = mint.where(low >= 8.0, low - 16.0, low)
+    columns, pairs = packed.shape
+    return ops.stack([low.T, high.T], 1).reshape(2 * pairs, columns)
