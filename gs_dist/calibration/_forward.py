@@ -1,0 +1,219 @@
+"""The decoder's arithmetic as free functions that `ms.jit` compiles: arrays in, arrays out, no state.
+
+Shapes: b samples, t tokens, h hidden, H query heads, K key/value heads, g = H / K, d head size; activations
+are (b * t, channels) inside a layer. Two habits come from measuring on CPUs: a factor is tiled to full
+size before an elementwise operation, because that is several times faster there than broadcasting, and
+attention works on the blocks under the diagonal only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+__all__ = ["LayerForm", "head_logits", "layer_forward", "negative_log_likelihood", "normalise"]
+
+
+class LayerForm(NamedTuple):
+    """What a compiled layer depends on besides the shapes of its arguments.
+
+    `schemes` is the fake quantisation of each linear's input, in checkpoint order: "none", "per_tensor"
+    or "per_token"; `kv_schemes` that of keys and values: "none", "per_channel" or "per_token".
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    block: int
+    window: int  # of attention; 0 where it does not matter
+    capture: bool
+    schemes: tuple[str, ...] = ("none",) * 7
+    kv_schemes: tuple[str, ...] = ("none", "none")
+
+
+def _columns(factor: Tensor, width: int) -> Tensor:
+    """A row factor (n, 1) repeated to (n, width)."""
+    return ops.tile(factor, (1, width))
+
+
+def _rows(factor: Tensor, height: int) -> Tensor:
+    """A channel factor (c,) repeated to (height, c)."""
+    return ops.tile(factor, (height, 1))
+
+
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm of the rows of x (n, c), in float32 as transformers does it."""
+    wide = ops.cast(x, ms.float32)
+    mean = ops.ReduceMean(True)(ops.square(wide), -1)
+    normed = wide * _columns(ops.rsqrt(mean + epsilon), x.shape[1])
+    return ops.cast(normed, x.dtype) * _rows(weight, x.shape[0])
+
+
+def _round_per_token(x: Tensor) -> Tensor:
+    """Symmetric int8 with a scale a row, absmax / 127.5 (compressed-tensors `calculate_qparams`)."""
+    scale = ops.ReduceMax(True)(ops.abs(x), -1) / 127.5
+    scale = ops.maximum(scale, 1e-30)  # a row of zeros stays one
+    full = _columns(scale, x.shape[1])
+    return ops.clamp(ops.round(x / full), -128.0, 127.0) * full
+
+
+def _round_per_channel(x: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric int8 with a scale a channel."""
+    full = _rows(scale, x.shape[0])
+    return ops.clamp(ops.round(x / full), -128.0, 127.0) * full
+
+
+def _round_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """int8 with one scale and zero point."""
+    codes = ops.clamp(ops.round(x / scale) + zero_point, -128.0, 127.0)
+    return (codes - zero_point) * scale
+
+
+def _round_input(x: Tensor, scheme: str, scales: Tensor, index: int) -> Tensor:
+    if scheme == "per_tensor":
+        return _round_per_tensor(x, scales[index, 0], scales[index, 1])
+    if scheme == "per_token":
+        return _round_per_token(x)
+    return x
+
+
+def _round_cache(x: Tensor, scheme: str, scale: Tensor) -> Tensor:
+    if scheme == "per_channel":
+        return _round_per_channel(x, scale)
+    if scheme == "per_token":
+        return _round_per_token(x)
+    return x
+
+
+def _linear(x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+    """Rows of x (n, in) through weight[0] (out, in), plus the bias weight[1] (out,) if there is one."""
+    y = ops.MatMul(transpose_b=True)(x, weight[0])
+    if len(weight) > 1:
+        y = y + _rows(weight[1], x.shape[0])
+    return y
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, head_dim: int) -> Tensor:
+    """Rotary embedding, halves of a head as the two coordinates; tables (t, 1, d), sine with its sign."""
+    rows, channels = x.shape
+    tokens = cosine.shape[0]
+    heads = channels // head_dim
+    half = head_dim // 2
+    split = ops.reshape(x, (rows * heads, head_dim))
+    turned = ops.concat((split[:, half:], split[:, :half]), 1)
+    full_cosine = ops.reshape(ops.tile(cosine, (rows // tokens, heads, 1)), (rows * heads, head_dim))
+    full_sine = ops.reshape(ops.tile(sine, (rows // tokens, heads, 1)), (rows * heads, head_dim))
+    return ops.reshape(split * full_cosine + turned * full_sine, (rows, channels))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int, form: LayerForm) -> Tensor:
+    """Causal softmax attention; query scaled already, (b * t, H * d), key and value (b * t, K * d)."""
+    groups, size = form.num_kv_heads, form.head_dim
+    repeat = form.num_heads // groups
+    batch = query.shape[0] // tokens
+    query = ops.reshape(query, (batch, tokens, groups, repeat, size))
+    key = ops.transpose(ops.reshape(key, (batch, tokens, groups, size)), (0, 2, 1, 3))
+    value = ops.transpose(ops.reshape(value, (batch, tokens, groups, size)), (0, 2, 1, 3))
+    key = ops.reshape(key, (batch * groups, tokens, size))
+    value = ops.reshape(value, (batch * groups, tokens, size))
+    scores_of = ops.BatchMatMul(transpose_b=True)
+    weighted = ops.BatchMatMul()
+    softmax = ops.Softmax(-1)
+    outputs = []
+    for start in range(0, tokens, form.block):
+        stop = min(start + form.block, tokens)
+        rows = stop - start
+        part = ops.transpose(query[:, start:stop], (0, 2, 3, 1, 4))
+        part = ops.reshape(part, (batch * groups, repeat * rows, size))
+        first = max(0, start - form.window + 1) if form.window else 0
+        if form.window:
+            # One band mask serves every block: column j stands for the key window - 1 before the block's first, plus j.
+            offset = form.window - 1 - start
+            band = mask[:rows, first + offset : stop + offset]
+            scores = scores_of(part, key[:, first:stop]) + ops.tile(band, (batch * groups, repeat, 1))
+        else:
+            scores = scores_of(part, key[:, start:stop]) + ops.tile(mask[:rows, :rows], (batch * groups, repeat, 1))
+            if start > 0:
+                scores = ops.concat((scores_of(part, key[:, :start]), scores), -1)
+        weights = softmax(ops.cast(scores, ms.float32))
+        output = weighted(ops.cast(weights, part.dtype), value[:, first:stop])
+        output = ops.reshape(output, (batch, groups, repeat, rows, size))
+        outputs.append(ops.reshape(ops.transpose(output, (0, 3, 1, 2, 4)), (batch, rows, groups * repeat * size)))
+    return ops.reshape(ops.concat(outputs, 1), (batch * tokens, groups * repeat * size))
+
+
+@ms.jit
+def layer_forward(
+    hidden: Tensor,
+    linears: Any,
+    norms: Any,
+    rotary: Any,
+    mask: Tensor,
+    scales: Any,
+    form: tuple[Any, ...],
+) -> Any:
+    """One decoder layer.
+
+    Args:
+        hidden: (b, t, h) in the compute dtype.
+        linears: the seven linears in checkpoint order, each (weight,) or (weight, bias).
+        norms: input norm, post-attention norm and, for a model with q/k norms, those two.
+        rotary: cosine and sine for queries (times 1 / sqrt(d)), then for keys, (t, 1, d) each.
+        mask: added to scores: (block, block) causal, or the band of a sliding window.
+        scales: (7, 2) float32 scale and zero point of the linears' inputs, scales (K * d,) of keys and values.
+        form: the fields of a `LayerForm` as a plain tuple (a named one would be compiled anew at every call).
+
+    Returns:
+        The layer's output, or with `capture` that and the inputs of the linears, keys and values.
+    """
+    static = LayerForm(*form)
+    size, epsilon, schemes, kv_schemes = static.head_dim, static.epsilon, static.schemes, static.kv_schemes
+    inputs = scales[0]
+    samples = hidden.shape[:2]
+    hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
+    attention_input = normalise(hidden, norms[0], epsilon)
+    query = _linear(_round_input(attention_input, schemes[0], inputs, 0), linears[0])
+    key = _linear(_round_input(attention_input, schemes[1], inputs, 1), linears[1])
+    value = _linear(_round_input(attention_input, schemes[2], inputs, 2), linears[2])
+    if len(norms) > 2:
+        query = ops.reshape(normalise(ops.reshape(query, (-1, size)), norms[2], epsilon), query.shape)
+        key = ops.reshape(normalise(ops.reshape(key, (-1, size)), norms[3], epsilon), key.shape)
+    query = _rotate(query, rotary[0], rotary[1], size)
+    key = _rotate(key, rotary[2], rotary[3], size)
+    cached_key = _round_cache(key, kv_schemes[0], scales[1])
+    cached_value = _round_cache(value, kv_schemes[1], scales[2])
+    attention_output = _attend(query, cached_key, cached_value, mask, samples[1], static)
+    hidden = hidden + _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
+    mlp_input = normalise(hidden, norms[1], epsilon)
+    gate = _linear(_round_input(mlp_input, schemes[4], inputs, 4), linears[4])
+    up = _linear(_round_input(mlp_input, schemes[5], inputs, 5), linears[5])
+    mlp_activation = ops.silu(gate) * up
+    hidden = hidden + _linear(_round_input(mlp_activation, schemes[6], inputs, 6), linears[6])
+    output = ops.reshape(hidden, (*samples, -1))
+    if static.capture:
+        return (
+            output,
+            ops.reshape(attention_input, (*samples, -1)),
+            ops.reshape(attention_output, (*samples, -1)),
+            ops.reshape(mlp_input, (*samples, -1)),
+            ops.reshape(mlp_activation, (*samples, -1)),
+            ops.reshape(key, (*samples, -1)),
+            ops.reshape(value, (*samples, -1)),
+        )
+    return output
+
+
+@ms.jit
+def head_logits(hidden: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
+    """Logits (n, vocabulary) of hidden states (n, h) behind the last layer."""
+    return ops.MatMul(transpose_b=True)(normalise(hidden, norm, epsilon), head)
+
+
+@ms.jit
+def negative_log_likelihood(hidden: Tensor, norm: Tensor, head: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+    """-log p(target) (n, 1) float32 of hidden states (n, h) behind the last layer; targets (n, 1) int32."""
+    logits = ops.MatMul(transpose_b=True)(normalise(hidden, norm, epsilon), head)
+    return -ops.gather_elements(ops.LogSoftmax(-1)(ops.cast(logits, ms.float32)), 1, targets)

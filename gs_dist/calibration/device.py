@@ -1,0 +1,97 @@
+"""Where the decoder runs: the only module that knows what differs between a CPU and an Ascend card."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from mindspore import Tensor
+
+from gs_dist.errors import ClusterError
+
+__all__ = ["Device", "open_device"]
+
+Array = npt.NDArray[Any]
+
+_MS_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+_NUMPY_DTYPES: dict[Any, np.dtype[Any]] = {
+    ms.float32: np.dtype(np.float32),
+    ms.float16: np.dtype(np.float16),
+    ms.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device of this process. Made by `open_device`, which also selects it for MindSpore."""
+
+    kind: Literal["cpu", "ascend"]
+
+    def compute_dtype(self, checkpoint_dtype: str) -> Any:
+        """MindSpore dtype of weights and activations for a checkpoint of that dtype.
+
+        float32 on a CPU, whose matrix products know neither bfloat16 nor a fast float16; the
+        checkpoint's own dtype on Ascend.
+        """
+        return ms.float32 if self.kind == "cpu" else _MS_DTYPES[checkpoint_dtype]
+
+    def to_tensor(self, array: Array, dtype: Any = None) -> Tensor:
+        """The array as a tensor, converted to `dtype` (a MindSpore float dtype) where it differs.
+
+        On a CPU the tensor shares the array's memory when nothing had to be converted and the array is
+        contiguous, writable or not: nobody may write to either afterwards.
+        """
+        wanted = array if dtype is None else array.astype(_NUMPY_DTYPES[dtype], copy=False)
+        ready = np.require(wanted, requirements=("C_CONTIGUOUS", "ALIGNED"))
+        return Tensor.from_numpy(ready) if self.kind == "cpu" else Tensor(ready)
+
+    def to_numpy(self, tensor: Tensor) -> Array:
+        """The tensor's values; on a CPU they share its memory, bfloat16 comes as `ml_dtypes.bfloat16`."""
+        array: Array = tensor.asnumpy()
+        return array
+
+    def peak_memory(self) -> int:
+        """Largest memory use so far in bytes: resident set of the process on a CPU, device memory on Ascend."""
+        if self.kind == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        return int(ms.runtime.max_memory_allocated())  # Ascend only
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated: the host's available memory on a CPU, the card's on Ascend."""
+        if self.kind == "cpu":
+            with open("/proc/meminfo", encoding="ascii") as lines:
+                fields = dict(line.split(":", 1) for line in lines)
+            return int(fields["MemAvailable"].split()[0]) * 1024  # the kernel counts in KiB
+        return int(ms.hal.get_device_properties(ms.get_current_device().device_id).free_memory)  # Ascend only
+
+    def release_memory(self) -> None:
+        """Hands memory that MindSpore keeps for reuse back to the device."""
+        ms.runtime.empty_cache()
+
+
+def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
+    """Selects the device of this process for MindSpore; later calls must agree with the first.
+
+    Args:
+        kind: "auto" takes an Ascend card where MindSpore finds one.
+        threads: CPU threads of this process.
+
+    Raises:
+        ClusterError: Ascend was asked for and MindSpore finds no card.
+    """
+    # The driver's device nodes are asked first: MindSpore complains on stderr where its Ascend libraries are absent.
+    ascend = kind != "cpu" and any(Path("/dev").glob("davinci[0-9]*")) and bool(ms.hal.is_available("Ascend"))
+    if kind == "ascend" and not ascend:
+        raise ClusterError("parallel.device is ascend, and MindSpore finds no Ascend card here: set it to cpu or auto")
+    if not ascend:
+        ms.set_device("CPU")
+        return Device(kind="cpu")
+    ms.set_device("Ascend")  # Ascend only
+    ms.set_deterministic(True)  # Ascend only
+    return Device(kind="ascend")  # Ascend only

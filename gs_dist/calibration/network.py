@@ -1,0 +1,288 @@
+"""A Llama-like decoder (Llama, Mistral, Qwen2, Qwen3) in operations that both CPU and Ascend have.
+
+Every layer runs through one compiled function that takes its weights as arguments, so that a form (shape
+of the micro-batch, sizes, quantisation scheme) is compiled once a process and serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import Tensor
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.calibration._forward import LayerForm, head_logits, layer_forward, negative_log_likelihood
+from gs_dist.calibration.device import Device
+from gs_dist.quantized import QuantizedLayer, QuantizedLinear
+
+__all__ = ["CAPTURED", "DecoderNetwork", "LayerWeights", "OuterWeights"]
+
+Array = npt.NDArray[Any]
+
+CAPTURED = ("attention_input", "attention_output", "mlp_input", "mlp_activation", "key", "value")
+"""Names under which `DecoderNetwork.forward_layer` hands out activations, in the order of computation."""
+
+_MASKED = -1e30  # far below any score, and finite in bfloat16 and float32
+_LOGITS_BYTES = 64 << 20  # of one chunk of logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """A decoder layer on the device, ready for `DecoderNetwork.forward_layer`.
+
+    `linears`, `norms` and `scales` are the arguments of `_forward.layer_forward`; `schemes` and
+    `kv_schemes` the static part of a fake-quantised layer.
+    """
+
+    linears: Any
+    norms: Any
+    scales: Any
+    schemes: tuple[str, ...]
+    kv_schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterWeights:
+    """Embedding (host array in the checkpoint's dtype), final norm and head; None where a stage lacks them."""
+
+    embedding: Array | None
+    norm: Tensor | None
+    head: Tensor | None
+
+
+class DecoderNetwork:
+    """Runs the parts of a decoder; holds tables of positions and masks, and no weights.
+
+    Attention is causal without a padding mask: padding stands at the end of a sample, where no token
+    before it sees it. Results are the same to the last bit for the same micro-batch in any process.
+    """
+
+    def __init__(self, architecture: DecoderArchitecture, device: Device) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.dtype = device.compute_dtype(architecture.dtype)
+        self._tables: dict[int, tuple[Any, Tensor, int, int]] = {}
+        unused = ms.mutable((self.device.to_tensor(np.zeros((1, 2), np.float32)),) * 3)
+        self._no_scales = unused
+
+    def outer_weights(self, tensors: Mapping[str, Array]) -> OuterWeights:
+        """Weights outside the layers from their full names; absent ones are left out.
+
+        A tied head is made of the embedding, and only where the final norm is present, so that a first
+        stage does not pay for it.
+        """
+        embedding = tensors.get("model.embed_tokens.weight")
+        norm = tensors.get("model.norm.weight")
+        head = embedding if self.architecture.tie_word_embeddings else tensors.get("lm_head.weight")
+        return OuterWeights(
+            embedding=embedding,
+            norm=None if norm is None else self._tensor(norm),
+            head=None if norm is None or head is None else self._tensor(head),
+        )
+
+    def layer_weights(self, tensors: Mapping[str, Array], quantized: QuantizedLayer | None = None) -> LayerWeights:
+        """A layer's weights from its tensors by name within the layer (checkpoint dtype).
+
+        With `quantized`, its linears and tensors take the place of those in `tensors`, and the layer
+        computes what the integers would: dequantised weights, and inputs, keys and values rounded to
+        int8 where the policy of the linear, or the layer's `kv_cache`, says so.
+
+        Raises:
+            KeyError: a tensor of the architecture is missing.
+        """
+        present = dict(tensors) if quantized is None else {**tensors, **quantized.tensors}
+        integer = {} if quantized is None else quantized.linears
+        linears = tuple(self._linear(linear.name, present, integer) for linear in self.architecture.linears)
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if self.architecture.qk_norm:
+            names += ["self_attn.q_norm", "self_attn.k_norm"]
+        norms = tuple(self._tensor(present[f"{name}.weight"]) for name in names)
+        scales, schemes, kv_schemes = self._schemes(quantized)
+        return LayerWeights(
+            linears=ms.mutable(linears), norms=ms.mutable(norms), scales=scales, schemes=schemes, kv_schemes=kv_schemes
+        )
+
+    def embed(self, outer: OuterWeights, input_ids: npt.NDArray[np.int32]) -> Tensor:
+        """Hidden states (b, t, h) of token ids (b, t); reads the rows it needs from the host."""
+        assert outer.embedding is not None, "this stage has no embedding"
+        return self._tensor(outer.embedding[input_ids])
+
+    def forward_layer(
+        self, weights: LayerWeights, hidden: Tensor, *, capture: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One layer on hidden states (b, t, h).
+
+        Returns:
+            The output (b, t, h), and by the names of `CAPTURED` the activations (b, t, channels) that
+            the linears read (before any rounding), keys after the rotary embedding and values; empty
+            without `capture`.
+        """
+        architecture = self.architecture
+        rotary, mask, block, window = self._table(hidden.shape[1])
+        form = LayerForm(
+            num_heads=architecture.num_heads,
+            num_kv_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            epsilon=architecture.rms_norm_eps,
+            block=block,
+            window=window,
+            capture=capture,
+            schemes=weights.schemes,
+            kv_schemes=weights.kv_schemes,
+        )
+        results = layer_forward(hidden, weights.linears, weights.norms, rotary, mask, weights.scales, tuple(form))
+        if not capture:
+            return results, {}
+        return results[0], dict(zip(CAPTURED, results[1:], strict=True))
+
+    def logits(self, outer: OuterWeights, hidden: Tensor) -> Tensor:
+        """Logits (b, t, vocabulary) of hidden states (b, t, h) behind the last layer."""
+        batch, tokens, channels = hidden.shape
+        flat = hidden.reshape((batch * tokens, channels))
+        norm, head = self._head(outer)
+        return head_logits(flat, norm, head, self.architecture.rms_norm_eps).reshape((batch, tokens, -1))
+
+    def token_losses(
+        self, outer: OuterWeights, hidden: Tensor, input_ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Negative log likelihood of each sample's tokens given those before them.
+
+        Position p predicts token p + 1; it counts where `mask` (b, t) is True at both. Logits exist for
+        a chunk of positions at a time.
+
+        Returns:
+            Sum in nats (b,) float64 and number of predicted tokens (b,).
+        """
+        batch, tokens, channels = hidden.shape
+        norm, head = self._head(outer)
+        counted = np.zeros((batch, tokens), bool)
+        counted[:, :-1] = mask[:, :-1] & mask[:, 1:]
+        targets = np.zeros((batch, tokens), np.int32)
+        targets[:, :-1] = input_ids[:, 1:]
+        rows = batch * tokens
+        chunk = min(rows, max(16, _LOGITS_BYTES // (4 * self.architecture.vocab_size)))
+        flat = hidden.reshape((rows, channels))
+        losses = np.zeros(-(-rows // chunk) * chunk, np.float64)
+        for start in range(0, rows, chunk):
+            # The last chunk reaches back over rows already done: one shape, and nothing to pad.
+            first = min(start, rows - chunk)
+            part = slice(first, first + chunk)
+            if not counted.reshape(-1)[part].any():
+                continue
+            target = self.device.to_tensor(np.ascontiguousarray(targets.reshape(-1, 1)[part]))
+            losses[part] = self.device.to_numpy(
+                negative_log_likelihood(flat[part], norm, head, target, self.architecture.rms_norm_eps)
+            )[:, 0]
+        sums = np.where(counted, losses[:rows].reshape(batch, tokens), 0.0).sum(axis=1)
+        return sums, counted.sum(axis=1, dtype=np.int64)
+
+    def _tensor(self, array: Array) -> Tensor:
+        return self.device.to_tensor(array, self.dtype)
+
+    def _head(self, outer: OuterWeights) -> tuple[Tensor, Tensor]:
+        assert outer.norm is not None, "this stage has no final norm"
+        assert outer.head is not None, "this stage has no head"
+        return outer.norm, outer.head
+
+    def _linear(
+        self, name: str, tensors: Mapping[str, Array], quantized: Mapping[str, QuantizedLinear]
+    ) -> tuple[Tensor, ...]:
+        linear = quantized.get(name)
+        if linear is None:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        else:
+            weight, bias = linear.dequantised(), linear.bias
+        return (self._tensor(weight),) if bias is None else (self._tensor(weight), self._tensor(bias))
+
+    def _schemes(self, quantized: QuantizedLayer | None) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+        """Scales of inputs, keys and values, and the static schemes that say how they are used."""
+        if quantized is None:
+            return self._no_scales, ("none",) * len(self.architecture.linears), ("none", "none")
+        inputs = np.zeros((len(self.architecture.linears), 2), np.float32)
+        schemes = []
+        for row, linear in zip(inputs, self.architecture.linears, strict=True):
+            found = quantized.linears.get(linear.name)
+            if found is None or found.policy.act_quant_dtype is None:
+                schemes.append("none")
+            elif found.policy.is_static:
+                assert found.input_scale is not None, f"{linear.name} is static and has no input scale"
+                row[:] = found.input_scale, found.input_zero_point or 0
+                schemes.append("per_tensor")
+            else:
+                schemes.append("per_token")
+        cache = quantized.kv_cache
+        cache_scales = (None, None) if cache is None else (cache.key_scale, cache.value_scale)
+        kv_schemes = tuple(
+            "none" if cache is None else "per_token" if scale is None else "per_channel" for scale in cache_scales
+        )
+        arrays = [inputs, *(np.ones(1, np.float32) if scale is None else scale for scale in cache_scales)]
+        return (
+            ms.mutable(tuple(self.device.to_tensor(array, ms.float32) for array in arrays)),
+            tuple(schemes),
+            kv_schemes,
+        )
+
+    def _table(self, tokens: int) -> tuple[Any, Tensor, int, int]:
+        """Rotary tables, mask, block and whether the window matters, for that sequence length."""
+        if tokens not in self._tables:
+            limit = self.architecture.sliding_window
+            window = limit if limit is not None and tokens > limit else 0
+            block = min(tokens, max(128, -(-tokens // 8)))
+            mask = _mask(block, window)
+            rotary = ms.mutable(tuple(self._tensor(table) for table in _rotary_tables(self.architecture, tokens)))
+            self._tables[tokens] = (rotary, self._tensor(mask), block, window)
+        return self._tables[tokens]
+
+
+def _mask(block: int, window: int) -> npt.NDArray[np.float32]:
+    """What is added to the scores of a block of queries, see `_forward.layer_forward`.
+
+    Without a window (0) the keys are the block's own, (block, block); with one they begin window - 1
+    before the block's first query, (block, window - 1 + block).
+    """
+    row = np.arange(block)[:, None]
+    column = np.arange(block + max(window, 1) - 1)[None, :]
+    seen = (row <= column) & (column < row + window) if window else column <= row
+    return np.where(seen, 0.0, _MASKED).astype(np.float32)
+
+
+def _inverse_frequencies(architecture: DecoderArchitecture) -> npt.NDArray[np.float32]:
+    """Rotary frequencies (d / 2,) in float32, scaled as `rope_scaling` says.
+
+    Source: transformers `modeling_rope_utils.py` (`_compute_llama3_parameters`,
+    `_compute_linear_scaling_rope_parameters`).
+    """
+    exponent = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
+    inverse = np.float32(1.0) / np.power(np.float32(architecture.rope_theta), exponent)
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return inverse
+    if scaling.rope_type == "linear":
+        return inverse / np.float32(scaling.factor)
+    wavelength = np.float32(2 * np.pi) / inverse
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
+    slowed = inverse / np.float32(scaling.factor)
+    mixed = (1 - smooth) * slowed + smooth * inverse
+    return np.where(wavelength > context / low, slowed, np.where(wavelength < context / high, inverse, mixed)).astype(
+        np.float32
+    )
+
+
+def _rotary_tables(architecture: DecoderArchitecture, tokens: int) -> list[npt.NDArray[np.float32]]:
+    """Cosine and sine for queries, times 1 / sqrt(d), then for keys; (tokens, 1, d) float32.
+
+    The sine's first half carries the minus sign of transformers' `rotate_half`.
+    """
+    angle = np.arange(tokens, dtype=np.float32)[:, None] * _inverse_frequencies(architecture)[None, :]
+    cosine = np.cos(angle.astype(np.float64))
+    sine = np.sin(angle.astype(np.float64))
+    full = np.concatenate([cosine, cosine], axis=1)[:, None], np.concatenate([-sine, sine], axis=1)[:, None]
+    scale = architecture.head_dim**-0.5
+    return [np.asarray(table, dtype=np.float32) for table in (full[0] * scale, full[1] * scale, *full)]

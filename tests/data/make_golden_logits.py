@@ -1,0 +1,92 @@
+"""Makes golden_logits.safetensors: what transformers computes for the tiny models the tests build.
+
+Run it where torch and transformers are installed (the package itself is not needed):
+
+    python tests/data/make_golden_logits.py
+
+Made with transformers 5.23.0 and torch 2.13.0, float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import checkpoints  # noqa: E402  (the path above makes it importable)
+
+NUM_SAMPLES, NUM_TOKENS = 2, 300  # more than two attention blocks, the last one short
+POSITIONS = [0, 1, 60, 127, 128, 200, 255, 256, 299]
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_one_kv_head": {"num_key_value_heads": 1, "dtype": "bfloat16"},
+    "llama_many_kv_heads": {"num_key_value_heads": 4, "head_dim": 24},
+    "llama3_rope_tied": {
+        "tie": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama_linear_rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama_biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "rms_norm_eps": 1e-3},
+    "mistral_narrow_window": {"model_type": "mistral", "sliding_window": 48},
+    "mistral_wide_window": {"model_type": "mistral", "sliding_window": 200},
+    "qwen2_tied": {"model_type": "qwen2", "tie": True, "rope_theta": 1000000.0},
+    "qwen3": {"model_type": "qwen3", "dtype": "float16"},
+}
+"""Name to arguments of `checkpoints.tiny_checkpoint`."""
+
+
+def build(name: str, directory: Path) -> Path:
+    """The case's checkpoint."""
+    arguments = {"model_type": "llama", "max_position_embeddings": 512, **CASES[name]}
+    return checkpoints.tiny_checkpoint(directory, **arguments)
+
+
+def input_ids() -> Any:
+    """Token ids (NUM_SAMPLES, NUM_TOKENS) int32 of all cases."""
+    return np.random.default_rng(11).integers(0, 128, (NUM_SAMPLES, NUM_TOKENS)).astype(np.int32)
+
+
+def digest(directory: Path) -> str:
+    """sha256 of the weights, which tells a changed builder from a changed forward pass."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    """Writes the golden file beside this script."""
+    import torch
+    from safetensors.numpy import save_file
+    from transformers import AutoModelForCausalLM
+
+    golden, digests = {}, {}
+    ids = torch.from_numpy(input_ids().astype(np.int64))
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = build(name, Path(folder))
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+            with torch.no_grad():
+                logits = model(ids).logits
+            golden[name] = np.ascontiguousarray(logits[:, POSITIONS].numpy())
+            digests[name] = digest(directory)
+            print(f"{name}: logits within {logits.min():.2f} .. {logits.max():.2f}")
+    save_file(golden, HERE / "golden_logits.safetensors", metadata={"digests": json.dumps(digests)})
+
+
+if __name__ == "__main__":
+    main()
