@@ -1,0 +1,199 @@
+"""What a finished job says of itself: every linear, every worker, as JSON and as a Parquet table.
+
+Nothing in it tells on which machine it was made: no host names, no paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gs_dist.errors import OutputError
+from gs_dist.quantized import LinearSummary
+
+__all__ = ["CalibrationSummary", "StageSummary", "read_summary", "write_summary"]
+
+SUMMARY_VERSION = 1
+JSON_NAME = "summary.json"
+PARQUET_NAME = "summary.parquet"
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """One worker: layers [first_layer, end_layer), busy time, the share of its time it waited, peak memory in bytes."""
+
+    stage: int
+    replica: int
+    first_layer: int
+    end_layer: int
+    seconds: float
+    idle_share: float
+    peak_memory_planned: int
+    peak_memory_measured: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSummary:
+    """A job's summary.
+
+    Attributes:
+        model: base name of the model's directory.
+        formats: dialects written.
+        propagation: which output was passed from layer to layer, "original" or "quantized".
+        num_samples, num_tokens: calibration samples, and their tokens without padding.
+        seconds: wall time of the job.
+        versions: package to version.
+        fingerprints: of recipe, source checkpoint and samples, sha256 in hex.
+        rows: one a linear, layer by layer, the head last.
+        stages: one a worker.
+        perplexity, float_perplexity: of the published and of the float model, where they were measured.
+        notes: what a person should know of the run as a whole.
+    """
+
+    model: str
+    formats: tuple[str, ...]
+    propagation: str
+    num_samples: int
+    num_tokens: int
+    seconds: float
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, str]
+    rows: tuple[LinearSummary, ...]
+    stages: tuple[StageSummary, ...]
+    perplexity: float | None = None
+    float_perplexity: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def strategies(self) -> dict[str, int]:
+        """Strategy to number of linears, the commonest first; `NA` stands for those left as they are."""
+        return dict(Counter(row.strategy for row in self.rows).most_common())
+
+    def sorted_rows(self, order: str = "layer") -> list[LinearSummary]:
+        """Rows in model order (`layer`), or the largest relative error first (`error`; without error last)."""
+        if order == "layer":
+            return list(self.rows)
+        if order == "error":
+            return sorted(self.rows, key=lambda row: math.inf if row.relative_error is None else -row.relative_error)
+        raise ValueError(f"rows cannot be sorted by {order!r}: ask for 'layer' or 'error'")
+
+    def to_json(self) -> str:
+        """As JSON text, keys in a fixed order; numbers that are not finite become null."""
+        document = {"version": SUMMARY_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CalibrationSummary:
+        """Inverse of `to_json`.
+
+        Raises:
+            OutputError: not a summary, or one of a later version.
+        """
+        try:
+            document = json.loads(text)
+            version = document.pop("version")
+            if version != SUMMARY_VERSION:
+                raise OutputError(
+                    f"{JSON_NAME} has version {version} and this gs-dist reads version {SUMMARY_VERSION}: "
+                    "use the gs-dist that wrote it"
+                )
+            rows = tuple(_rebuilt(LinearSummary, row) for row in document.pop("rows"))
+            stages = tuple(_rebuilt(StageSummary, stage) for stage in document.pop("stages"))
+            return _rebuilt(cls, {**document, "rows": rows, "stages": stages})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{JSON_NAME} is not a summary ({error}): run the job again to rewrite it") from error
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    return [_finite(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def _rebuilt(kind: Callable[..., Row], values: Mapping[str, Any]) -> Row:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def write_summary(directory: Path, summary: CalibrationSummary) -> None:
+    """Writes summary.json, and summary.parquet with one row a linear, each in one step.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    try:
+        _publish(directory / JSON_NAME, lambda path: path.write_text(summary.to_json(), encoding="utf-8"))
+        _publish(directory / PARQUET_NAME, lambda path: _write_parquet(path, summary))
+    except OSError as error:
+        raise OutputError(f"the summary cannot be written: {error.strerror}; make output writable") from error
+
+
+def read_summary(directory: Path) -> CalibrationSummary:
+    """Reads the summary of a run's output directory.
+
+    Raises:
+        OutputError: there is none, or it is damaged.
+    """
+    try:
+        text = (directory / JSON_NAME).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OutputError(f"{JSON_NAME} is not UTF-8 text: run the job again to rewrite it") from error
+    except OSError as error:
+        raise OutputError(
+            f"{directory} holds no {JSON_NAME} ({error.strerror}): name the output directory of a finished job"
+        ) from error
+    return CalibrationSummary.from_json(text)
+
+
+def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
+    import pyarrow as pa  # costs 0.2 s and 60 MB, which reading a summary should not
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            pa.field("layer", pa.int32(), nullable=False),
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("strategy", pa.string(), nullable=False),
+            pa.field("relative_error", pa.float64()),
+            pa.field("error_source", pa.string(), nullable=False),
+            pa.field("scale_min", pa.float64()),
+            pa.field("scale_max", pa.float64()),
+            pa.field("num_tokens", pa.int64(), nullable=False),
+            pa.field("notes", pa.list_(pa.string())),
+            pa.field("activation_error", pa.float64()),
+        ],
+        metadata={"model": summary.model, "propagation": summary.propagation, "gs_dist_summary": str(SUMMARY_VERSION)},
+    )
+    rows = [{**_finite(dataclasses.asdict(row)), "notes": list(row.notes)} for row in summary.rows]
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), path)
+
+
+def _publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside, flushes to storage and renames, so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with beside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
