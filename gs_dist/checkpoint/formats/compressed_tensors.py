@@ -1,0 +1,445 @@
+"""compressed-tensors: the dialect that transformers and vLLM load.
+
+Formats: `int-quantized` where activations are quantised too, `pack-quantized` for weights alone,
+`mixed-precision` where a model has both (https://github.com/vllm-project/compressed-tensors). Only keys
+that the library of October 2025 and today's both accept are written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.architecture import DecoderArchitecture, Linear
+from gs_dist.checkpoint.formats.base import KVKind, Policies
+from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
+from gs_dist.checkpoint.header import DTYPES, SPELLINGS
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.writer import StoredTensor
+from gs_dist.errors import CheckpointError, UserError
+from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
+from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+
+__all__ = ["CompressedTensorsFormat"]
+
+Array = npt.NDArray[Any]
+
+_INT, _PACK = "int-quantized", "pack-quantized"
+# Engines that fuse these projections need one scheme for all of a tuple (vLLM's packed_modules_mapping).
+_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+_KV_PARTS = ("k_scale", "v_scale")
+
+
+class CompressedTensorsFormat:
+    """Writes and reads back compressed-tensors checkpoints."""
+
+    name = "compressed-tensors"
+
+    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
+        """See `CheckpointFormat.check_policies`."""
+        for linear_name, policy, linear in _layer_policies(policies, architecture):
+            size = policy.group_size
+            if size and linear.in_features % size:
+                raise UserError(
+                    f"{linear_name}: group_size is {size} and the linear has {linear.in_features} input channels, "
+                    "which it must divide; set another group_size, or weight_quant_granularity: per_channel, "
+                    f"for {linear.name} in layer_policies"
+                )
+        _check_kv(policies, architecture)
+        return _notes(policies, architecture)
+
+    def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
+        """See `CheckpointFormat.encode_layer`. Scales are stored in the model's dtype.
+
+        A KV cache scaled per channel is stored with one scale for the keys and one for the values, the
+        largest: the dialect knows no finer one that engines load.
+
+        Raises:
+            ValueError: a solver's result that no dialect could hold (a scale not rounded to the model's
+                dtype, a group index the policy does not call for, a bias the architecture has no place for).
+        """
+        prefix = architecture.layer_prefix(layer.layer)
+        scale_dtype = DTYPES[SPELLINGS[architecture.dtype]]
+        tensors: dict[str, Array] = {prefix + name: array for name, array in layer.tensors.items()}
+        biased = {linear.name for linear in architecture.linears if linear.bias}
+        for name, linear in layer.linears.items():
+            if linear.bias is not None and name not in biased:
+                raise ValueError(f"{prefix}{name}: has a bias, and {architecture.model_type} has no place for it")
+            parts = _encode_linear(prefix + name, linear, scale_dtype)
+            tensors.update({f"{prefix}{name}.{part}": array for part, array in parts.items()})
+        if layer.kv_cache is not None:
+            for part, scale in zip(_KV_PARTS, (layer.kv_cache.key_scale, layer.kv_cache.value_scale), strict=True):
+                if scale is None:
+                    raise ValueError(f"{prefix}self_attn: compressed-tensors holds no KV cache scaled per token")
+                tensors[f"{prefix}self_attn.{part}"] = np.array([scale.max()]).astype(scale_dtype)
+        return tensors
+
+    def expected_tensors(
+        self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
+    ) -> dict[str, StoredTensor]:
+        """See `CheckpointFormat.expected_tensors`."""
+        prefix = architecture.layer_prefix(layer)
+        floats = architecture.layer_tensors()
+        expected = {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in floats.items()}
+        for linear in architecture.linears:
+            policy = policies.get(prefix + linear.name)
+            if policy is None or not policy.quantises_linear:
+                continue
+            del expected[f"{prefix}{linear.name}.weight"]
+            if linear.bias:
+                shape = (linear.out_features,)
+                expected[f"{prefix}{linear.name}.bias"] = StoredTensor(dtype=architecture.dtype, shape=shape)
+            parts = _linear_tensors(linear, policy, architecture.dtype)
+            expected.update({f"{prefix}{linear.name}.{part}": stored for part, stored in parts.items()})
+        if kv_cache is not None:
+            scale = StoredTensor(dtype=architecture.dtype, shape=(1,))
+            expected.update({f"{prefix}self_attn.k_scale": scale, f"{prefix}self_attn.v_scale": scale})
+        return expected
+
+    def config(
+        self,
+        source: Mapping[str, Any],
+        policies: Policies,
+        kv_cache: Mapping[int, KVKind],
+        architecture: DecoderArchitecture,
+    ) -> dict[str, Any]:
+        """See `CheckpointFormat.config`."""
+        groups, ignore = _config_groups(policies, architecture)
+        formats = {group["format"] for group in groups.values()}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ignore,
+            "kv_cache_scheme": _args(8, strategy="tensor") if any(kv_cache.values()) else None,
+            "global_compression_ratio": None,
+        }
+        return {**source, "quantization_config": quantization}
+
+    def extra_files(
+        self, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
+    ) -> dict[str, dict[str, Any]]:
+        """None: config.json says everything."""
+        return {}
+
+    def decode_layer(self, reader: CheckpointReader, layer: int) -> QuantizedLayer:
+        """See `CheckpointFormat.decode_layer`."""
+        architecture = reader.architecture
+        config = reader.quantization_config
+        if not isinstance(config, Mapping) or config.get("quant_method") != self.name:
+            raise CheckpointError(f"config.json: quantization_config is {config!r:.100}, not one of {self.name}")
+        prefix = architecture.layer_prefix(layer)
+        rest = reader.read_layer(layer)
+        linears = {}
+        for linear in architecture.linears:
+            group = _matching_group(config, prefix + linear.name)
+            if group is not None:
+                parts = {
+                    name.removeprefix(f"{linear.name}."): rest.pop(name)
+                    for name in list(rest)
+                    if name.startswith(f"{linear.name}.")
+                }
+                linears[linear.name] = _decode_linear(prefix + linear.name, linear, group, parts)
+        kv_cache = None
+        if config.get("kv_cache_scheme") is not None:
+            scales = [_one(rest.pop(f"self_attn.{part}", None), f"{prefix}self_attn.{part}") for part in _KV_PARTS]
+            key, value = (np.full(architecture.kv_size, scale, dtype=np.float32) for scale in scales)
+            kv_cache = QuantizedKVCache(key_scale=key, value_scale=value)
+        _check_float_rest(rest, linears, architecture, prefix)
+        return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=kv_cache)
+
+
+def _layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Iterable[tuple[str, QuantPolicy, Linear]]:
+    """Full name, policy and linear of every linear of the decoder layers that is quantised."""
+    for layer in range(architecture.num_layers):
+        for linear in architecture.linears:
+            name = architecture.layer_prefix(layer) + linear.name
+            policy = policies.get(name)
+            if policy is not None and policy.quantises_linear:
+                yield name, policy, linear
+
+
+def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
+    kinds: dict[str | None, str] = {}
+    for layer in range(architecture.num_layers):
+        for projection in ("k_proj", "v_proj"):
+            name = f"{architecture.layer_prefix(layer)}self_attn.{projection}"
+            policy = policies.get(name)
+            quantised = policy is not None and policy.kvcache_quant_dtype is not None
+            kinds.setdefault(policy.kvcache_quant_granularity if policy and quantised else None, name)
+    if "per_token" in kinds:
+        raise UserError(
+            f"{kinds['per_token']}: compressed-tensors holds no KV cache scaled per token; set "
+            "kvcache_quant_granularity: per_channel, or another format"
+        )
+    if len(kinds) > 1:
+        one, other = kinds.values()
+        raise UserError(
+            f"{one} and {other} differ in kvcache_quant_dtype; compressed-tensors quantises the KV cache of all layers "
+            "or of none: give k_proj and v_proj of every layer the same"
+        )
+
+
+def _notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
+    notes = []
+    quantised = {name: policy for name, policy, _ in _layer_policies(policies, architecture)}
+    for name, policy in quantised.items():
+        if _actorder(policy) == "group":
+            notes.append(
+                f"{name} and perhaps others: desc_act without static_groups stores a group index (actorder: group), "
+                "which compressed-tensors refuses since August 2026; static_groups: true loads everywhere"
+            )
+            break
+    if any(not p.weight_symmetric and p.act_quant_dtype is None for p in quantised.values()):
+        notes.append(
+            "weight_symmetric: false stores packed zero points: vLLM loads them, transformers (5.23 with "
+            "compressed-tensors 0.20) only with quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
+    if any(not p.weight_symmetric and p.act_quant_dtype is not None for p in quantised.values()):
+        notes.append(
+            "weight_symmetric: false with quantised activations: transformers loads it, serving engines take "
+            "symmetric weights there"
+        )
+    if any(p.kvcache_quant_dtype for p in policies.values() if p is not None):
+        notes.append("compressed-tensors stores one scale for a layer's keys and one for its values, not one a channel")
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        for fused in _FUSED:
+            schemes = {_scheme_key(quantised.get(prefix + name)) for name in fused}
+            if len(schemes) > 1:
+                notes.append(
+                    f"{prefix}{fused[0]} and its neighbours {', '.join(fused[1:])} have different schemes: "
+                    "transformers loads them, vLLM fuses them and needs one"
+                )
+                return tuple(notes)
+    return tuple(notes)
+
+
+def _actorder(policy: QuantPolicy) -> str | None:
+    """`weight` (columns taken in another order, groups as stored), `group` (an index is stored), or None."""
+    args = policy.algo_args
+    if policy.precision_recovery is not PrecisionRecovery.GPTQ or not args.desc_act or not policy.group_size:
+        return None
+    return "weight" if args.static_groups else "group"
+
+
+def _args(bits: int, *, strategy: str, symmetric: bool = True, **others: Any) -> dict[str, Any]:
+    args = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": False}
+    return {**args, **others}
+
+
+def _scheme(policy: QuantPolicy) -> dict[str, Any]:
+    """The group's entry without its targets (compressed_tensors `QuantizationScheme`)."""
+    weights = _args(
+        policy.weight_bits, strategy="group" if policy.group_size else "channel", symmetric=policy.weight_symmetric
+    )
+    if policy.group_size:
+        weights["group_size"] = policy.group_size
+    if _actorder(policy) is not None:
+        weights["actorder"] = _actorder(policy)
+    activations = None
+    if policy.act_quant_dtype is not None:
+        activations = _args(
+            8,
+            strategy="tensor" if policy.is_static else "token",
+            symmetric=policy.act_symmetric,
+            dynamic=not policy.is_static,
+        )
+    return {
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": _PACK if activations is None else _INT,
+    }
+
+
+def _scheme_key(policy: QuantPolicy | None) -> str:
+    return "" if policy is None else json.dumps(_scheme(policy), sort_keys=True)
+
+
+def _config_groups(policies: Policies, architecture: DecoderArchitecture) -> tuple[dict[str, Any], list[str]]:
+    """`config_groups` and `ignore`: one group a scheme, in order of first use."""
+    members: dict[str, list[str]] = {}
+    schemes: dict[str, dict[str, Any]] = {}
+    left: list[str] = []
+    for layer in range(architecture.num_layers):
+        for linear in architecture.linears:
+            name = architecture.layer_prefix(layer) + linear.name
+            policy = policies.get(name)
+            if policy is None or not policy.quantises_linear:
+                left.append(name)
+                continue
+            key = _scheme_key(policy)
+            schemes[key] = _scheme(policy)
+            members.setdefault(key, []).append(name)
+    groups = {}
+    for number, (key, names) in enumerate(members.items()):
+        targets = ["Linear"] if len(members) == 1 and not left else _targets(names, architecture)
+        groups[f"group_{number}"] = {"targets": targets, **schemes[key]}
+    # A linear that no target matches must be listed here: vLLM refuses to guess.
+    return groups, ["lm_head", *_targets(left, architecture)]
+
+
+def _targets(names: list[str], architecture: DecoderArchitecture) -> list[str]:
+    """A pattern for a linear that is in `names` in every layer, else its full names."""
+    targets = []
+    for linear in architecture.linears:
+        mine = [name for name in names if name.endswith(f".{linear.name}")]
+        if len(mine) == architecture.num_layers:
+            targets.append(rf"re:.*\.{re.escape(linear.name)}$")
+        else:
+            targets.extend(mine)
+    return targets
+
+
+def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str, StoredTensor]:
+    rows, columns, bits = linear.out_features, linear.in_features, policy.weight_bits
+    groups = columns // policy.group_size if policy.group_size else 1
+    parts = {"weight_scale": StoredTensor(dtype=dtype, shape=(rows, groups))}
+    if policy.act_quant_dtype is None:
+        parts["weight_packed"] = StoredTensor(dtype="int32", shape=(rows, packed_size(columns, bits)))
+        parts["weight_shape"] = StoredTensor(dtype="int64", shape=(2,))
+        zero_point = StoredTensor(dtype="int32", shape=(packed_size(rows, bits), groups))
+    else:
+        parts["weight"] = StoredTensor(dtype="int8", shape=(rows, columns))
+        zero_point = StoredTensor(dtype="int8", shape=(rows, groups))
+    if not policy.weight_symmetric:
+        parts["weight_zero_point"] = zero_point
+    if _actorder(policy) == "group":
+        parts["weight_g_idx"] = StoredTensor(dtype="int32", shape=(columns,))
+    if policy.is_static:
+        parts["input_scale"] = StoredTensor(dtype=dtype, shape=(1,))
+        if not policy.act_symmetric:
+            parts["input_zero_point"] = StoredTensor(dtype="int8", shape=(1,))
+    return parts
+
+
+def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any]) -> dict[str, Array]:
+    policy, codes = linear.policy, linear.codes
+    scale = linear.scale.astype(scale_dtype)
+    if not np.array_equal(scale.astype(np.float32), linear.scale):
+        raise ValueError(f"{name}: its scales are not rounded to {scale_dtype.name}, so codes and scales disagree")
+    parts: dict[str, Array] = {"weight_scale": scale}
+    zero_point = linear.zero_point if linear.zero_point is not None else np.zeros(linear.scale.shape, dtype=np.int8)
+    if policy.act_quant_dtype is None:
+        parts["weight_packed"] = pack_int32(codes, policy.weight_bits)
+        parts["weight_shape"] = np.array(codes.shape, dtype=np.int64)
+        zero_point_stored: Array = np.ascontiguousarray(
+            pack_int32(np.ascontiguousarray(zero_point.T), policy.weight_bits).T
+        )
+    else:
+        parts["weight"] = codes
+        zero_point_stored = zero_point
+    if not policy.weight_symmetric:
+        parts["weight_zero_point"] = zero_point_stored
+    elif zero_point.any():
+        raise ValueError(f"{name}: has zero points although its policy is symmetric")
+    if _actorder(policy) == "group":
+        natural = np.arange(codes.shape[1], dtype=np.int32) // policy.group_size
+        parts["weight_g_idx"] = natural if linear.group_index is None else linear.group_index
+    elif linear.group_index is not None:
+        raise ValueError(f"{name}: has a group index, and its policy does not order columns by group")
+    if policy.is_static:
+        if linear.input_scale is None:
+            raise ValueError(f"{name}: static activations, and no input scale")
+        parts["input_scale"] = np.array([linear.input_scale]).astype(scale_dtype)
+        if not policy.act_symmetric:
+            parts["input_zero_point"] = np.array([linear.input_zero_point or 0], dtype=np.int8)
+    if linear.bias is not None:
+        parts["bias"] = linear.bias.astype(scale_dtype)
+    return parts
+
+
+def _matching_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The first config group that targets a linear, None where it is ignored or not targeted."""
+    if any(_matches(name, target) for target in config.get("ignore") or ()):
+        return None
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping):
+        raise CheckpointError("config.json: quantization_config.config_groups is not a table")
+    for group in groups.values():
+        if any(target == "Linear" or _matches(name, target) for target in group["targets"]):
+            return group  # type: ignore[no-any-return]  # JSON carries no types
+    return None
+
+
+def _matches(name: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target == name
+
+
+def _policy(name: str, group: Mapping[str, Any]) -> QuantPolicy:
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    bits, grouped = weights.get("num_bits"), weights.get("strategy") == "group"
+    if bits not in (4, 8) or weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
+        raise CheckpointError(f"config.json: the weights of {name} are {dict(weights)}; served are int of 4 or 8 bits")
+    fields: dict[str, Any] = {
+        "weight_quant_dtype": "int8" if bits == 8 else "qint4x2",
+        "weight_quant_granularity": "per_group" if grouped else "per_channel",
+        "group_size": weights["group_size"] if grouped else 0,
+        "weight_symmetric": weights.get("symmetric", True),
+    }
+    if activations is not None:
+        fields["act_quant_dtype"] = "int8"
+        fields["act_quant_granularity"] = "per_token" if activations.get("dynamic") else "per_tensor"
+        fields["act_symmetric"] = activations.get("symmetric", True)
+    order = weights.get("actorder")
+    if order is not None or (bits == 4 and activations is not None):
+        fields["precision_recovery"] = PrecisionRecovery.GPTQ
+        fields["algo_args"] = AlgoArgs(desc_act=True, static_groups=order != "group")
+    try:
+        return QuantPolicy(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: the scheme of {name} is not served: {error}") from error
+
+
+def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: dict[str, Array]) -> QuantizedLinear:
+    policy = _policy(name, group)
+    for part, stored in _linear_tensors(linear, policy, "").items():
+        array = parts.get(part)
+        found = "nothing" if array is None else f"{array.dtype.name} {array.shape}"
+        if array is None or array.shape != stored.shape or (stored.dtype and array.dtype.name != stored.dtype):
+            raise CheckpointError(
+                f"{name}.{part}: {stored.dtype or 'a scale'} {stored.shape} is called for, found {found}"
+            )
+    bits, rows, columns = policy.weight_bits, linear.out_features, linear.in_features
+    packed = policy.act_quant_dtype is None
+    zero_point = parts.get("weight_zero_point")
+    if zero_point is not None and packed:
+        zero_point = np.ascontiguousarray(unpack_int32(zero_point.T, bits, rows).T)
+    input_scale, input_zero_point = parts.get("input_scale"), parts.get("input_zero_point")
+    bias = parts.get("bias")
+    return QuantizedLinear(
+        policy=policy,
+        codes=unpack_int32(parts["weight_packed"], bits, columns) if packed else parts["weight"],
+        scale=parts["weight_scale"].astype(np.float32),
+        zero_point=zero_point,
+        group_index=parts.get("weight_g_idx"),
+        bias=None if bias is None else bias.astype(np.float32),
+        input_scale=None if input_scale is None else float(input_scale[0]),
+        input_zero_point=None if input_zero_point is None else int(input_zero_point[0]),
+    )
+
+
+def _one(array: Array | None, name: str) -> float:
+    if array is None or array.size != 1:
+        raise CheckpointError(f"{name}: one scale is called for, found {'nothing' if array is None else array.shape}")
+    return float(array.reshape(-1)[0])
+
+
+def _check_float_rest(
+    rest: Mapping[str, Array], linears: Mapping[str, Any], architecture: DecoderArchitecture, prefix: str
+) -> None:
+    """What no linear took must be the float tensors that remain of the layer."""
+    for name, shape in architecture.layer_tensors().items():
+        taken = name.rpartition(".")[0] in linears
+        if not taken and (name not in rest or rest[name].shape != shape):
+            found = rest[name].shape if name in rest else "nothing"
+            raise CheckpointError(f"{prefix}{name}: shape {shape} is called for, found {found}")
