@@ -224,15 +224,14 @@ def _solve_linear(
     rounding = rescaling.rounding(policy, statistics, input_range)
     columns = output_error.column_energy(restored) if rounding is not None else None
     restored -= weight  # now the change of the weight
-    inverse = rescaling.inverse
-    energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, inverse)
-    error = output_error.output_energy(restored, statistics.gram, statistics.sum_squares, inverse)
+    energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, rescaling.inverse)
+    error = rescaling.weight_error(restored, statistics)
     row = LinearSummary(
         layer=problem.layer,
         name=problem.prefix + name,
         strategy=strategy(policy),
         relative_error=_ratio(error, energy),
-        error_source="diagonal" if statistics.gram is None else "gram",
+        error_source="diagonal" if statistics.gram is None or rescaling.shift is not None else "gram",
         activation_error=None
         if columns is None or rounding is None
         else _ratio(output_error.activation_term(columns, rounding), energy),

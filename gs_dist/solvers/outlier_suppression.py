@@ -91,7 +91,7 @@ def _loss(
         change = affine.dequantise(codes, step, zero_point)
         columns += output_error.column_energy(change)
         change -= scaled
-        total += output_error.output_energy(change, statistics.gram, statistics.sum_squares, rescaling.inverse)
+        total += rescaling.weight_error(change, statistics)
     static = _static_range(columns, rescaling, statistics, policy, scale_dtype) if policy.is_static else None
     rounding = rescaling.rounding(policy, statistics, static)
     return total if rounding is None else total + output_error.activation_term(columns, rounding)

@@ -39,14 +39,17 @@ class Rescaling:
     def ranges_of(self, statistics: InputStatistics) -> InputStatistics:
         """Statistics of (x - shift) / scale without Gram matrices and histogram.
 
-        The sum of squares of a shifted channel is an upper bound: the statistics hold no plain sum.
+        The sum of squares of a shifted channel is exact where the channel keeps one sign; otherwise its
+        mean is taken as 0, because the statistics hold no plain sum.
         """
         light = replace(statistics, gram=None, weighted_gram=None, histogram=None)
         if self.shift is not None:
             low, high = light.minimum - self.shift, light.maximum - self.shift
             reach = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
-            wide = 2.0 * (light.sum_squares + light.num_tokens * self.shift.astype(np.float64) ** 2)
-            squares = np.minimum(light.num_tokens * reach**2, wide)
+            sign = np.where(light.minimum >= 0, 1.0, np.where(light.maximum <= 0, -1.0, 0.0))
+            shift = self.shift.astype(np.float64)
+            squares = light.sum_squares - 2.0 * shift * sign * light.sum_abs + light.num_tokens * shift**2
+            squares = np.clip(squares, 0.0, light.num_tokens * reach**2)
             light = replace(light, minimum=low, maximum=high, sum_squares=squares)
         return light if self.scale is None else light.scaled(self.scale)
 
@@ -57,6 +60,16 @@ class Rescaling:
             shift=None if self.shift is None else source_channels(self.shift, layer_input),
         )
         return rows.ranges_of(statistics)
+
+    def weight_error(self, change: Float32, statistics: InputStatistics) -> float:
+        """Squared output error over all tokens of a change (out, in) of the rescaled weight.
+
+        From the Gram matrix where one was taken; after a shift from the channels' sums of squares, since
+        the bias takes the shift's part of the error out.
+        """
+        if self.shift is not None:
+            return output_error.output_energy(change, None, self.ranges_of(statistics).sum_squares)
+        return output_error.output_energy(change, statistics.gram, statistics.sum_squares, self.inverse)
 
     def objective(self, statistics: InputStatistics) -> Float32:
         """The Gram matrix that weight solvers minimise against, of the rescaled input.

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gs_dist.solvers import activation_range
+from gs_dist.solvers.activation_range import (
+    channel_rounding,
+    least_error_range,
+    minmax_range,
+    range_profile,
+)
+from gs_dist.solvers.affine import fake_quantise_static
+from gs_dist.statistics import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_BINS_PER_OCTAVE,
+    HISTOGRAM_MIN_EXPONENT,
+    InputStatistics,
+)
+
+
+def statistics_of(x, *, histogram=True):
+    wide = x.astype(np.float64)
+    counts = None
+    if histogram:
+        counts = np.zeros((x.shape[1], 2, HISTOGRAM_BINS), np.int32)
+        size = np.abs(wide) + 1e-30
+        octave = np.floor(np.log2(size))
+        place = (octave - HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE + np.floor((size / 2**octave - 1) * 4)
+        place = np.clip(place, 0, HISTOGRAM_BINS - 1).astype(int)
+        np.add.at(counts, (np.arange(x.shape[1])[None, :], (x >= 0).astype(int), place), 1)
+    return InputStatistics(
+        num_tokens=len(x),
+        minimum=x.min(axis=0),
+        maximum=x.max(axis=0),
+        sum_abs=np.abs(wide).sum(axis=0),
+        sum_squares=(wide**2).sum(axis=0),
+        histogram=counts,
+    )
+
+
+def activations(rng, *, outliers=True, tokens=3000, channels=24):
+    x = rng.normal(size=(tokens, channels)) * rng.lognormal(size=channels)
+    if outliers:
+        x[rng.integers(0, tokens, 3), rng.integers(0, channels, 3)] *= 300
+    return x.astype(np.float32)
+
+
+def exact_error(x, scale, columns, chosen):
+    """Sum over tokens and channels of the true squared rounding error, in float64."""
+    values = (x / scale).astype(np.float32)
+    rounded = fake_quantise_static(values, chosen.scale, chosen.zero_point)
+    return float((((rounded - values).astype(np.float64) ** 2) * columns).sum())
+
+
+def test_minmax_covers_everything_seen():
+    """absmax/127.5, or the whole range with a zero point, extended to include 0."""
+    x = np.array([[0.5, 3.0], [1.0, 2.0]], np.float32)
+    seen = statistics_of(x)
+    assert minmax_range(seen, symmetric=True, scale_dtype="float32").scale == pytest.approx(3 / 127.5)
+    found = minmax_range(seen, symmetric=False, scale_dtype="float32")
+    assert (found.scale, found.zero_point) == (pytest.approx(3 / 255), -128)
+
+
+@pytest.mark.parametrize("zero_point", [None, -100, 0, 90])
+@pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
+def test_the_profile_predicts_the_error_of_any_range(share, zero_point):
+    """Expected errors from histograms agree with rounding the very values."""
+    rng = np.random.default_rng(0)
+    x, scale, columns = activations(rng), rng.lognormal(size=24), rng.lognormal(size=24)
+    profile = range_profile(statistics_of(x), scale, columns)
+    step = share * np.abs(x / scale).max() / 127.5
+    chosen = activation_range.ActivationRange(scale=float(np.float32(step)), zero_point=zero_point)
+    exact = exact_error(x, scale, columns, chosen)
+    assert profile.error(chosen.scale, zero_point) == pytest.approx(exact, rel=0.1)
+    per_channel = channel_rounding(statistics_of(x), scale, chosen)
+    assert float(per_channel @ columns) == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_chosen_range_is_as_good_as_the_best_by_brute_force(seed, symmetric):
+    """No range tried on the very values beats the chosen one by more than 5 %."""
+    rng = np.random.default_rng(seed)
+    x, scale, columns = activations(rng), rng.lognormal(size=24), rng.lognormal(size=24)
+    if not symmetric:
+        x = np.abs(x) - np.float32(0.5)
+    seen = statistics_of(x)
+    found = least_error_range(range_profile(seen, scale, columns), symmetric=symmetric, scale_dtype="float32")
+    low, high = (x / scale).min(), (x / scale).max()
+    shares = 2.0 ** -np.arange(0, 10, 0.25)
+    candidates = [(a, a) for a in shares] if symmetric else [(a, b) for a in shares[::3] for b in shares]
+    best = min(
+        exact_error(
+            x,
+            scale,
+            columns,
+            activation_range._as_range(float(low * a), float(high * b), symmetric, "float32"),
+        )
+        for a, b in candidates
+    )
+    assert exact_error(x, scale, columns, found) <= best * 1.05
+    assert (found.zero_point is None) == symmetric
+
+
+def test_massive_values_are_clipped_and_mild_ones_are_not():
+    """A few values 300 times the rest lose; without them the range stays near the largest value."""
+    rng = np.random.default_rng(1)
+    for outliers in (True, False):
+        seen = statistics_of(activations(rng, outliers=outliers, tokens=20000))
+        whole = minmax_range(seen, symmetric=True, scale_dtype="float32").scale
+        profile = range_profile(seen, None, np.ones(24))
+        found = least_error_range(profile, symmetric=True, scale_dtype="float32").scale
+        assert found <= whole
+        assert (found < 0.5 * whole) == outliers
+
+
+@settings(max_examples=20, deadline=None)
+@given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 100))
+def test_rescaling_all_channels_alike_rescales_the_range(factor, seed):
+    """Dividing x by f divides the range by f, within the axis' resolution."""
+    rng = np.random.default_rng(seed)
+    seen = statistics_of(activations(rng))
+    columns = rng.lognormal(size=24)
+    ranges = [
+        least_error_range(range_profile(seen, s, columns), symmetric=True, scale_dtype="float32").scale
+        for s in (None, np.full(24, factor))
+    ]
+    assert ranges[1] * factor == pytest.approx(ranges[0], rel=0.1)
+
+
+def test_a_token_weighting_lets_massive_values_count_less():
+    """With tokens counted by their relative error, the range shrinks further."""
+    rng = np.random.default_rng(3)
+    seen = statistics_of(activations(rng, tokens=500))
+    scales = {
+        weighting: least_error_range(
+            range_profile(seen, None, np.ones(24), weighting=weighting), symmetric=True, scale_dtype="float32"
+        ).scale
+        for weighting in ("plain", "token")
+    }
+    assert scales["token"] < scales["plain"]
+
+
+def test_a_constant_zero_activation_gets_a_positive_scale():
+    """Nothing seen but zeros: the scale is positive and finite."""
+    seen = statistics_of(np.zeros((5, 3), np.float32))
+    found = least_error_range(range_profile(seen, None, np.ones(3)), symmetric=True, scale_dtype="bfloat16")
+    assert np.isfinite(found.scale)
+    assert found.scale > 0
+
+
+def test_a_missing_histogram_is_told():
+    """The error names act_range."""
+    with pytest.raises(ValueError, match="act_range"):
+        range_profile(statistics_of(np.ones((2, 2), np.float32), histogram=False), None, np.ones(2))

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gs_dist.policy import QuantPolicy
+from gs_dist.solvers.outlier_suppression import PLUS_ALPHAS, search_exponent
+from gs_dist.statistics import InputStatistics
+
+ALPHAS = tuple(i / 20 for i in range(20))
+STATIC = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression-lite")
+DYNAMIC = STATIC.model_copy(update={"act_quant_granularity": "per_token"})
+
+
+def statistics_of(x):
+    wide = x.astype(np.float64)
+    return InputStatistics(
+        num_tokens=len(x),
+        minimum=x.min(axis=0),
+        maximum=x.max(axis=0),
+        sum_abs=np.abs(wide).sum(axis=0),
+        sum_squares=(wide**2).sum(axis=0),
+        gram=(wide.T @ wide).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(400, 32)) * rng.lognormal(sigma=1.5, size=32)).astype(np.float32)
+    weights = [(rng.normal(size=(rows, 32)) * rng.lognormal(sigma=0.5, size=32)).astype(np.float32) for rows in (24, 8)]
+    return x, weights, np.abs(np.concatenate(weights)).max(axis=0)
+
+
+def brute_force(x, weights, alpha, *, static):
+    """Squared output error of really rounding weights and tokens, in float64."""
+    x = x.astype(np.float64)
+    w_max = np.abs(np.concatenate(weights)).max(axis=0)
+    s = np.abs(x).max(axis=0) ** alpha / w_max ** (1 - alpha)
+    total = 0.0
+    for weight in weights:
+        scaled = weight.astype(np.float64) * s
+        step = np.abs(scaled).max(axis=1, keepdims=True) / 127.5
+        rounded = np.clip(np.round(scaled / step), -128, 127) * step
+        activation = x / s
+        size = np.abs(activation).max(axis=None if static else 1, keepdims=True) / 127.5
+        seen = np.clip(np.round(activation / size), -128, 127) * size
+        total += ((seen @ rounded.T - x @ weight.T.astype(np.float64)) ** 2).sum()
+    return total
+
+
+def shifted_brute_force(x, weights, shift, alpha):
+    """As above on x - shift, statically, the bias making up for the shift."""
+    moved = x.astype(np.float64) - shift
+    return brute_force(moved, weights, alpha, static=True)
+
+
+@pytest.mark.parametrize("policy", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_losses_agree_with_rounding_weights_and_tokens(problem, policy):
+    """The loss from statistics is the loss of a forward pass, and the best exponent is nearly the best there."""
+    x, weights, weight_max = problem
+    found = search_exponent(weights, weight_max, statistics_of(x), policy, alphas=ALPHAS, scale_dtype="float32")
+    exact = np.array([brute_force(x, weights, alpha, static=policy.is_static) for alpha in ALPHAS])
+    ratio = np.array(found.losses) / exact
+    if policy.is_static:
+        np.testing.assert_allclose(ratio, 1.0, atol=0.1)
+    else:
+        assert np.all((ratio > 0.6) & (ratio < 1.6))  # the step of a token is an estimate
+    assert exact[ALPHAS.index(found.alpha)] <= 1.1 * exact.min()
+    assert found.loss == min(found.losses)
+
+
+def test_the_first_of_equals_wins(problem):
+    """With one exponent listed twice the earlier one is taken."""
+    x, weights, weight_max = problem
+    seen = statistics_of(x)
+    found = search_exponent(weights, weight_max, seen, STATIC, alphas=(0.5, 0.5), scale_dtype="float32")
+    assert found.losses[0] == found.losses[1]
+    assert found.alpha == 0.5
+    single = search_exponent(weights, weight_max, seen, STATIC, alphas=(0.5,), scale_dtype="float32")
+    np.testing.assert_array_equal(single.scale, found.scale)
+
+
+def test_plus_searches_up_to_one_on_the_shifted_input(problem):
+    """Channels far from 0 are centred, and the loss falls."""
+    x, weights, weight_max = problem
+    x = x + np.linspace(-40, 40, 32, dtype=np.float32)
+    seen = statistics_of(x)
+    assert PLUS_ALPHAS[-1] == 1.0
+    shift = (seen.maximum + seen.minimum) / 2
+    plain, shifted = (
+        search_exponent(weights, weight_max, seen, STATIC, alphas=PLUS_ALPHAS, scale_dtype="float32", shift=z)
+        for z in (None, shift)
+    )
+    assert shifted.loss < plain.loss
+    exact = shifted_brute_force(x, weights, shift, shifted.alpha)
+    assert 0.6 < shifted.loss / exact < 1.6  # the mean of a channel of both signs is taken as 0
+
+
+def test_tied_channels_get_the_same_scale(problem):
+    """Whatever must share a scale does."""
+    x, weights, _ = problem
+
+    def tie(values):
+        pairs = values.reshape(-1, 2)
+        return np.repeat(pairs.max(axis=1), 2)
+
+    weight_max = tie(np.abs(np.concatenate(weights)).max(axis=0))
+    found = search_exponent(
+        weights, weight_max, statistics_of(x), STATIC, alphas=ALPHAS, scale_dtype="float32", tie=tie
+    )
+    np.testing.assert_array_equal(found.scale[::2], found.scale[1::2])
