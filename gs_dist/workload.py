@@ -156,6 +156,33 @@ def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, Quan
             )
 
 
+def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None]) -> None:
+    """Refuses policies that differ where linears share what is changed: a rescaled input, or the KV cache."""
+    prefix = architecture.layer_prefix(layer)
+    key, value = policies["self_attn.k_proj"], policies["self_attn.v_proj"]
+    if _cache_of(key) != _cache_of(value):
+        raise PlanError(
+            f"{prefix}self_attn.k_proj and v_proj differ in kvcache_quant_dtype or kvcache_quant_granularity, and keys "
+            "and values share one cache: give both the same in layer_policies and opname_blacklist"
+        )
+    no_cache = {"kvcache_quant_dtype": None, "kvcache_quant_granularity": "per_channel"}
+    for layer_input in architecture.inputs:
+        readers = [policies[name] for name in layer_input.linears]
+        asked = [p for p in readers if p and p.outliers_suppression is not OutliersSuppressionType.NONE]
+        if asked and len({None if p is None else p.model_copy(update=no_cache) for p in readers}) > 1:
+            raise PlanError(
+                f"{prefix}{', '.join(layer_input.linears)} read one activation, which "
+                f"{asked[0].outliers_suppression.value} rescales for all of them, and their policies differ: give them "
+                "the same in layer_policies and opname_blacklist, or set outliers_suppression: none for all of them"
+            )
+
+
+def _cache_of(policy: QuantPolicy | None) -> tuple[str, str] | None:
+    if policy is None or policy.kvcache_quant_dtype is None:
+        return None
+    return policy.kvcache_quant_dtype, policy.kvcache_quant_granularity
+
+
 def _output_nbytes(
     architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None], nbytes: int
 ) -> int:
@@ -189,6 +216,7 @@ def make_workload(
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         policies.append({name: resolved[prefix + name] for name in names})
+        _check_shared(architecture, layer, policies[-1])
         layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors()]))
     nbytes = tuple(sum(header.nbytes for header in headers) for headers in layer_headers)
     embedding = _headers(tensors, ["model.embed_tokens.weight"])[0]

@@ -1,0 +1,261 @@
+"""The command line: `gs-dist plan`, `quantize`, `summary`, `evaluate`.
+
+Ray and MindSpore are imported inside the commands that need them, so that the others start at once.
+Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from typer.core import TyperGroup
+
+from gs_dist import __version__
+from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe
+from gs_dist.console import show_progress
+from gs_dist.errors import UserError
+from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.recipe import problems_of
+from gs_dist.summary import JSON_NAME, CalibrationSummary, read_summary, write_summary
+from gs_dist.tables import print_plan, print_summary
+
+if TYPE_CHECKING:
+    from gs_dist.runtime.evaluate import Perplexity
+
+__all__ = ["app", "main"]
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+WIDTH_OF_FILES = 160  # where the output is no terminal, tables should not be squeezed into 80 columns
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into a message and an exit code, in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("stopped; run the same command again to go on from the layers that are published")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read the output has enough; the interpreter must not fail again while it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if _belongs_to_typer(error):
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            raise typer.Exit(_explain(error)) from None
+
+
+def _belongs_to_typer(error: Exception) -> bool:
+    """Usage errors and exits, which typer prints and counts itself."""
+    return any(kind.__module__.split(".")[0] in ("click", "typer") for kind in type(error).__mro__)
+
+
+def _explain(error: Exception) -> int:
+    """Prints why a command failed; its exit code."""
+    cause = getattr(error, "cause", None)  # Ray hands on a worker's error with its traceback as text
+    reason = cause if isinstance(cause, Exception) else error
+    if isinstance(reason, UserError):
+        _complain(str(reason))
+        return EXIT_USER_ERROR
+    first_line = next(iter(str(reason).strip().splitlines()), "")
+    known = type(reason).__module__.startswith("gs_dist.")
+    _complain(first_line if known else f"{type(reason).__name__}: {first_line} (gs-dist --debug shows where)")
+    return EXIT_FAILURE
+
+
+def _complain(text: str) -> None:
+    typer.echo(f"gs-dist: {text}", err=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        help="Settings to lay over the recipe, such as calibration.num_samples=64; a key that holds dots in quotes.",
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; without it, one is started here.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gs-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="GS_DIST_DEBUG", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    """Quantise large language models on Ray and MindSpore."""
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Show stages, waves and memory of a job, from headers alone; refuse one that cannot fit."""
+    config = load_recipe(recipe, overrides or ())
+    made, notes = _planned(config)
+    console = _console()
+    print_plan(console, made, Path(config.model).name)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _planned(config: CalibrationConfig) -> tuple[CalibrationPlan, list[str]]:
+    """The plan, and what the formats have to say about it."""
+    from gs_dist.checkpoint.formats import FORMATS
+    from gs_dist.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(Path(config.model))
+    made = make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
+    notes: list[str] = []
+    for name in config.format:
+        if name not in FORMATS:
+            raise UserError(f"format {name} is not served by this version: choose from {', '.join(FORMATS)}")
+        notes += FORMATS[name].check_policies(made.policies, reader.architecture)
+    return made, notes
+
+
+@app.command()
+def quantize(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    address: Address = None,
+    keep_statistics: Annotated[
+        bool, typer.Option("--keep-statistics", help="Keep the statistics in the output, for other recipes.")
+    ] = False,
+) -> None:
+    """Calibrate, quantise and publish; run it again to resume."""
+    extra = ["keep_statistics=true"] if keep_statistics else []
+    config = load_recipe(recipe, [*(overrides or ()), *extra])
+    from gs_dist.runtime import coordinator  # imports Ray
+
+    with show_progress() as progress:
+        summary = coordinator.quantize(config, address=address, progress=progress)
+    console = _console()
+    print_summary(console, summary)
+    for name in summary.formats:
+        console.print(f"model: {Path(config.output) / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def summary(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job.")],
+    *,
+    sort: Annotated[
+        Literal["layer", "error"] | None, typer.Option(help="Order of linears; without it, large models are grouped.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many linears to show.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+) -> None:
+    """Show a job's summary again."""
+    found = read_summary(_run_directory(directory))
+    if json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        print_summary(_console(), found, sort=sort, limit=limit)
+
+
+def _run_directory(directory: Path) -> Path:
+    """The run that a model directory lies in, or the directory itself."""
+    beside = directory.resolve().parent
+    inside = not (directory / JSON_NAME).exists() and (beside / JSON_NAME).exists()
+    return beside if inside else directory
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
+    *,
+    data: Annotated[list[str], typer.Option(help="Files, directories, patterns or URIs; may be given again.")],
+    model: Annotated[Path | None, typer.Option(help="The float model, to compare with.")] = None,
+    num_samples: Annotated[int, typer.Option(help="How many samples at most.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+    column: Annotated[str, typer.Option(help="Column to read: input_ids, text or auto.")] = "auto",
+    packing: Annotated[bool, typer.Option(help="Join texts before cutting samples.")] = True,
+    stages: Annotated[int | None, typer.Option("--pipeline-parallel-size", min=1, help="Stages to use.")] = None,
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(help="Seconds without progress before workers count as lost.")] = 600.0,
+) -> None:
+    """Measure the perplexity of a published model, beside the float model's if that is named."""
+    try:
+        samples = CalibrationData(
+            data=tuple(data), num_samples=num_samples, sequence_length=sequence_length, column=column, packing=packing
+        )
+    except ValidationError as error:
+        problems = "; ".join(str(problem) for problem in problems_of(error, CalibrationData))
+        raise UserError(f"the evaluation data cannot be used: {problems}") from None
+    from gs_dist.runtime import evaluate as runtime  # imports Ray
+
+    with show_progress() as progress:
+        found = runtime.evaluate(
+            str(directory),
+            samples,
+            model=None if model is None else str(model),
+            pipeline_parallel_size=stages,
+            address=address,
+            timeout=timeout,
+            progress=progress,
+        )
+    _show_perplexity(found)
+    _record_perplexity(directory, found)
+
+
+def _show_perplexity(found: Perplexity) -> None:
+    typer.echo(f"{found.num_samples} samples, {found.num_tokens} predicted tokens")
+    if found.float_model is not None:
+        typer.echo(f"perplexity of the float model:     {found.float_model:.4f}")
+    typer.echo(f"perplexity of the quantised model: {found.quantized:.4f}")
+    if found.float_model is not None:
+        typer.echo(f"increase: {found.quantized / found.float_model - 1:+.2%}")
+
+
+def _record_perplexity(directory: Path, found: Perplexity) -> None:
+    """Adds what was measured to the run's summary, if the directory belongs to a run."""
+    run = _run_directory(directory)
+    if not (run / JSON_NAME).exists():
+        return
+    known: CalibrationSummary = read_summary(run)
+    measured = dataclasses.replace(
+        known,
+        perplexity=found.quantized,
+        float_perplexity=found.float_model if found.float_model is not None else known.float_perplexity,
+    )
+    write_summary(run, measured)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="gs-dist")

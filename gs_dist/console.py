@@ -1,0 +1,128 @@
+"""Progress for people: a bar a stage on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBars
+from rich.text import Text
+
+from gs_dist.progress import Progress
+
+__all__ = ["BarProgress", "LineProgress", "show_progress"]
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """Where a stage's pass stands; a new pass starts when its name changes or it begins again."""
+
+    what: str
+    done: int
+    started: float
+    first: int  # finished when we first heard of it
+    shown: float
+
+
+class LineProgress:
+    """One line a stage every few seconds, with rate and time left; always the last one of a pass."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._passes: dict[int, _Pass] = {}
+
+    def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
+        """Prints `stage 1: observing layers 4-7, 12 of 64, 3.1/s, 17 s left`."""
+        now = self._clock()
+        current = self._passes.get(stage)
+        if current is None or current.what != what or done < current.done:
+            current = self._passes[stage] = _Pass(what=what, done=done, started=now, first=done, shown=-1e18)
+        current.done = done
+        if done < total and now - current.shown < SECONDS_BETWEEN_LINES:
+            return
+        current.shown = now
+        line = f"stage {stage}: {what}, {done} of {total}"
+        elapsed, finished = now - current.started, done - current.first
+        if elapsed > 0 and finished > 0:
+            rate = finished / elapsed
+            line += f", {rate:.3g}/s" + (f", {(total - done) / rate:.0f} s left" if done < total else "")
+        self.message(line)
+
+    def layer_finished(self, layer: int, done: int, total: int) -> None:
+        """Prints `layer 12 is published, 13 of 80`."""
+        self.message(f"layer {layer} is published, {done} of {total}")
+
+    def message(self, text: str) -> None:
+        """Prints the text as a line."""
+        print(text, file=self._stream, flush=True)
+
+
+class _RateColumn(TextColumn):
+    """Steps a second of a task."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        """`3.1/s`, or nothing before the first step."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
+
+
+class BarProgress:
+    """A bar a stage and one for published layers, with rate and time left; messages scroll above."""
+
+    def __init__(self, bars: RichBars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._doing: dict[str, tuple[str, int]] = {}
+
+    def _show(self, name: str, done: int, total: int, what: str) -> None:
+        text = f"{name}  {what}".rstrip()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(text, total=total, completed=done)
+        last_what, last_done = self._doing.get(name, (what, 0))
+        if last_what != what or done < last_done:
+            self._bars.reset(self._tasks[name], total=total, completed=done, description=text)
+        self._doing[name] = (what, done)
+        self._bars.update(self._tasks[name], completed=done, total=total, description=text)
+
+    def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
+        """Moves the stage's bar; it starts anew with each pass."""
+        self._show(f"stage {stage}", done, total, what)
+
+    def layer_finished(self, layer: int, done: int, total: int) -> None:
+        """Moves the bar of published layers."""
+        self._show("layers published", done, total, "")
+
+    def message(self, text: str) -> None:
+        """Prints the text above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
+
+
+@contextmanager
+def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
+    """Bars where `stream` (stderr) is a terminal, else plain lines."""
+    target = sys.stderr if stream is None else stream
+    console = Console(file=target)
+    if not console.is_terminal:
+        yield LineProgress(target)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichBars(*columns, console=console, transient=True) as bars:
+        yield BarProgress(bars)
