@@ -131,6 +131,10 @@ class LayerLoop:
     def _prefix(self, index: int) -> str:
         return next(layer.prefix for layer in self._layers if layer.index == index)
 
+    def observes(self, layer: int) -> bool:
+        """Whether the layer's statistics are held here."""
+        return layer in self._trees
+
     def nodes(self, layer: int) -> list[TreeNode]:
         """Partial sums of an observed layer over the micro-batches run so far, for `statistics.merge_nodes`."""
         self._finish_block()

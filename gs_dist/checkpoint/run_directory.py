@@ -1,0 +1,182 @@
+"""The output directory of a job: who may write to it, what is finished in it, and when it is done.
+
+A dead job leaves finished layers and no lock; `done` is written last, when everything else was checked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.header import read_header
+from gs_dist.checkpoint.manifest import (
+    Fingerprints,
+    LayerManifest,
+    check_fingerprints,
+    part_stem,
+    publish_outer,
+    read_manifest,
+    shard_faults,
+)
+from gs_dist.checkpoint.merge import merge_checkpoint
+from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
+from gs_dist.errors import CheckpointError, OutputError
+from gs_dist.policy import QuantPolicy
+from gs_dist.statistics import InputStatistics, LayerStatistics
+
+__all__ = ["RunDirectory", "find_model", "read_statistics", "write_statistics"]
+
+DONE = "done"
+LOCK = ".lock"
+STATISTICS = "statistics"
+# Files by which a model directory of a format is known.
+_MARKERS = {"ascend": "quant_model_description.json", "golden-stick": "quantization_description.json"}
+
+
+class RunDirectory:
+    """The output of one job.
+
+    Args:
+        path: the directory; made where it does not exist.
+        formats: the dialects the job writes.
+        fingerprints: what the job works on; layers finished from something else are refused.
+    """
+
+    def __init__(self, path: Path, *, formats: tuple[str, ...], fingerprints: Fingerprints) -> None:
+        self.path = path
+        self._formats = formats
+        self._fingerprints = fingerprints
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other jobs out while the block runs; the lock goes with the process that holds it.
+
+        Raises:
+            OutputError: another job is at work here, or the directory cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"output {str(self.path)!r} cannot be written ({error.strerror})") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"output {str(self.path)!r} is in use by another job: wait for it, or set output to "
+                    "another directory"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def prepare(self, num_layers: int) -> dict[int, LayerManifest]:
+        """Clears what dead writers left, and returns the finished layers, their shards verified by hash.
+
+        A layer whose shard is missing or changed counts as unfinished and is done again.
+
+        Raises:
+            OutputError: the directory holds a run of another recipe, model or data, or something else.
+        """
+        self._refuse_foreign()
+        (self.path / DONE).unlink(missing_ok=True)
+        for directory in (self.path, *(self.path / name for name in (*self._formats, "manifests", STATISTICS))):
+            if directory.is_dir():
+                remove_leftovers(directory)
+        finished = {}
+        for layer in range(num_layers):
+            manifest = read_manifest(self.path, layer)
+            if manifest is None:
+                continue
+            check_fingerprints(manifest, self._fingerprints)
+            if set(manifest.shards) >= set(self._formats) and not shard_faults(self.path, manifest):
+                finished[layer] = manifest
+        return finished
+
+    def _refuse_foreign(self) -> None:
+        ours = {*FORMATS, "manifests", STATISTICS, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
+        names = sorted(path.name for path in self.path.iterdir())
+        foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
+        if foreign:
+            raise OutputError(
+                f"output {str(self.path)!r} holds {foreign[0]!r}, which is not of a job: set output to an "
+                "empty directory"
+            )
+
+    def merge(
+        self,
+        reader: CheckpointReader,
+        finished: Mapping[int, LayerManifest],
+        policies: Mapping[str, QuantPolicy | None],
+    ) -> None:
+        """Makes each format's directory a model: carries the outer tensors over, writes config and index.
+
+        Raises:
+            JobFailure: a tensor of the source is unaccounted for.
+        """
+        outer = read_manifest(self.path, None)
+        if outer is None or outer.fingerprints != self._fingerprints or shard_faults(self.path, outer):
+            outer = publish_outer(self.path, reader, self._formats, self._fingerprints)
+        for name in self._formats:
+            merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Writes `done`: the job is complete and what it published was checked."""
+        write_json(self.path / DONE, facts)
+
+
+def write_statistics(output: Path, layer: int, statistics: LayerStatistics) -> None:
+    """Keeps a layer's merged statistics, `statistics/layer-00017.safetensors`, for another recipe to be solved from."""
+    arrays = {f"{name}/{key}": array for name, seen in statistics.items() for key, array in seen.to_arrays().items()}
+    write_safetensors(make_directory(output / STATISTICS) / f"{part_stem(layer)}.safetensors", arrays)
+
+
+def read_statistics(output: Path, layer: int) -> LayerStatistics:
+    """What `write_statistics` kept.
+
+    Raises:
+        OutputError: the job kept no statistics of the layer.
+    """
+    path = output / STATISTICS / f"{part_stem(layer)}.safetensors"
+    try:
+        tensors, _ = read_header(path, f"{STATISTICS}/{path.name}")
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"{STATISTICS}/{path.name} does not exist: run the job with keep_statistics: true first"
+        ) from error
+    fields: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for full_name, info in tensors.items():
+        name, key = full_name.split("/")
+        array = np.memmap(path, dtype=info.dtype, mode="r", offset=info.offset, shape=info.shape)
+        fields.setdefault(name, {})[key] = array
+    return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
+
+
+def find_model(directory: Path) -> tuple[Path, str]:
+    """The model directory and its format, given a job's output or a model directory itself.
+
+    Raises:
+        CheckpointError: there is no finished model.
+    """
+    for name in FORMATS:
+        if (directory / name / INDEX_FILE).is_file():
+            return directory / name, name
+    if (directory / INDEX_FILE).is_file():
+        for name, marker in _MARKERS.items():
+            if (directory / marker).is_file():
+                return directory, name
+        return directory, "compressed-tensors"
+    raise CheckpointError(
+        f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
+    )

@@ -1,0 +1,269 @@
+"""The job from recipe to published model: plans, holds the workers, retries, merges.
+
+Progress lives on storage alone: a layer is finished when its manifest stands beside its shard. So losing
+a worker, the coordinator or the whole job comes to the same thing: what is unfinished is observed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from gs_dist import __version__
+from gs_dist.calibration.dataset import open_dataset
+from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import RunDirectory
+from gs_dist.checkpoint.writer import write_bytes
+from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
+from gs_dist.errors import ClusterError, WorkerLostError
+from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.progress import Progress
+from gs_dist.quantized import LinearSummary
+from gs_dist.runtime.pipeline import run_streams
+from gs_dist.runtime.schedule import plan_streams
+from gs_dist.runtime.stage_worker import Job, StageReport, StageWorker
+from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
+from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
+
+__all__ = ["cluster", "local_facts", "quantize", "run_job"]
+
+_VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
+
+MakeGroup = Callable[[Job, int], WorkerGroup]
+"""Makes the workers of a job; the number says how many replicas suffice."""
+
+
+def quantize(config: CalibrationConfig, *, address: str | None = None, progress: Progress) -> CalibrationSummary:
+    """Runs a recipe: calibrates, quantises and publishes; resumes what an earlier run of it left unfinished.
+
+    Args:
+        config: the recipe.
+        address: of a Ray cluster to join; None starts one in this machine for as long as the job runs.
+        progress: told what is going on.
+
+    Raises:
+        UserError: something in recipe, checkpoint, data, output or cluster must be changed first.
+        JobFailure: the run failed; what was finished is kept.
+    """
+    reader = CheckpointReader(Path(config.model))
+    dataset = open_dataset(
+        config.calibration, reader.architecture.vocab_size, reader.tokenizer_file, eos_token_id=eos_token(reader)
+    )
+    progress.message("reading the calibration samples")
+    source = reader.fingerprint()
+    data = dataset.fingerprint()
+    fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=data)
+    if address is None:
+        early = make_plan(config, reader.architecture, reader.tensors, local_facts())
+        num_cpus = early.num_workers * early.threads_per_worker
+    else:
+        num_cpus = None
+    with cluster(address, num_cpus) as facts:
+        plan = make_plan(config, reader.architecture, reader.tensors, facts)
+        for name in config.format:
+            FORMATS[name].check_policies(plan.policies, reader.architecture)
+        job = Job(config=config, plan=plan, fingerprints=fingerprints)
+        return run_job(job, reader, make_group=_ray_workers, progress=progress)
+
+
+def eos_token(reader: CheckpointReader) -> int | None:
+    """The token that ends a text, None where the model names none."""
+    return next(iter(reader.architecture.eos_token_ids), None)
+
+
+def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progress: Progress) -> CalibrationSummary:
+    """Observes and solves what is unfinished, then merges; workers come from `make_group`."""
+    began = time.monotonic()
+    config = job.config
+    run = RunDirectory(Path(config.output), formats=config.format, fingerprints=job.fingerprints)
+    with run.locked():
+        finished = run.prepare(reader.architecture.num_layers)
+        if finished:
+            progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
+        stages: dict[WorkerKey, StageSummary] = {}
+        _calibrate(job, run, finished, make_group, progress, stages)
+        progress.message("merging")
+        run.merge(reader, finished, job.plan.policies)
+        summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
+        write_summary(run.path, summary)
+        write_bytes(run.path / "recipe.yaml", published_recipe(config).encode())
+        run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
+    return summary
+
+
+def _calibrate(
+    job: Job,
+    run: RunDirectory,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    stages: dict[WorkerKey, StageSummary],
+) -> None:
+    """Runs passes until every layer is finished; `finished` and `stages` are filled in."""
+    config, num_layers = job.config, job.plan.architecture.num_layers
+    failures = 0
+    while len(finished) < num_layers:
+        before = len(finished)
+        try:
+            _attempt(job, finished, make_group, progress, stages)
+        except WorkerLostError as error:
+            # Progress between two losses shows that the job can be done; without it, a fault repeats.
+            failures = 0 if len(finished) > before else failures + 1
+            if failures > config.parallel.max_restarts:
+                raise WorkerLostError(
+                    f"{error}; {failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers "
+                    "are published: submit the same recipe again to go on from there"
+                ) from error
+            progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
+
+
+def _attempt(
+    job: Job,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    stages: dict[WorkerKey, StageSummary],
+) -> None:
+    config = job.config
+    began = time.monotonic()
+    progress.message(f"starting {job.plan.num_workers} workers")
+    group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
+    try:
+        plan = job.plan
+        if group.num_replicas != plan.data_parallel_size:
+            progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
+            plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
+
+        def on_solved(manifest: LayerManifest) -> None:
+            assert manifest.layer is not None
+            finished[manifest.layer] = manifest
+            progress.layer_finished(manifest.layer, len(finished), plan.architecture.num_layers)
+
+        streams = plan_streams(plan.stages, set(finished), propagate_quantised=config.propagation == "quantized")
+        run_streams(group, streams, plan, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
+        _collect_reports(group, plan, time.monotonic() - began, stages, config.parallel.timeout)
+    finally:
+        group.close()
+
+
+def _collect_reports(
+    group: WorkerGroup, plan: CalibrationPlan, seconds: float, stages: dict[WorkerKey, StageSummary], timeout: float
+) -> None:
+    keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
+    for key in keys:
+        reference = group.call(key, "report")
+        if not group.wait([reference], timeout):
+            raise WorkerLostError(f"{key} did not answer for {timeout:g} s")
+        report: StageReport = group.get(reference)
+        stage = plan.stages[key.stage]
+        stages[key] = StageSummary(
+            stage=key.stage,
+            replica=key.replica,
+            first_layer=stage.first_layer,
+            end_layer=stage.end_layer,
+            seconds=report.busy_seconds,
+            idle_share=max(0.0, 1.0 - report.busy_seconds / seconds),
+            peak_memory_planned=stage.memory.peak,
+            peak_memory_measured=report.peak_memory,
+        )
+
+
+def _summarise(
+    job: Job,
+    reader: CheckpointReader,
+    finished: Mapping[int, LayerManifest],
+    stages: Mapping[WorkerKey, StageSummary],
+    seconds: float,
+) -> CalibrationSummary:
+    head = LinearSummary(
+        layer=job.plan.architecture.num_layers,
+        name="lm_head",
+        strategy="NA",
+        relative_error=None,
+        error_source="none",
+        scale_min=None,
+        scale_max=None,
+        num_tokens=0,
+    )
+    rows = tuple(row for layer in sorted(finished) for row in finished[layer].rows)
+    return CalibrationSummary(
+        model=reader.directory.resolve().name,
+        formats=job.config.format,
+        propagation=job.config.propagation,
+        num_samples=job.plan.num_samples,
+        num_tokens=max((row.num_tokens for row in rows), default=0),
+        seconds=seconds,
+        versions={"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
+        fingerprints=dataclasses.asdict(job.fingerprints),
+        rows=(*rows, head),
+        stages=tuple(stages[key] for key in sorted(stages)),
+    )
+
+
+def _ray_workers(job: Job, min_replicas: int) -> WorkerGroup:
+    return RayWorkerGroup(
+        partial(StageWorker, job),
+        num_stages=job.plan.pipeline_parallel_size,
+        num_replicas=job.plan.data_parallel_size,
+        min_replicas=min_replicas,
+        num_threads=job.plan.threads_per_worker,
+        npus=1 if job.plan.device == "ascend" else 0,
+        timeout=job.config.parallel.timeout,
+    )
+
+
+def local_facts() -> ClusterFacts:
+    """This machine's CPUs, memory and Ascend cards."""
+    cards = len(list(Path("/dev").glob("davinci[0-9]*")))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return ClusterFacts(num_cpus=len(os.sched_getaffinity(0)), num_npus=cards, memory_bytes=memory)
+
+
+@contextmanager
+def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]:
+    """Joins the Ray cluster at `address`, or starts one here; gives what it holds.
+
+    Args:
+        address: None to start one.
+        num_cpus: CPUs of a cluster started here; may be more than the machine has, then workers share them.
+
+    Raises:
+        ClusterError: nothing answers at `address`.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    already = ray.is_initialized()
+    if not already:
+        if address is None:
+            # A cluster for one job on one machine: nothing listens that anyone could reach.
+            options |= {"address": "local", "include_dashboard": False}
+            options |= {"num_cpus": max(num_cpus or 1, len(os.sched_getaffinity(0)))}
+        else:
+            options |= {"address": address}
+        try:
+            ray.init(**options)
+        except Exception as error:
+            raise ClusterError(
+                f"no Ray cluster answers at {address!r}: {str(error).strip().splitlines()[0]}; start one with "
+                "`ray start --head`, check --address, or leave it out to run on this machine"
+            ) from error
+    try:
+        held = ray.cluster_resources()
+        yield ClusterFacts(
+            num_cpus=int(held.get("CPU", 1)),
+            num_npus=int(held.get("NPU", 0)),
+            memory_bytes=local_facts().memory_bytes if address is None else int(held.get("memory", 0)),
+        )
+    finally:
+        if not already:
+            ray.shutdown()

@@ -1,0 +1,228 @@
+"""A stage of a replica: runs its layers, observes them, solves and publishes those it owns.
+
+A plain class: Ray wraps it in an actor, and tests drive it in their own process. It knows nothing of
+other workers; what they send arrives as arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+from gs_dist.calibration.activation_store import ActivationStore
+from gs_dist.calibration.dataset import TokenBatch, open_dataset
+from gs_dist.calibration.decoder_layer import DecoderLayer
+from gs_dist.calibration.device import open_device
+from gs_dist.calibration.layer_loop import LayerLoop
+from gs_dist.calibration.network import DecoderNetwork
+from gs_dist.calibration.observers import CardObserver, HostObserver
+from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import write_statistics
+from gs_dist.config import CalibrationConfig
+from gs_dist.plan import CalibrationPlan
+from gs_dist.quantized import QuantizedLayer
+from gs_dist.runtime.schedule import StageWave
+from gs_dist.solvers.layer import LayerProblem, solve_layer
+from gs_dist.statistics import LayerStatistics, TreeNode
+
+__all__ = ["Job", "StageReport", "StageWorker"]
+
+Mask = npt.NDArray[np.bool_] | None
+Payload = tuple[npt.NDArray[Any], Mask]
+"""Hidden states (batch, sequence, hidden) and the mask of real tokens, None where all are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker of a job is told."""
+
+    config: CalibrationConfig
+    plan: CalibrationPlan
+    fingerprints: Fingerprints
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """How a worker spent its time and memory: seconds working, bytes at the peak."""
+
+    stage: int
+    replica: int
+    busy_seconds: float
+    forward_seconds: float
+    solve_seconds: float
+    peak_memory: int
+
+
+class StageWorker:
+    """One stage of one replica.
+
+    Args:
+        job: the recipe, the plan and the fingerprints of what it works on.
+        stage, replica: which worker this is.
+    """
+
+    def __init__(self, job: Job, stage: int, replica: int) -> None:
+        plan = job.plan
+        self._job = job
+        self._stage = plan.stages[stage]
+        self._replica = replica
+        self._device = open_device("ascend" if plan.device == "ascend" else "cpu", threads=plan.threads_per_worker)
+        self._reader = CheckpointReader(Path(job.config.model))
+        self._output = Path(job.config.output)
+        self._network = DecoderNetwork(self._reader.architecture, self._device)
+        self._layers: dict[tuple[int, bool], DecoderLayer] = {}
+        self._outer: Any = None
+        self._published: dict[int, QuantizedLayer] = {}
+        self._store = ActivationStore()
+        self._masks: dict[int, Mask] = {}
+        self._wave: StageWave | None = None
+        self._loops: list[LayerLoop] = []
+        self._batches: Iterator[TokenBatch] = iter(())
+        self._seconds = {"forward": 0.0, "solve": 0.0}
+
+    def begin(self, wave: StageWave, start: int, stop: int) -> None:
+        """Gets ready for a pass over micro-batches [start, stop): loads weights, makes observers."""
+        began = time.perf_counter()
+        self._wave = wave
+        if wave.frees_layers:
+            self._layers.clear()
+        boundaries = [wave.first_layer, *([] if wave.keep_at is None else [wave.keep_at]), wave.end_layer]
+        self._loops = [self._make_loop(wave, range(*bounds)) for bounds in itertools.pairwise(boundaries)]
+        for index in range(wave.first_layer, wave.end_layer):
+            self._layer(index, quantised=wave.quantised).load()
+        if wave.stage == 0 and not wave.from_store:
+            self._batches = self._open_batches(start, stop)
+            if self._outer is None:
+                self._outer = self._network.outer_weights(self._reader.read(["model.embed_tokens.weight"]))
+        self._seconds["forward"] += time.perf_counter() - began
+
+    def _layer(self, index: int, *, quantised: bool) -> DecoderLayer:
+        layer = self._layers.get((index, quantised))
+        if layer is None:
+            published = self._published[index] if quantised else None
+            layer = self._layers[(index, quantised)] = DecoderLayer(self._network, self._reader, index, published)
+        return layer
+
+    def _open_batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
+        dataset = open_dataset(
+            self._job.config.calibration, self._reader.architecture.vocab_size, self._reader.tokenizer_file
+        )
+        return dataset.batches(start, stop)
+
+    def _make_loop(self, wave: StageWave, layers: range) -> LayerLoop:
+        plan = self._job.plan
+        architecture = self._reader.architecture
+        channels = {i.name: i.channels for i in architecture.inputs}
+        channels |= {"key": architecture.kv_size, "value": architecture.kv_size}
+        return LayerLoop(
+            [self._layer(index, quantised=wave.quantised) for index in layers],
+            settings={index: plan.layer_settings(index) for index in wave.observed if index in layers},
+            channels=channels,
+            blocks=plan.blocks,
+            observer=HostObserver if self._device.kind == "cpu" else CardObserver,
+            num_threads=plan.threads_per_worker,
+        )
+
+    def step(self, micro_batch: int, payload: Payload | None) -> Payload | None:
+        """Runs one micro-batch through the wave; micro-batches come in ascending order.
+
+        Args:
+            micro_batch: its index among all of the job.
+            payload: what the stage before sent; None at the first stage and for a wave from the store.
+
+        Returns:
+            What the next stage takes, None where the wave sends nothing.
+        """
+        wave = self._wave
+        assert wave is not None
+        began = time.perf_counter()
+        hidden, mask = self._input(micro_batch, payload)
+        for number, loop in enumerate(self._loops):
+            if number:  # the boundary between the two loops is where hidden states are kept
+                self._store.put(micro_batch, self._device.to_numpy(hidden))
+                self._masks[micro_batch] = mask
+            hidden = loop.run(micro_batch, hidden, mask)
+        sent = (self._device.to_numpy(hidden), mask) if wave.emits else None
+        self._seconds["forward"] += time.perf_counter() - began
+        return sent
+
+    def _input(self, micro_batch: int, payload: Payload | None) -> tuple[Any, Mask]:
+        assert self._wave is not None
+        if self._wave.from_store:
+            return self._device.to_tensor(self._store.get(micro_batch)), self._masks[micro_batch]
+        if self._wave.stage > 0:
+            assert payload is not None
+            return self._device.to_tensor(payload[0]), payload[1]
+        batch = next(self._batches)
+        assert batch.index == micro_batch, (batch.index, micro_batch)
+        mask = None if batch.mask.all() else batch.mask
+        return self._network.embed(self._outer, batch.input_ids), mask
+
+    def partial_sums(self, layer: int) -> list[TreeNode]:
+        """This replica's partial sums of an observed layer, for the layer's owner; they are freed here."""
+        loop = self._loop_of(layer)
+        nodes = loop.nodes(layer)
+        loop.forget(layer)
+        return nodes
+
+    def _loop_of(self, layer: int) -> LayerLoop:
+        return next(loop for loop in self._loops if loop.observes(layer))
+
+    def solve(self, layer: int, *others: list[TreeNode]) -> LayerManifest:
+        """Merges a layer's partial sums, quantises the layer and publishes its shard and manifest.
+
+        Args:
+            layer: one that this worker observed and owns.
+            others: partial sums of the other replicas.
+
+        Raises:
+            LayerError: the layer cannot be quantised as its policies say.
+        """
+        began = time.perf_counter()
+        loop = self._loop_of(layer)
+        statistics = loop.merged(layer, itertools.chain.from_iterable(others))
+        loop.forget(layer)
+        manifest = self._solve(layer, statistics)
+        self._seconds["solve"] += time.perf_counter() - began
+        return manifest
+
+    def _solve(self, layer: int, statistics: LayerStatistics) -> LayerManifest:
+        architecture, config = self._reader.architecture, self._job.config
+        problem = LayerProblem(
+            layer=layer,
+            prefix=architecture.layer_prefix(layer),
+            inputs=architecture.inputs,
+            linears=architecture.linears,
+            tensors=self._reader.read_layer(layer),
+            statistics=statistics,
+            policies=self._job.plan.layer_policies(layer),
+            scale_dtype=architecture.dtype,
+        )
+        # OpenBLAS sums in another order on two threads, and the bytes must not depend on the machine's cores.
+        with threadpool_limits(1, user_api="blas"):
+            quantized = solve_layer(
+                problem, max_relative_error=config.max_relative_error, on_bad_layer=config.on_bad_layer
+            )
+        if config.keep_statistics:
+            write_statistics(self._output, layer, statistics)
+        return publish_layer(self._output, quantized, architecture, config.format, self._job.fingerprints)
+
+    def report(self) -> StageReport:
+        """Time and memory spent so far."""
+        return StageReport(
+            stage=self._stage.stage,
+            replica=self._replica,
+            busy_seconds=sum(self._seconds.values()),
+            forward_seconds=self._seconds["forward"],
+            solve_seconds=self._seconds["solve"],
+            peak_memory=self._device.peak_memory(),
+        )

@@ -1,0 +1,181 @@
+"""Workers by stage and replica, and calls to them that return at once.
+
+The coordinator knows only the `WorkerGroup` protocol; Ray is one way to hold the workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gs_dist.errors import ClusterError, WorkerLostError
+
+__all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
+
+
+class WorkerKey(NamedTuple):
+    """Which worker: a stage of a replica."""
+
+    stage: int
+    replica: int
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} of replica {self.replica}"
+
+
+class WorkerGroup(Protocol):
+    """Holds one worker a key. A reference may be passed to another call in place of its value."""
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas held; may be fewer than asked for."""
+
+    def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
+        """Starts `method` on a worker, after everything called on it before; returns a reference."""
+
+    def wait(self, references: Sequence[Any], timeout: float) -> list[Any]:
+        """References that are ready, at least one unless `timeout` seconds pass first."""
+
+    def get(self, reference: Any) -> Any:
+        """Value of a ready reference.
+
+        Raises:
+            WorkerLostError: the worker died.
+            Exception: whatever the method raised.
+        """
+
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+class RayWorkerGroup:
+    """Workers as Ray actors, a placement group a replica: its stages near each other, replicas apart.
+
+    Args:
+        make: builds the worker in its process, called with stage and replica.
+        num_stages, num_replicas: how many workers.
+        min_replicas: how many replicas suffice where the cluster has no room for all.
+        num_threads: CPUs, and threads of BLAS and MindSpore, of a worker.
+        npus: Ascend cards of a worker, 0 on CPU.
+        timeout: seconds to wait for the cluster to have room.
+
+    Raises:
+        ClusterError: there is no room for `min_replicas` replicas.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, int], Any],
+        *,
+        num_stages: int,
+        num_replicas: int,
+        min_replicas: int,
+        num_threads: int,
+        npus: int,
+        timeout: float,
+    ) -> None:
+        self._groups: list[PlacementGroup] = []
+        self._actors: dict[WorkerKey, Any] = {}
+        bundle = {"CPU": float(num_threads)} | ({"NPU": float(npus)} if npus else {})
+        try:
+            self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
+            environment = {"env_vars": _thread_environment(num_threads)}
+            actor_class = ray.remote(_Worker)
+            for replica, group in enumerate(self._groups):
+                for stage in range(num_stages):
+                    self._actors[WorkerKey(stage, replica)] = actor_class.options(
+                        num_cpus=num_threads,
+                        resources={"NPU": npus} if npus else None,
+                        runtime_env=environment,
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(
+                            placement_group=group, placement_group_bundle_index=stage
+                        ),
+                    ).remote(make, stage, replica)
+        except BaseException:
+            self.close()
+            raise
+
+    def _reserve(
+        self, bundle: Mapping[str, float], num_stages: int, num_replicas: int, min_replicas: int, timeout: float
+    ) -> None:
+        groups = [placement_group([dict(bundle)] * num_stages, strategy="PACK") for _ in range(num_replicas)]
+        deadline = time.monotonic() + timeout
+        for number, group in enumerate(groups):
+            # Replicas beyond the necessary ones get a moment, not the whole wait.
+            patience = max(0.0, deadline - time.monotonic()) if number < min_replicas else 5.0
+            ready, _ = ray.wait([group.ready()], timeout=patience)
+            if not ready:
+                for unplaced in groups[number:]:
+                    remove_placement_group(unplaced)
+                break
+            self._groups.append(group)
+        if len(self._groups) < min_replicas:
+            raise ClusterError(_no_room(bundle, num_stages, min_replicas, timeout))
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that the cluster had room for."""
+        return len(self._groups)
+
+    def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
+        """Starts `method` on a worker, after everything called on it before; returns a reference."""
+        return self._actors[key].call.remote(method, *args)
+
+    def wait(self, references: Sequence[Any], timeout: float) -> list[Any]:
+        """References that are ready, at least one unless `timeout` seconds pass first."""
+        ready, _ = ray.wait(list(references), timeout=timeout, fetch_local=False)
+        return list(ready)
+
+    def get(self, reference: Any) -> Any:
+        """Value of a reference; raises what the method raised, or WorkerLostError."""
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as e:
+            raise WorkerLostError(f"a worker died: {_first_line(e)}") from e
+
+    def close(self) -> None:
+        """Ends the workers at once; what they had not published is lost."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        for group in self._groups:
+            remove_placement_group(group)
+        self._actors, self._groups = {}, []
+
+
+class _Worker:
+    """A worker in its own process."""
+
+    def __init__(self, make: Callable[[int, int], Any], stage: int, replica: int) -> None:
+        self._worker = make(stage, replica)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._worker, method)(*args)
+
+
+def _thread_environment(num_threads: int) -> dict[str, str]:
+    # Read when the libraries are loaded, so they must stand in the environment of the process.
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return dict.fromkeys(names, str(num_threads)) | {"GLOG_v": "3"}
+
+
+def _no_room(bundle: Mapping[str, float], num_stages: int, num_replicas: int, timeout: float) -> str:
+    asked = ", ".join(f"{count:g} {name}" for name, count in bundle.items())
+    held = ray.cluster_resources()
+    has = ", ".join(f"{held.get(name, 0):g} {name}" for name in bundle)
+    return (
+        f"the cluster has no room for {num_stages} stages x {num_replicas} replicas of {asked} each: it holds {has} "
+        f"in all, and none came free in {timeout:g} s. Add nodes, end other jobs, or lower "
+        "parallel.pipeline_parallel_size, parallel.data_parallel_size or parallel.threads_per_worker"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
