@@ -1,0 +1,237 @@
+"""Manifests against recipes, entry point, image and package: what can be checked of them without a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkpoints import header_only_checkpoint
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import gs_dist
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.config import CalibrationConfig, load_recipe
+from gs_dist.plan import ClusterFacts, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
+IN_IMAGE = "/opt/gs_dist"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a manifest offers to a job."""
+
+    num_npus: int
+    images: set[str]
+    mounts: tuple[set[str], ...]  # of every container that runs gs_dist
+    text: str
+
+    @property
+    def recipe(self) -> CalibrationConfig:
+        """The recipe that the manifest, or the comment on top of it, submits."""
+        return load_recipe(ROOT / self.entry_point[1].removeprefix(IN_IMAGE + "/"))
+
+    @property
+    def entry_point(self) -> tuple[str, str]:
+        """Paths within the image: of the program and of the recipe."""
+        commands = set(re.findall(r"python3 (\S+/quantize\.py) ([^\s\"']+\.yaml)", self.text))
+        (command,) = commands
+        return command
+
+
+def kuberay(name: str) -> Deployment:
+    text = (ROOT / "deploy" / name).read_text()
+    document = yaml.safe_load(text)
+    spec = document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    return Deployment(
+        num_npus=sum(group["replicas"] * npus(group["rayStartParams"]) for group in spec["workerGroupSpecs"]),
+        images={container["image"] for container in containers},
+        mounts=tuple({mount["mountPath"] for mount in container["volumeMounts"]} for container in containers),
+        text=text,
+    )
+
+
+def npus(ray_start_params: dict[str, str]) -> int:
+    """The NPU resource of a group; KubeRay pastes the value into a shell command, hence the quotes within."""
+    (value,) = shlex.split(ray_start_params["resources"])
+    return int(json.loads(value)["NPU"])
+
+
+def on_premises() -> Deployment:
+    text = (ROOT / "deploy/on-premises.yaml").read_text()
+    config = yaml.safe_load(text)
+    nodes = {"head": 1, "worker": len(config["provider"]["worker_ips"])}
+    cards = 0
+    for kind, count in nodes.items():
+        (start,) = (command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command)
+        (resources,) = (word for word in shlex.split(start) if word.startswith("--resources="))
+        cards += count * json.loads(resources.removeprefix("--resources="))["NPU"]
+    volumes = [o.removeprefix("--volume=") for o in config["docker"]["run_options"] if o.startswith("--volume=")]
+    return Deployment(
+        num_npus=cards,
+        images={config["docker"]["image"]},
+        mounts=({volume.split(":")[1] for volume in volumes},),
+        text=text,
+    )
+
+
+DEPLOYMENTS = {
+    "rayjob.yaml": kuberay("rayjob.yaml"),
+    "raycluster.yaml": kuberay("raycluster.yaml"),
+    "on-premises.yaml": on_premises(),
+}
+
+
+@pytest.fixture(params=DEPLOYMENTS)
+def deployment(request: pytest.FixtureRequest) -> Deployment:
+    return DEPLOYMENTS[request.param]
+
+
+def ray_requirement() -> Requirement:
+    text = (ROOT / "pyproject.toml").read_text()
+    (line,) = re.findall(r'"(ray\[default\][^"]*)"', text)
+    return Requirement(line)
+
+
+def test_cluster_has_a_card_for_every_worker(deployment: Deployment) -> None:
+    """The cards of the cluster are as many as stages times replicas of the recipe it runs."""
+    parallel = deployment.recipe.parallel
+    assert parallel.device == "ascend"
+    assert parallel.pipeline_parallel_size * parallel.data_parallel_size == deployment.num_npus
+
+
+def test_one_image_of_this_version(deployment: Deployment) -> None:
+    """Head and workers run one image, whose tag is this package's version, and whose build the Dockerfile names."""
+    (image,) = deployment.images
+    assert image.rpartition(":")[2] == gs_dist.__version__
+    assert f"-t {image} ." in (ROOT / "deploy/Dockerfile").read_text()
+    assert f"-t {image} ." in (ROOT / "deploy/README.md").read_text()
+
+
+def test_entry_point_is_in_the_image(deployment: Deployment) -> None:
+    """The program and the recipe that are submitted lie where the Dockerfile copies them to."""
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert f"WORKDIR {IN_IMAGE}\n" in dockerfile
+    assert "COPY jobs jobs\n" in dockerfile
+    for path in deployment.entry_point:
+        assert (ROOT / path.removeprefix(IN_IMAGE + "/")).is_file()
+
+
+def test_what_the_dockerfile_copies_is_there() -> None:
+    """Every source of a COPY exists in the repository."""
+    sources = re.findall(r"^COPY (.*) \S+$", (ROOT / "deploy/Dockerfile").read_text(), flags=re.MULTILINE)
+    assert sources
+    assert all((ROOT / source).exists() for line in sources for source in line.split())
+
+
+def test_recipes_paths_are_mounted(deployment: Deployment) -> None:
+    """Model, data and output of the recipe lie on shared storage in every container."""
+    recipe = deployment.recipe
+    for path in (recipe.model, recipe.output, *recipe.calibration.data):
+        for mounts in deployment.mounts:
+            assert any(Path(path).is_relative_to(mount) for mount in mounts), f"{path} is on none of {mounts}"
+
+
+def workers_and_requests(spec: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for group in spec["workerGroupSpecs"]:
+        for container in group["template"]["spec"]["containers"]:
+            yield group, container
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml"])
+def test_ray_and_kubernetes_count_the_same_cards(name: str) -> None:
+    """What Ray is told a node has is what its pod asks the device plugin for, with Ray of the pinned version."""
+    document = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    for group, container in workers_and_requests(spec):
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert int(resources["limits"]["huawei.com/Ascend910"]) == npus(group["rayStartParams"])
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+        named = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == named
+    assert spec["rayVersion"] in ray_requirement().specifier
+
+
+def test_both_kuberay_manifests_hold_one_cluster() -> None:
+    """The cluster of the job and the standing cluster are the same."""
+    job = yaml.safe_load((ROOT / "deploy/rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert job == yaml.safe_load((ROOT / "deploy/raycluster.yaml").read_text())["spec"]
+
+
+def test_storage_claim_is_the_one_that_pods_mount() -> None:
+    """The claim that storage.yaml makes is the one the pods name, and many nodes may write to it."""
+    claim = yaml.safe_load((ROOT / "deploy/storage.yaml").read_text())
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in ("rayjob.yaml", "raycluster.yaml"):
+        claims = set(re.findall(r"claimName: ([\w-]+)", (ROOT / "deploy" / name).read_text()))
+        assert claims == {claim["metadata"]["name"]}
+
+
+def test_nobody_submits_without_a_token() -> None:
+    """Every cluster asks for a token and opens no way in from outside."""
+    for name in ("rayjob.yaml", "raycluster.yaml"):
+        document = yaml.safe_load((ROOT / "deploy" / name).read_text())
+        spec = document["spec"].get("rayClusterSpec", document["spec"])
+        assert spec["authOptions"]["mode"] == "token"
+        assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for path in (ROOT / "deploy").glob("*.yaml"):
+        assert not re.search(r"NodePort|LoadBalancer|kind: Ingress|hostPort|hostNetwork", path.read_text())
+    config = yaml.safe_load((ROOT / "deploy/on-premises.yaml").read_text())
+    assert "--env=RAY_AUTH_MODE=token" in [option.split(" ")[0] for option in config["docker"]["run_options"]]
+    (head,) = (command for command in config["head_start_ray_commands"] if "ray start" in command)
+    assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_on_premises_file_passes_rays_own_check() -> None:
+    """`ray up` accepts the file: its schema, and as many workers as addresses."""
+    config = yaml.safe_load((ROOT / "deploy/on-premises.yaml").read_text())
+    assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load(recipe: Path) -> None:
+    """Every recipe that is shipped passes the checks of a recipe, and writes to a place of its own."""
+    config = load_recipe(recipe)
+    assert Path(config.output).name == recipe.stem
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "layers"),
+    [
+        ("llama3-70b-w8a8", "llama-3-70b", 10),
+        ("llama3-70b-w4a16", "llama-3-70b", 10),
+        ("qwen3-32b-w8a8", "qwen3-32b", 16),
+    ],
+)
+def test_large_recipes_fit_their_cards(tmp_path: Path, recipe: str, model: str, layers: int) -> None:
+    """With the model's real shapes, every worker of a large recipe stays within memory_per_worker."""
+    config = load_recipe(ROOT / f"jobs/recipes/{recipe}.yaml")
+    reader = CheckpointReader(header_only_checkpoint(tmp_path / "model", model))
+    sizes = config.parallel.pipeline_parallel_size, config.parallel.data_parallel_size
+    facts = ClusterFacts(num_cpus=320, num_npus=sizes[0] * sizes[1], memory_bytes=2 * 768 * 2**30)
+    plan = make_plan(config, reader.architecture, reader.tensors, facts)
+    assert (len(plan.stages), plan.data_parallel_size) == sizes
+    assert plan.device == "ascend"
+    assert all(len(stage.layers) == layers for stage in plan.stages)
+    assert all(stage.memory.peak <= 60 * 2**30 for stage in plan.stages)
+
+
+@pytest.mark.parametrize("script", ["jobs/quickstart.sh", "jobs/environment.sh", "tests/run.sh", ".ci/run"])
+def test_shell_scripts_parse(script: str) -> None:
+    """Bash finds no syntax error in a script that is shipped."""
+    done = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
