@@ -22,28 +22,33 @@ Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats.base import KVKind, Policies
 from gs_dist.checkpoint.formats.description import (
     FLOAT,
     Array,
-    Policies,
     cast_scale,
     describe_tensors,
+    expected_names,
     float_dtype,
     kv_layers,
     label_of,
+    mixed_fusions,
     policy_of,
     refuse,
-    refuse_mixed_fusions,
     require_shared_input,
     row_sums,
+    split_linears,
     static_parameters,
 )
+from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -62,8 +67,8 @@ class AscendFormat:
 
     name = "ascend"
 
-    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> None:
-        """Refuses what vLLM-Ascend cannot load, naming what to choose in its place.
+    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
+        """Refuses what vLLM-Ascend cannot load, naming what to choose in its place; returns notes.
 
         Raises:
             RecipeError: dense int4 weights, weights per group or with zero points, a KV cache per token, or
@@ -76,7 +81,10 @@ class AscendFormat:
         for layer, policy in kv_layers(policies, architecture).items():
             for reason in _unloadable_kv(policy, architecture):
                 reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
-        refuse(self.name, {**reasons, **refuse_mixed_fusions(policies, architecture)})
+        refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
+        if architecture.dtype == "float32":
+            return ("ascend: the model is float32, which the engine computes in bfloat16: serve with --dtype bfloat16",)
+        return ()
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """Tensors of a decoder layer under their full names.
@@ -95,15 +103,64 @@ class AscendFormat:
             tensors.update(_encode_kv(layer.kv_cache, dtype, prefix))
         return tensors
 
-    def describe(
-        self, policies: Policies, architecture: DecoderArchitecture, tensors: Iterable[str]
+    def expected_tensors(
+        self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
+    ) -> dict[str, StoredTensor]:
+        """See `CheckpointFormat.expected_tensors`."""
+        prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
+        shapes = architecture.layer_tensors()
+        found: dict[str, StoredTensor] = {}
+        for linear in architecture.linears:
+            policy = policies.get(prefix + linear.name)
+            if policy is None or not policy.quantises_linear:
+                continue
+            rows = (linear.out_features,)
+            leaves = {
+                "weight": ("int8", shapes.pop(linear.name + ".weight")),
+                "weight_scale": (model_dtype, (*rows, 1)),
+                "weight_offset": (model_dtype, (*rows, 1)),
+            }
+            if shapes.pop(linear.name + ".bias", None) is not None:
+                leaves["bias"] = (model_dtype, rows)
+            if policy.is_static:
+                leaves |= {
+                    "input_scale": (model_dtype, (1,)),
+                    "input_offset": ("int8", (1,)),
+                    "deq_scale": ("int64" if model_dtype == "float16" else "float32", rows),
+                    "quant_bias": ("int32", rows),
+                }
+            found |= {
+                f"{prefix}{linear.name}.{leaf}": StoredTensor(dtype=dtype, shape=shape)
+                for leaf, (dtype, shape) in leaves.items()
+            }
+        if kv_cache is not None:
+            stored = StoredTensor(dtype=model_dtype, shape=(architecture.kv_size,))
+            found |= {
+                f"{prefix}self_attn.{linear}.kv_cache_{leaf}": stored
+                for linear in ("k_proj", "v_proj")
+                for leaf in ("scale", "offset")
+            }
+        return found | {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in shapes.items()}
+
+    def config(
+        self,
+        source: Mapping[str, Any],
+        policies: Policies,
+        kv_cache: Mapping[int, KVKind],
+        architecture: DecoderArchitecture,
+    ) -> dict[str, Any]:
+        """config.json without `quantization_config`, which the engine would take for another method's."""
+        return without_quantization(source)
+
+    def extra_files(
+        self, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
     ) -> dict[str, dict[str, Any]]:
-        """Content of `quant_model_description.json` by file name.
+        """`quant_model_description.json`: file name to content.
 
         Every tensor is named, and `lm_head.weight` even where it is tied to the embedding and has no tensor: the
         engine looks the head up by direct indexing.
         """
-        labels = describe_tensors(policies, tensors)
+        labels = describe_tensors(policies, expected_names(self, policies, kv_cache, architecture))
         labels.setdefault("lm_head.weight", FLOAT)
         kinds = Counter(label for name, label in labels.items() if name.endswith(".weight") and label != FLOAT)
         description: dict[str, Any] = {
@@ -117,44 +174,33 @@ class AscendFormat:
             description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
         return {DESCRIPTION_FILE: description | labels}
 
-    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json without `quantization_config`, which would be taken for another method's."""
-        return without_quantization(config)
-
-    def decode_tensors(
-        self,
-        tensors: Mapping[str, Array],
-        description: Mapping[str, Any],
-        architecture: DecoderArchitecture,
-        layer: int,
-    ) -> QuantizedLayer:
-        """Inverse of `encode_layer`, from the layer's tensors by full name and the description file.
+    def decode_layer(self, reader: CheckpointReader, layer: int) -> QuantizedLayer:
+        """Inverse of `encode_layer`; policies are rebuilt from the description file's labels.
 
         A W8A8 linear's bias is what quant_bias holds, since that is what the engine adds; it is rounded to
         deq_scale steps.
 
         Raises:
-            CheckpointError: a tensor is missing or a label is not one of this dialect.
+            CheckpointError: a tensor or the description is missing, or a label is not one of this dialect.
         """
-        prefix = architecture.layer_prefix(layer)
-        own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        linears = {}
-        for linear in architecture.linears:
-            label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
-            if label == FLOAT:
-                continue
-            leaves = {
-                name.removeprefix(linear.name + "."): own.pop(name)
-                for name in list(own)
-                if name.startswith(linear.name + ".") and ".kv_cache_" not in name
-            }
-            linears[linear.name] = _decode_linear(leaves, str(label), prefix + linear.name)
-        return QuantizedLayer(layer=layer, linears=linears, kv_cache=_decode_kv(own), tensors=own)
+        description = read_json(reader.directory / DESCRIPTION_FILE, DESCRIPTION_FILE)
+        linears, rest = split_linears(reader.read_layer(layer), description, reader.architecture, layer)
+        prefix = reader.architecture.layer_prefix(layer)
+        return QuantizedLayer(
+            layer=layer,
+            linears={name: _decode_linear(leaves, label, prefix + name) for name, (label, leaves) in linears.items()},
+            kv_cache=_decode_kv(rest),
+            tensors=rest,
+        )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json's content without `quantization_config`, at the top and in `text_config`."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    """A copy of config.json's content without `quantization_config`, in `text_config` too.
+
+    `auto_map`, which names code to run, and `_name_or_path`, which may be a path of the machine, go as well.
+    """
+    dropped = ("quantization_config", "auto_map", "_name_or_path")
+    kept = {key: value for key, value in config.items() if key not in dropped}
     if isinstance(kept.get("text_config"), Mapping):
         kept["text_config"] = without_quantization(kept["text_config"])
     return kept

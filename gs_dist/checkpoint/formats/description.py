@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats.base import CheckpointFormat, KVKind, Policies
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
@@ -22,23 +23,23 @@ __all__ = [
     "FLOAT",
     "FUSED_LINEARS",
     "Array",
-    "Policies",
     "cast_scale",
     "describe_tensors",
+    "expected_names",
     "float_dtype",
     "fused_members",
     "kv_layers",
     "label_of",
+    "mixed_fusions",
     "policy_of",
     "refuse",
-    "refuse_mixed_fusions",
     "require_shared_input",
     "row_sums",
+    "split_linears",
     "static_parameters",
 ]
 
 Array = npt.NDArray[Any]
-Policies = Mapping[str, QuantPolicy | None]
 
 FLOAT = "FLOAT"
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
@@ -79,11 +80,10 @@ def policy_of(label: str, group_size: int = 0) -> QuantPolicy:
     return QuantPolicy(**{**_POLICIES[label], **grouped})
 
 
-def describe_tensors(policies: Policies, tensors: Iterable[str], layer_kv: str = "C8") -> dict[str, str]:
-    """Tensor name to label, in sorted order, for tensors that are there.
+def describe_tensors(policies: Policies, tensors: Iterable[str]) -> dict[str, str]:
+    """Tensor name to label, in sorted order.
 
-    A linear is FLOAT if its scale is not among the tensors, whatever its policy says (a layer may have been
-    kept as it was because its error was too large).
+    A linear is FLOAT if its scale is not among the tensors, whatever its policy says. KV cache scales are C8.
     """
     names = sorted(tensors)
     present = set(names)
@@ -91,12 +91,42 @@ def describe_tensors(policies: Policies, tensors: Iterable[str], layer_kv: str =
     for name in names:
         module, _, leaf = name.rpartition(".")
         if leaf.startswith("kv_cache_"):
-            labels[name] = layer_kv
+            labels[name] = "C8"
         elif f"{module}.weight_scale" in present:
             labels[name] = label_of(policies.get(module))
         else:
             labels[name] = FLOAT
     return labels
+
+
+def expected_names(
+    dialect: CheckpointFormat, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
+) -> list[str]:
+    """Full names of all tensors that a checkpoint of the dialect holds."""
+    names = list(architecture.outer_tensors())
+    for layer in range(architecture.num_layers):
+        names += dialect.expected_tensors(layer, policies, kv_cache.get(layer), architecture)
+    return names
+
+
+def split_linears(
+    tensors: Mapping[str, Array], description: Mapping[str, Any], architecture: DecoderArchitecture, layer: int
+) -> tuple[dict[str, tuple[str, dict[str, Array]]], dict[str, Array]]:
+    """A layer's tensors (names within the layer) sorted into quantised linears and the rest.
+
+    Returns:
+        Linear to its label and its tensors by last name; and every other tensor, KV cache scales included.
+    """
+    prefix = architecture.layer_prefix(layer)
+    rest = dict(tensors)
+    linears = {}
+    for linear in architecture.linears:
+        label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
+        if label == FLOAT:
+            continue
+        own = [n for n in rest if n.rpartition(".")[0] == linear.name and ".kv_cache_" not in n]
+        linears[linear.name] = (str(label), {name.rpartition(".")[2]: rest.pop(name) for name in own})
+    return linears, rest
 
 
 def fused_members(architecture: DecoderArchitecture) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -129,7 +159,7 @@ def refuse(dialect: str, reasons: Mapping[str, list[str]]) -> None:
         raise RecipeError(f"format {dialect} cannot hold what the recipe asks for: " + "; ".join(lines))
 
 
-def refuse_mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict[str, list[str]]:
+def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict[str, list[str]]:
     """Reasons against linears that an engine fuses into one but the recipe treats differently.
 
     One label for all of them, and with static activations also one input scale: the fused linear has a single

@@ -19,28 +19,34 @@ Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype, G = K 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.ascend import without_quantization
+from gs_dist.checkpoint.formats.base import KVKind, Policies
 from gs_dist.checkpoint.formats.description import (
     FLOAT,
     Array,
-    Policies,
     cast_scale,
     describe_tensors,
+    expected_names,
     float_dtype,
     kv_layers,
+    label_of,
+    mixed_fusions,
     policy_of,
     refuse,
-    refuse_mixed_fusions,
     require_shared_input,
     row_sums,
+    split_linears,
     static_parameters,
 )
+from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
 from gs_dist.policy import PrecisionRecovery, QuantPolicy
 from gs_dist.quantized import Int8, QuantizedLayer, QuantizedLinear
@@ -56,8 +62,8 @@ class GoldenStickFormat:
 
     name = "golden-stick"
 
-    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> None:
-        """Refuses what the layout has no place for, naming what to choose in its place.
+    def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
+        """Refuses what the layout has no place for, naming what to choose in its place; returns notes.
 
         Raises:
             RecipeError: weights with zero points, dense W4A8, groups in GPTQ's activation order, odd numbers of
@@ -80,7 +86,14 @@ class GoldenStickFormat:
                 "format: [ascend]"
             )
             reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
-        refuse(self.name, {**reasons, **refuse_mixed_fusions(policies, architecture)})
+        refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
+        others = sorted({label_of(policy) for policy in policies.values()} - {FLOAT, "W8A8"})
+        if others:
+            return (
+                f"golden-stick: vLLM-MindSpore's own reader knows W8A8 and float linears; {', '.join(others)} is for "
+                "networks that Golden Stick builds",
+            )
+        return ()
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """Tensors of a decoder layer under their full names.
@@ -97,45 +110,74 @@ class GoldenStickFormat:
             tensors.update({f"{prefix}{name}.{leaf}": array for leaf, array in encoded.items()})
         return tensors
 
-    def describe(
-        self, policies: Policies, architecture: DecoderArchitecture, tensors: Iterable[str]
+    def expected_tensors(
+        self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
+    ) -> dict[str, StoredTensor]:
+        """See `CheckpointFormat.expected_tensors`."""
+        prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
+        shapes = architecture.layer_tensors()
+        found: dict[str, StoredTensor] = {}
+        for linear in architecture.linears:
+            policy = policies.get(prefix + linear.name)
+            if policy is None or not policy.quantises_linear:
+                continue
+            rows, columns = shapes.pop(linear.name + ".weight")
+            groups = columns // policy.group_size if policy.group_size else 1
+            scales = (groups, rows) if groups > 1 else (rows,)
+            leaves: dict[str, tuple[str, tuple[int, ...]]] = {
+                "weight": ("int8", (columns, rows // 2) if policy.weight_bits == 4 else (rows, columns)),
+                "weight_scale": (model_dtype, scales),
+                "weight_offset": ("int32", scales),
+            }
+            if shapes.pop(linear.name + ".bias", None) is not None:
+                leaves["bias"] = (model_dtype, (rows,))
+            if policy.is_static:
+                leaves |= {
+                    "deq_scale": ("float32", (rows,)),
+                    "quant_bias": ("int32", (rows,)),
+                    "input_scale": (model_dtype, (columns,)),
+                    "input_offset": ("int8", (columns,)),
+                }
+            found |= {
+                f"{prefix}{linear.name}.{leaf}": StoredTensor(dtype=dtype, shape=shape)
+                for leaf, (dtype, shape) in leaves.items()
+            }
+        return found | {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in shapes.items()}
+
+    def config(
+        self,
+        source: Mapping[str, Any],
+        policies: Policies,
+        kv_cache: Mapping[int, KVKind],
+        architecture: DecoderArchitecture,
+    ) -> dict[str, Any]:
+        """config.json without `quantization_config`, which vLLM would read in place of the description file."""
+        return without_quantization(source)
+
+    def extra_files(
+        self, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
     ) -> dict[str, dict[str, Any]]:
-        """Content of `quantization_description.json` by file name: one key a tensor and no other.
+        """`quantization_description.json`: file name to content, one key a tensor and no other.
 
         All keys of a module carry its linear's label, biases too: the reader refuses a module with two.
         """
-        return {DESCRIPTION_FILE: dict(describe_tensors(policies, tensors))}
+        names = expected_names(self, policies, kv_cache, architecture)
+        return {DESCRIPTION_FILE: dict(describe_tensors(policies, names))}
 
-    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json without `quantization_config`, which vLLM would read in place of the description file."""
-        return without_quantization(config)
-
-    def decode_tensors(
-        self,
-        tensors: Mapping[str, Array],
-        description: Mapping[str, Any],
-        architecture: DecoderArchitecture,
-        layer: int,
-    ) -> QuantizedLayer:
-        """Inverse of `encode_layer`, from the layer's tensors by full name and the description file.
+    def decode_layer(self, reader: CheckpointReader, layer: int) -> QuantizedLayer:
+        """Inverse of `encode_layer`; policies are rebuilt from the description file's labels.
 
         Raises:
-            CheckpointError: a tensor is missing or a label is not one of this dialect.
+            CheckpointError: a tensor or the description is missing, or a label is not one of this dialect.
         """
-        prefix = architecture.layer_prefix(layer)
-        own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        linears = {}
-        for linear in architecture.linears:
-            label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
-            if label == FLOAT:
-                continue
-            leaves = {
-                name.removeprefix(linear.name + "."): own.pop(name)
-                for name in list(own)
-                if name.startswith(linear.name + ".")
-            }
-            linears[linear.name] = _decode_linear(leaves, str(label), prefix + linear.name)
-        return QuantizedLayer(layer=layer, linears=linears, tensors=own)
+        description = read_json(reader.directory / DESCRIPTION_FILE, DESCRIPTION_FILE)
+        linears, rest = split_linears(reader.read_layer(layer), description, reader.architecture, layer)
+        prefix = reader.architecture.layer_prefix(layer)
+        return QuantizedLayer(
+            layer=layer,
+            linears={name: _decode_linear(leaves, label, prefix + name) for name, (label, leaves) in linears.items()},
+            tensors=rest,
+        )
 
 
 def pack_int4(codes: Int8) -> Int8:

@@ -1,0 +1,112 @@
+"""vLLM-Ascend at 182b75e: what its loader demands of a directory.
+
+Sources: `vllm_ascend/quantization/utils.py` (which method a directory is taken for), `modelslim_config.py`
+(description file), `methods/registry.py` and `methods/*.py` (kinds of dense linears), `kv_c8.py`,
+`vllm_ascend/attention/attention_v1.py` (KV cache), `compressed_tensors_config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
+from gs_dist.checkpoint.layouts import Layout
+
+__all__ = ["check"]
+
+_DESCRIPTION = "quant_model_description.json"
+# Kinds registered for "linear" by `register_scheme` that a dense int8 or int4 checkpoint can have.
+_LINEAR_KINDS = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16")
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
+
+
+def check(inventory: Inventory, layout: Layout) -> None:
+    """Applies the loader's rules to an ascend or a compressed-tensors directory; no other dialect is loaded."""
+    if layout.format == "ascend":
+        _check_description(inventory, layout)
+        _check_kv(inventory, layout)
+        _check_dtype(inventory, layout)
+    elif layout.format == "compressed-tensors":
+        _check_compressed_tensors(inventory)
+    else:
+        expected = f"{_DESCRIPTION}, or quant_method compressed-tensors (utils.py, detect_quantization_method)"
+        inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", expected)
+
+
+def _check_description(inventory: Inventory, layout: Layout) -> None:
+    """`modelslim_config.py`: get_linear_quant_type, is_layer_skipped_ascend, create_scheme_for_layer."""
+    description = inventory.descriptions[_DESCRIPTION]
+    architecture = inventory.architecture
+    assert architecture is not None  # a layout is built from it
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        for fused, members in _FUSED.items():
+            labels = [description.get(f"{prefix}{member}.weight") for member in members]
+            if None not in labels and len(set(labels)) > 1:
+                expected = "one label for all: they are fused into one linear (get_linear_quant_type)"
+                inventory.report(_DESCRIPTION, "fused-label", ", ".join(map(str, labels)), expected, prefix + fused)
+    for name, kind in layout.kinds.items():
+        if kind not in _LINEAR_KINDS:
+            expected = f"one of {', '.join(_LINEAR_KINDS)} (methods/registry.py, layer_type linear)"
+            inventory.report(_DESCRIPTION, "engine-kind", kind, expected, name)
+    for module in ("lm_head", "model.embed_tokens"):
+        key = module + ".weight"
+        if description.get(key) != "FLOAT":
+            found = description.get(key, "no entry")
+            expected = "FLOAT, also where tied (is_layer_skipped_ascend finds no such key otherwise)"
+            inventory.report(_DESCRIPTION, "float-entry", found, expected, key)
+
+
+def _check_kv(inventory: Inventory, layout: Layout) -> None:
+    """`attention_v1.py`: the int8 cache is viewed in blocks of 32 channels of a head."""
+    architecture = inventory.architecture
+    assert architecture is not None
+    if layout.kv_layers and architecture.head_dim % _KV_BLOCK:
+        expected = f"a multiple of {_KV_BLOCK} for an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)"
+        inventory.report(CONFIG_FILE, "kv-head-dim", f"head_dim {architecture.head_dim}", expected)
+
+
+def _check_dtype(inventory: Inventory, layout: Layout) -> None:
+    """`w8a8_static.py`, get_perchannel_param: deq_scale is float32 for bfloat16 and int64 for float16.
+
+    A model of another dtype has no deq_scale parameter at all; vLLM turns float32 into bfloat16 unless told
+    otherwise, so float32 passes.
+    """
+    dtype = inventory.config.get("torch_dtype", inventory.config.get("dtype"))
+    if "W8A8" in layout.kinds.values() and dtype is None:
+        inventory.report(CONFIG_FILE, "engine-dtype", "no torch_dtype", "torch_dtype, which decides deq_scale's form")
+
+
+def _check_compressed_tensors(inventory: Inventory) -> None:
+    """`compressed_tensors_config.py`, _detect_quant_type: W8A8 and W8A8_DYNAMIC, symmetric on both sides."""
+    groups = inventory.quantization_config.get("config_groups")
+    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping) and not _is_served(group):
+            weights, inputs = group.get("weights") or {}, group.get("input_activations")
+            found = f"{_summary(weights)} weights, {_summary(inputs) if inputs else 'no'} activations"
+            expected = (
+                "int8 weights per channel with symmetric int8 activations, static per tensor or dynamic per token "
+                "(_detect_quant_type); W4A16 serves mixture-of-experts layers only"
+            )
+            inventory.report(CONFIG_FILE, "engine-kind", f"{label}: {found}", expected)
+    if inventory.quantization_config.get("kv_cache_scheme"):
+        expected = "null: this engine ignores it for compressed-tensors; use the ascend format for an int8 KV cache"
+        inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme", expected)
+
+
+def _is_served(group: Mapping[str, Any]) -> bool:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    both = weights.get("num_bits") == inputs.get("num_bits") == 8 and weights.get("strategy") == "channel"
+    symmetric = bool(weights.get("symmetric")) and bool(inputs.get("symmetric"))
+    way = (inputs.get("strategy"), bool(inputs.get("dynamic")))
+    return both and symmetric and not weights.get("dynamic") and way in (("tensor", False), ("token", True))
+
+
+def _summary(args: Mapping[str, Any]) -> str:
+    kind = "symmetric" if args.get("symmetric", True) else "asymmetric"
+    return f"{kind} {args.get('num_bits')}-bit {args.get('strategy')}"

@@ -1,0 +1,77 @@
+"""vLLM-MindSpore at a7b56a4: what its reader demands of a directory.
+
+Sources: `vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py` (description file),
+`golden_stick/a8w8.py` (tensors), `model_executor/layers/linear.py` (shapes are asserted, dtypes of row-parallel
+linears are not cast), and vLLM's `model_loader/weight_utils.py`, get_quant_config (which file is read).
+"""
+
+from __future__ import annotations
+
+import re
+
+from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
+from gs_dist.checkpoint.layouts import Layout
+
+__all__ = ["check"]
+
+_FILES = ("quantization_description.json", "quant_model_description.json", "quant_model_description_w8a8sc.json")
+_KINDS = ("FLOAT", "W8A8")  # quantization_method_mapping, without W8A8S, which is for the 310P alone
+_FUSED = ((r"\b[qkv]_proj$", "qkv_proj"), (r"\b(gate|up)_proj$", "gate_up_proj"))
+
+
+def check(inventory: Inventory, layout: Layout) -> None:
+    """Applies the reader's rules to a golden-stick or an ascend directory; no other dialect is loaded."""
+    if layout.format not in ("golden-stick", "ascend"):
+        expected = f"{_FILES[0]} (golden_stick.py, get_config_filenames)"
+        inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", expected)
+        return
+    found = sorted(p.name for p in inventory.directory.glob("*.json") if p.name.endswith(_FILES))
+    if len(found) > 1:
+        expected = "one description file by the end of its name (weight_utils.py, get_quant_config)"
+        inventory.report(found[1], "description-single", " and ".join(found), expected)
+    file = _FILES[0] if layout.format == "golden-stick" else _FILES[1]
+    _check_consistency(inventory, file)
+    for name, kind in layout.kinds.items():
+        if kind not in _KINDS:
+            expected = "FLOAT or W8A8 (golden_stick.py, quantization_method_mapping)"
+            inventory.report(file, "engine-kind", kind, expected, name)
+    if layout.format == "golden-stick":
+        _check_row_parallel(inventory, layout)
+    else:
+        _check_folded_bias(inventory, layout, file)
+
+
+def _check_consistency(inventory: Inventory, file: str) -> None:
+    """`golden_stick.py`, _validate_quantization_consistency: one label a module, and across fused modules."""
+    labels: dict[str, dict[str, str]] = {}
+    for key, label in inventory.descriptions[file].items():
+        module = key.rpartition(".")[0]
+        if not module:
+            continue
+        labels.setdefault(module, {}).setdefault(str(label), key)
+        for pattern, fused in _FUSED:
+            if re.search(pattern, module):
+                labels.setdefault(re.sub(pattern, fused, module), {}).setdefault(str(label), key)
+    for module, found in labels.items():
+        if len(found) > 1:
+            text = ", ".join(f"{key.rpartition('.')[2]}: {label}" for label, key in found.items())
+            expected = "one label for all its tensors (_validate_quantization_consistency)"
+            inventory.report(file, "module-label", text, expected, module)
+
+
+def _check_row_parallel(inventory: Inventory, layout: Layout) -> None:
+    """`linear.py`, RowParallelLinear.weight_loader: input_scale is set as it is, so it has the model's dtype."""
+    architecture = inventory.architecture
+    assert architecture is not None  # a layout is built from it
+    for name, kind in layout.kinds.items():
+        info = inventory.tensors.get(name + ".input_scale")
+        if kind == "W8A8" and info is not None and info.dtype != architecture.dtype:
+            inventory.report_tensor(info.name, "engine-dtype", info.dtype, f"{architecture.dtype}, the model's")
+
+
+def _check_folded_bias(inventory: Inventory, layout: Layout, file: str) -> None:
+    """`a8w8.py`, apply: the bias is added after the matmul, so one folded into quant_bias counts twice."""
+    for name, kind in layout.kinds.items():
+        if kind == "W8A8" and name + ".bias" in inventory.tensors:
+            expected = "no bias beside a quant_bias that holds it: use the golden-stick format for this engine"
+            inventory.report(file, "folded-bias", "a bias", expected, name)

@@ -1,0 +1,58 @@
+"""What a check of a model directory found: problems by rule, and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["CheckReport", "Problem"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One broken rule: where it was broken (`tensor` is "" for a file as a whole), what was found and expected."""
+
+    file: str
+    tensor: str
+    rule: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.tensor}" if self.tensor else self.file
+        return f"{where}: [{self.rule}] found {self.found}; expected {self.expected}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Result of `check`: the dialect, every problem in order of file and tensor, and what the directory holds.
+
+    `format` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too.
+    """
+
+    format: str
+    engine: str | None
+    problems: tuple[Problem, ...]
+    facts: Mapping[str, str]
+
+    @property
+    def clean(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.problems
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a clean directory, 2 for a broken one."""
+        return 0 if self.clean else 2
+
+    def render(self, limit: int = 50) -> str:
+        """Plain text: facts, then at most `limit` problems a line each, then a verdict."""
+        width = max((len(name) for name in self.facts), default=0)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        lines += [str(problem) for problem in self.problems[:limit]]
+        if len(self.problems) > limit:
+            lines.append(f"... and {len(self.problems) - limit} more")
+        subject = f"{self.format or 'unknown'} checkpoint" + (f" for {self.engine}" if self.engine else "")
+        count = len(self.problems)
+        verdict = "no problem found" if self.clean else f"{count} problem{'s' if count > 1 else ''} found"
+        return "\n".join([*lines, f"{subject}: {verdict}"])

@@ -1,0 +1,261 @@
+"""Rules on the numbers in a model directory, read a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.checkpoint.inventory import Inventory
+from gs_dist.checkpoint.layouts import Expectation, Layout
+
+__all__ = ["check_static_linears", "check_tensors"]
+
+Array = npt.NDArray[Any]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CLOSE = 0.02  # relative; scales may have been rounded to bfloat16 on the way, twice
+_SHARED_INPUTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+
+
+def check_tensors(inventory: Inventory, layout: Layout) -> set[str]:
+    """Compares tensors with the layout: present, dtype, shape, values; returns the names that passed.
+
+    Values are looked at only where dtype and shape are right.
+    """
+    sound = set()
+    sources = "the description" if layout.format != "compressed-tensors" else "config.json"
+    for name, expected in layout.tensors.items():
+        info = inventory.tensors.get(name)
+        if info is None:
+            if not expected.optional:
+                file = _likely_file(inventory, name)
+                inventory.report(file, "tensor-present", "no such tensor", f"{_form(expected)} by {sources}", name)
+        elif info.dtype not in expected.dtypes:
+            inventory.report_tensor(name, "tensor-dtype", info.dtype, " or ".join(expected.dtypes))
+        elif info.shape != expected.shape:
+            inventory.report_tensor(name, "tensor-shape", info.shape, expected.shape)
+        elif _check_values(inventory, name, expected):
+            sound.add(name)
+    for name in inventory.tensors:
+        if name not in layout.tensors and not name.endswith("rotary_emb.inv_freq"):
+            inventory.report_tensor(name, "tensor-expected", "a tensor nothing calls for", f"none, by {sources}")
+    return sound
+
+
+def _form(expected: Expectation) -> str:
+    return f"{' or '.join(expected.dtypes)} {expected.shape}"
+
+
+def _likely_file(inventory: Inventory, name: str) -> str:
+    """The file that holds most of what stands beside a missing tensor."""
+    prefix = name.rpartition(".")[0]
+    while prefix:
+        near = [info.file for other, info in inventory.tensors.items() if other.startswith(prefix + ".")]
+        if near:
+            return max(sorted(set(near)), key=near.count)
+        prefix = prefix.rpartition(".")[0]
+    return "model.safetensors.index.json"
+
+
+def _check_values(inventory: Inventory, name: str, expected: Expectation) -> bool:
+    kind = expected.values.split()[0].rstrip("48")
+    rule = _RULES.get(kind)
+    if rule is None:
+        return True
+    found = rule(inventory, name, expected)
+    if found is None:
+        return True
+    inventory.report_tensor(name, *found)
+    return False
+
+
+Finding = tuple[str, str, str] | None
+"""Rule, what was found, what was expected."""
+
+
+def _position(flat: int, shape: tuple[int, ...]) -> str:
+    return str(tuple(int(i) for i in np.unravel_index(flat, shape))) if shape else "()"
+
+
+def _not_finite(block: Array) -> Array:
+    if block.dtype == _BFLOAT16:  # all exponent bits set; much faster than going through float32
+        return np.asarray(block.view(np.uint16) & 0x7F80 == 0x7F80)
+    return np.asarray(~np.isfinite(block))
+
+
+def _finite(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    seen = 0
+    for block in inventory.chunks(name):
+        bad = _not_finite(block)
+        if bad.any():
+            first = int(np.argmax(bad))
+            where = _position(seen + first, expected.shape)
+            return "value-finite", f"{block.reshape(-1)[first]} at {where}", "finite values"
+        seen += block.size
+    return None
+
+
+def _scale(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    finding = _finite(inventory, name, expected)
+    if finding is not None:
+        return finding
+    seen = 0
+    for block in inventory.chunks(name):
+        bad = block.astype(np.float32) <= 0
+        if bad.any():
+            first = int(np.argmax(bad))
+            where = _position(seen + first, expected.shape)
+            return "scale-positive", f"{block.reshape(-1)[first]} at {where}", "scales above 0"
+        seen += block.size
+    return None
+
+
+def _zero(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    for block in inventory.chunks(name):
+        values = block.astype(np.float32)
+        if values.any():
+            return "offset-zero", f"{values[values != 0][0]:g}", "0: weights and caches are symmetric"
+    return None
+
+
+def _offset(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    for block in inventory.chunks(name):
+        values = block.astype(np.float64)
+        bad = ~((values >= -128) & (values <= 127) & (values == np.rint(values)))
+        if bad.any():
+            return "offset-range", f"{values[bad][0]:g}", "whole numbers within [-128, 127]: engines cast to int8"
+    return None
+
+
+def _bits(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    words = inventory.read(name)
+    if ((words < 0) | (words >= 2**32)).any():
+        return "deq-scale-bits", "a word with its high half set", "the bits of a float32 in the low half"
+    floats = words.astype(np.uint32).view(np.float32)
+    if not (np.isfinite(floats).all() and (floats > 0).all()):
+        return "deq-scale-bits", f"bits of {floats.min():g} to {floats.max():g}", "bits of finite float32 above 0"
+    return None
+
+
+def _shape(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    stored, wanted = inventory.read(name).tolist(), [int(n) for n in expected.values.split()[1:]]
+    return None if stored == wanted else ("weight-shape", str(stored), str(wanted))
+
+
+def _group_index(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    index = inventory.read(name)
+    if index.min() < 0 or index.max() >= expected.limit:
+        return "group-index", f"{index.min()} to {index.max()}", f"groups 0 to {expected.limit - 1}"
+    return None
+
+
+def _padding(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    bits = int(expected.values[-1])
+    used = expected.limit * bits % 32
+    if not used:
+        return None
+    for block in inventory.chunks(name):
+        if (block[:, -1].view(np.uint32) >> used).any():
+            return "packing-padding", "bits set after the last value of a row", "zero bits"
+    return None
+
+
+def _tied(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    embedding = inventory.tensors.get("model.embed_tokens.weight")
+    own = inventory.tensors[name]
+    if embedding is None or (embedding.dtype, embedding.shape) != (own.dtype, own.shape):
+        return "tied-weights", "another form than the embedding's", "no tensor, or a copy of model.embed_tokens.weight"
+    blocks = zip(inventory.chunks(name), inventory.chunks(embedding.name), strict=True)
+    if any(mine.tobytes() != theirs.tobytes() for mine, theirs in blocks):
+        return "tied-weights", "other values than the embedding's", "no tensor, or a copy of model.embed_tokens.weight"
+    return None
+
+
+_RULES: Mapping[str, Callable[[Inventory, str, Expectation], Finding]] = {
+    "float": _finite,
+    "scale": _scale,
+    "zero": _zero,
+    "offset": _offset,
+    "bits": _bits,
+    "shape": _shape,
+    "group-index": _group_index,
+    "padding": _padding,
+    "tied": _tied,
+}
+
+
+def check_static_linears(inventory: Inventory, layout: Layout, sound: set[str]) -> None:
+    """Rules between the tensors of W8A8 linears of the ascend and golden-stick dialects.
+
+    deq_scale is input_scale x weight_scale. quant_bias is round(bias / deq_scale - sum of offset x weight)
+    over the input channels, with bias in the ascend dialect and without in golden-stick. Linears that engines
+    fuse share input scale and offset.
+    """
+    if layout.format not in ("ascend", "golden-stick"):
+        return
+    for name, kind in layout.kinds.items():
+        leaves = [f"{name}.{leaf}" for leaf in ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias")]
+        if kind != "W8A8" or not sound.issuperset(leaves):
+            continue
+        deq_scale = _deq_scale(inventory, name)
+        scale = inventory.read(name + ".input_scale").astype(np.float64)
+        weight_scale = name + ".weight_scale"
+        if weight_scale in sound and np.ptp(scale) == 0:  # a scale a channel has smoothing in it
+            product = scale[0] * inventory.read(weight_scale).astype(np.float64).reshape(-1)
+            _compare(inventory, name + ".deq_scale", "deq-scale", deq_scale, product, _CLOSE * product)
+        _check_quant_bias(inventory, layout, name, deq_scale, sound)
+    _check_shared_inputs(inventory, layout, sound)
+
+
+def _deq_scale(inventory: Inventory, name: str) -> Array:
+    stored = inventory.read(name + ".deq_scale")
+    if stored.dtype == np.int64:
+        stored = stored.astype(np.uint32).view(np.float32)
+    return np.asarray(stored.astype(np.float64))
+
+
+def _check_quant_bias(inventory: Inventory, layout: Layout, name: str, deq_scale: Array, sound: set[str]) -> None:
+    offset = inventory.read(name + ".input_offset").astype(np.float64)
+    columns = inventory.tensors[name + ".weight"].shape[1]
+    offsets = np.broadcast_to(offset, (columns,))
+    products = [block.astype(np.float64) @ offsets for block in inventory.chunks(name + ".weight")]
+    expected = -np.concatenate(products)
+    slack = 1.0 + _CLOSE * np.abs(expected)
+    if layout.format == "ascend" and name + ".bias" in layout.tensors:
+        if name + ".bias" not in sound:
+            return
+        folded = inventory.read(name + ".bias").astype(np.float64) / deq_scale
+        expected, slack = expected + folded, slack + _CLOSE * np.abs(folded)
+    found = inventory.read(name + ".quant_bias").astype(np.float64)
+    _compare(inventory, name + ".quant_bias", "quant-bias", found, expected, slack)
+
+
+def _compare(inventory: Inventory, name: str, rule: str, found: Array, expected: Array, slack: Array) -> None:
+    wrong = np.abs(found - expected) > slack
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        text = f"{found[first]:.6g} in channel {first} ({int(wrong.sum())} of {wrong.size} are wrong)"
+        inventory.report_tensor(name, rule, text, f"{expected[first]:.6g}")
+
+
+def _check_shared_inputs(inventory: Inventory, layout: Layout, sound: set[str]) -> None:
+    prefixes = sorted({".".join(name.split(".")[:3]) for name in layout.kinds}, key=lambda p: (len(p), p))
+    for prefix in prefixes:
+        for members in _SHARED_INPUTS:
+            for leaf in ("input_scale", "input_offset"):
+                names = [f"{prefix}.{member}.{leaf}" for member in members]
+                if not sound.issuperset(names):
+                    continue
+                first, *others = (inventory.read(name) for name in names)
+                for name, other in zip(names[1:], others, strict=True):
+                    if not np.array_equal(first, other):
+                        found = f"{float(other.reshape(-1)[0]):.6g}"
+                        wanted = f"{float(first.reshape(-1)[0]):.6g} as {members[0]}, with which engines fuse it"
+                        inventory.report_tensor(name, "shared-input", found, wanted)

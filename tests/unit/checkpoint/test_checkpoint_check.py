@@ -1,0 +1,564 @@
+"""`check`: clean directories pass, and every way to break one is caught by the name of its rule."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dialects
+import numpy as np
+import pytest
+from checkpoints import random_tensors, save_checkpoint, save_safetensors, tiny_config
+from dialects import load_json, save_json
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.engines import ENGINES
+from gs_dist.checkpoint.formats.ascend import AscendFormat
+from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
+from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
+from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
+from gs_dist.checkpoint.merge import merge_checkpoint
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.errors import UserError
+
+INDEX, OTHER_INDEX = "model.safetensors.index.json", "quant_model_weights.safetensors.index.json"
+ASCEND, GOLDEN = "quant_model_description.json", "quantization_description.json"
+LAYER = "layer-00001.safetensors"
+P = "model.layers.1."
+UP = P + "mlp.up_proj."
+
+Break = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One clean directory a name; tests break copies of them."""
+    root = tmp_path_factory.mktemp("pristine")
+    asymmetric = dialects.W8A8_ASYMMETRIC
+    model = {"model_type": "qwen2", "hidden_size": 128, "zero_point": 9}
+    odd = {"hidden_size": 68, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 34}
+    specs: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "ascend": (AscendFormat(), asymmetric, {**model, "kv_cache": "per_channel"}),
+        "ascend-float16": (AscendFormat(), asymmetric, {**model, "dtype": "float16"}),
+        "ascend-no-bias": (AscendFormat(), dialects.W8A8, {}),
+        "ascend-tied": (AscendFormat(), dialects.W8A16, {"tie_word_embeddings": True}),
+        "golden": (GoldenStickFormat(), asymmetric, model),
+        "golden-w4": (GoldenStickFormat(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
+        "golden-w8a16": (GoldenStickFormat(), dialects.W8A16, {}),
+        "ct": (CompressedTensorsFormat(), dialects.W8A8, {}),
+        "ct-asymmetric": (CompressedTensorsFormat(), asymmetric, {}),
+        "ct-w4": (CompressedTensorsFormat(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
+        "ct-w4-odd": (CompressedTensorsFormat(), dialects.W4A16, odd),
+    }
+    for name, (dialect, policy, options) in specs.items():
+        dialects.save_model(root / name, dialect, policy, **options)
+    return {name: root / name for name in specs}
+
+
+def edit_json(file: str, edit: Callable[[dict[str, Any]], object]) -> Break:
+    """Loads a JSON file of the directory, edits it in place, saves it."""
+
+    def apply(directory: Path) -> None:
+        content = load_json(directory / file)
+        edit(content)
+        save_json(directory / file, content)
+
+    return apply
+
+
+def edit_tensors(edit: Callable[[dict[str, np.ndarray]], object], file: str = LAYER, total: bool = True) -> Break:
+    """Loads a shard's tensors as writable arrays, edits them, saves them; the index follows."""
+
+    def apply(directory: Path) -> None:
+        reader = CheckpointReader(directory, quantized=True)
+        names = [name for name, info in reader.tensors.items() if info.file == file]
+        tensors = {name: array.copy() for name, array in reader.read(names).items()}
+        before = sum(array.nbytes for array in tensors.values())
+        edit(tensors)
+        save_safetensors(directory / file, tensors)
+        index = load_json(directory / INDEX)
+        if total:
+            index["metadata"]["total_size"] += sum(array.nbytes for array in tensors.values()) - before
+        kept = {name: held for name, held in index["weight_map"].items() if held != file or name in tensors}
+        index["weight_map"] = {**kept, **dict.fromkeys(tensors, file)}
+        save_json(directory / INDEX, index)
+
+    return apply
+
+
+def replace(name: str, change: Callable[[np.ndarray], np.ndarray], file: str = LAYER) -> Break:
+    """Replaces a tensor by a function of it."""
+    return edit_tensors(lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}), file)
+
+
+def put(name: str, value: float, position: int = 3, file: str = LAYER) -> Break:
+    """Writes one number into a tensor."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[min(position, array.size - 1)] = value
+        return array
+
+    return replace(name, change, file)
+
+
+def cut(file: str, nbytes: int) -> Break:
+    """Cuts bytes off a file's end, or appends them where negative."""
+
+    def apply(directory: Path) -> None:
+        data = (directory / file).read_bytes()
+        (directory / file).write_bytes(data[:-nbytes] if nbytes > 0 else data + b"\0" * -nbytes)
+
+    return apply
+
+
+def write(file: str, data: bytes) -> Break:
+    """Replaces a file's content."""
+    return lambda directory: (directory / file).write_bytes(data) and None
+
+
+def remove(file: str) -> Break:
+    """Deletes a file."""
+    return lambda directory: (directory / file).unlink()
+
+
+def copy(file: str, to: str) -> Break:
+    """Copies a file within the directory."""
+    return lambda directory: shutil.copy(directory / file, directory / to) and None
+
+
+def rename(file: str, to: str) -> Break:
+    """Renames a file within the directory."""
+    return lambda directory: (directory / file).rename(directory / to) and None
+
+
+def without_entry(file: str, key: str) -> Break:
+    """Deletes a key of a JSON file."""
+    return edit_json(file, lambda content: content.pop(key))
+
+
+def with_entry(file: str, **entries: Any) -> Break:
+    """Sets keys of a JSON file."""
+    return edit_json(file, lambda content: content.update(entries))
+
+
+def labelled(file: str, **labels: str) -> Break:
+    """Sets labels of layer 1's tensors; dots are spelt as double underscores."""
+    return with_entry(file, **{P + name.replace("__", "."): label for name, label in labels.items()})
+
+
+def duplicate_tensor(directory: Path) -> None:
+    """Puts a tensor of the layer into outer.safetensors as well."""
+    norm = CheckpointReader(directory, quantized=True).read([P + "input_layernorm.weight"])
+    edit_tensors(lambda tensors: tensors.update(norm), "outer.safetensors")(directory)
+
+
+def scheme(edit: Callable[[dict[str, Any]], object]) -> Break:
+    """Edits the first config group of a compressed-tensors config."""
+    return edit_json("config.json", lambda content: edit(content["quantization_config"]["config_groups"]["group_0"]))
+
+
+def quantization(**entries: Any) -> Break:
+    """Sets keys of quantization_config."""
+    return edit_json("config.json", lambda content: content["quantization_config"].update(entries))
+
+
+def unfold_bias(tensors: dict[str, np.ndarray]) -> None:
+    """What a writer that forgets the bias would leave in quant_bias."""
+    sums = tensors[P + "self_attn.q_proj.weight"].astype(np.int64).sum(axis=1)
+    tensors[P + "self_attn.q_proj.quant_bias"] = (-9 * sums).astype(np.int32)
+
+
+def fold_bias(tensors: dict[str, np.ndarray]) -> None:
+    """What a writer of the other dialect would leave in quant_bias."""
+    bias, deq = tensors[P + "self_attn.q_proj.bias"].astype(np.float32), tensors[P + "self_attn.q_proj.deq_scale"]
+    tensors[P + "self_attn.q_proj.quant_bias"] += np.rint(bias / deq).astype(np.int32)
+
+
+# name of the case: (directory, engine, rule, how to break it)
+BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
+    # files
+    "truncated shard": ("ascend", None, "file-truncated", cut(LAYER, 100)),
+    "shard cut within its header": ("ascend", None, "file-truncated", write(LAYER, b"\x00\x10\0\0\0\0\0\0{")),
+    "bytes after the data": ("ascend", None, "file-sound", cut(LAYER, -8)),
+    "shard that is a pointer": ("ascend", None, "file-sound", write(LAYER, b"version https://git-lfs")),
+    "missing shard": ("ascend", None, "file-present", remove(LAYER)),
+    "stray shard": ("ascend", None, "file-listed", copy(LAYER, "model-old.safetensors")),
+    "two index files": ("ascend", None, "index-single", copy(INDEX, OTHER_INDEX)),
+    "index of another name": (
+        "ascend",
+        None,
+        "index-name",
+        rename(INDEX, OTHER_INDEX),
+    ),
+    "no index": ("ascend", None, "index-present", remove(INDEX)),
+    "index that is no JSON": ("ascend", None, "json-valid", write(INDEX, b"{")),
+    "index without a map": ("ascend", None, "index-map", with_entry(INDEX, weight_map=[])),
+    "index total": ("ascend", None, "index-total-size", with_entry(INDEX, metadata={"total_size": 7})),
+    "index that leads outside": (
+        "ascend",
+        None,
+        "file-inside",
+        edit_json(INDEX, lambda c: c["weight_map"].update({P + "input_layernorm.weight": "../a.safetensors"})),
+    ),
+    "index entry of another file": (
+        "ascend",
+        None,
+        "index-entry",
+        edit_json(INDEX, lambda c: c["weight_map"].update({P + "input_layernorm.weight": "outer.safetensors"})),
+    ),
+    "tensor the index forgets": (
+        "ascend",
+        None,
+        "index-entry",
+        edit_json(INDEX, lambda c: c["weight_map"].pop(P + "input_layernorm.weight")),
+    ),
+    "tensor in two files": ("ascend", None, "tensor-unique", duplicate_tensor),
+    # config
+    "no config": ("ascend", None, "config-present", remove("config.json")),
+    "config of another size": ("ascend", None, "tensor-shape", with_entry("config.json", num_key_value_heads=4)),
+    "config of fewer layers": ("ascend", None, "tensor-expected", with_entry("config.json", num_hidden_layers=1)),
+    "config of more layers": ("ascend", None, "tensor-present", with_entry("config.json", num_hidden_layers=3)),
+    "config that contradicts itself": ("ascend", None, "config-values", with_entry("config.json", hidden_size="wide")),
+    "quantization_config left": (
+        "ascend",
+        None,
+        "config-no-quantization",
+        with_entry("config.json", quantization_config={"quant_method": "ascend"}),
+    ),
+    # tensors
+    "missing tensor": ("ascend", None, "tensor-present", edit_tensors(lambda t: t.pop(UP + "deq_scale"))),
+    "missing norm": ("ascend", None, "tensor-present", edit_tensors(lambda t: t.pop(P + "input_layernorm.weight"))),
+    "tensor of no linear": (
+        "ascend",
+        None,
+        "tensor-expected",
+        edit_tensors(lambda t: t.update({UP + "smooth_scale": np.ones(4, np.float32)})),
+    ),
+    "swapped shape": ("ascend", None, "tensor-shape", replace(P + "self_attn.k_proj.weight", lambda a: a.T)),
+    "flat weight scale": ("ascend", None, "tensor-shape", replace(UP + "weight_scale", lambda a: a[:, 0])),
+    "float weight": (
+        "ascend",
+        None,
+        "tensor-dtype",
+        replace(UP + "weight", lambda a: a.astype(np.float32)),
+    ),
+    "integer norm": (
+        "ascend",
+        None,
+        "tensor-dtype",
+        replace(P + "input_layernorm.weight", lambda a: a.astype(np.int8)),
+    ),
+    "NaN scale": ("ascend", None, "value-finite", put(UP + "weight_scale", float("nan"))),
+    "infinite embedding": (
+        "ascend",
+        None,
+        "value-finite",
+        put("model.embed_tokens.weight", float("inf"), 1000, "outer.safetensors"),
+    ),
+    "zero scale": ("ascend", None, "scale-positive", put(UP + "weight_scale", 0.0)),
+    "negative scale": ("ascend", None, "scale-positive", put(UP + "deq_scale", -1e-3)),
+    "offset 200": (
+        "ascend",
+        None,
+        "offset-range",
+        replace(UP + "input_offset", lambda a: np.array([200], np.float32)),
+    ),
+    "offset of a half": (
+        "ascend",
+        None,
+        "offset-range",
+        replace(UP + "input_offset", lambda a: np.array([0.5], np.float32)),
+    ),
+    "weights with an offset": ("ascend", None, "offset-zero", put(UP + "weight_offset", 3)),
+    "asymmetric cache": ("ascend", None, "offset-zero", put(P + "self_attn.v_proj.kv_cache_offset", 1)),
+    "deq_scale of another linear": ("ascend", None, "deq-scale", replace(UP + "deq_scale", lambda a: a * 2)),
+    "bias that was not folded": ("ascend", None, "quant-bias", edit_tensors(unfold_bias)),
+    "quant_bias without the offset": (
+        "ascend",
+        None,
+        "quant-bias",
+        replace(UP + "quant_bias", lambda a: a * 0),
+    ),
+    "input scales that differ": (
+        "ascend",
+        None,
+        "shared-input",
+        edit_tensors(
+            lambda t: t.update(
+                {
+                    UP + "input_scale": t[UP + "input_scale"] * 2,
+                    UP + "deq_scale": t[UP + "deq_scale"] * 2,
+                }
+            )
+        ),
+    ),
+    "float32 deq_scale in a float16 model": (
+        "ascend-float16",
+        None,
+        "tensor-dtype",
+        replace(UP + "deq_scale", lambda a: a.astype(np.uint32).view(np.float32)),
+    ),
+    "deq_scale shifted by a word": (
+        "ascend-float16",
+        None,
+        "deq-scale-bits",
+        put(UP + "deq_scale", 1 << 40),
+    ),
+    "deq_scale converted by value": ("ascend-float16", None, "deq-scale-bits", put(UP + "deq_scale", 0)),
+    "tied head of other values": (
+        "ascend-tied",
+        None,
+        "tied-weights",
+        edit_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}), "outer.safetensors"),
+    ),
+    # descriptions
+    "missing FLOAT entry": ("ascend", None, "description-entry", without_entry(ASCEND, P + "input_layernorm.weight")),
+    "missing entry of a linear": ("ascend", None, "description-entry", without_entry(ASCEND, UP + "weight")),
+    "entry of no tensor": ("ascend", None, "description-extra", labelled(ASCEND, mlp__side_proj__weight="FLOAT")),
+    "unknown label": ("ascend", None, "description-label", labelled(ASCEND, mlp__up_proj__weight="W3A3")),
+    "float label on integers": ("ascend", None, "tensor-dtype", labelled(ASCEND, mlp__up_proj__weight="FLOAT")),
+    "two descriptions": ("ascend", None, "description-single", copy(ASCEND, GOLDEN)),
+    "no description": ("ascend", None, "description-present", remove(ASCEND)),
+    "description that is no JSON": ("ascend", None, "json-valid", write(ASCEND, b"not json")),
+    "cache scales without C8": ("ascend", None, "description-kv", without_entry(ASCEND, "kv_cache_type")),
+    # golden-stick
+    "one input scale for all": (
+        "golden",
+        None,
+        "tensor-shape",
+        replace(UP + "input_scale", lambda a: a[:1]),
+    ),
+    "column scale": ("golden", None, "tensor-shape", replace(UP + "weight_scale", lambda a: a[:, None])),
+    "folded bias": ("golden", None, "quant-bias", edit_tensors(fold_bias)),
+    "unpacked int4": (
+        "golden-w4",
+        None,
+        "tensor-shape",
+        replace(UP + "weight", lambda a: np.repeat(a, 2, 1)),
+    ),
+    "groups the wrong way round": (
+        "golden-w4",
+        None,
+        "tensor-shape",
+        replace(UP + "weight_scale", lambda a: a.T),
+    ),
+    "float weight offset": (
+        "golden-w4",
+        None,
+        "tensor-dtype",
+        replace(UP + "weight_offset", lambda a: a.astype(np.float32)),
+    ),
+    # compressed-tensors
+    "weight_shape": ("ct-w4", None, "weight-shape", put(UP + "weight_shape", 5, 0)),
+    "bits in the padding": ("ct-w4-odd", None, "packing-padding", put(UP + "weight_packed", -1, 8)),
+    "group size": ("ct-w4", None, "group-size", scheme(lambda g: g["weights"].update(group_size=100))),
+    "three bits": ("ct", None, "scheme", scheme(lambda g: g["weights"].update(num_bits=3))),
+    "another packing": ("ct", None, "scheme", scheme(lambda g: g.update(format="marlin-24"))),
+    "linear that should be ignored": (
+        "ct",
+        None,
+        "tensor-dtype",
+        quantization(ignore=["lm_head", r"re:.*\.up_proj$"]),
+    ),
+    # engines
+    "mixed labels in fused linears": (
+        "ascend",
+        "vllm-ascend",
+        "fused-label",
+        labelled(ASCEND, mlp__up_proj__weight="W8A16"),
+    ),
+    "head not listed as float": ("ascend-tied", "vllm-ascend", "float-entry", without_entry(ASCEND, "lm_head.weight")),
+    "embedding not listed": (
+        "ascend",
+        "vllm-ascend",
+        "float-entry",
+        without_entry(ASCEND, "model.embed_tokens.weight"),
+    ),
+    "static input with a zero point": ("ct-asymmetric", "vllm-ascend", "engine-kind", lambda directory: None),
+    "dense W4A16 on Ascend": ("ct-w4", "vllm-ascend", "engine-kind", lambda directory: None),
+    "Golden Stick's files in vLLM-Ascend": ("golden", "vllm-ascend", "engine-format", lambda directory: None),
+    "cache heads of 16": (
+        "ascend",
+        "vllm-ascend",
+        "kv-head-dim",
+        with_entry("config.json", num_attention_heads=8, num_key_value_heads=4),
+    ),
+    "float label on a bias": (
+        "golden",
+        "vllm-mindspore",
+        "module-label",
+        labelled(GOLDEN, self_attn__q_proj__bias="FLOAT"),
+    ),
+    "cache scales beside k_proj": ("ascend", "vllm-mindspore", "module-label", lambda directory: None),
+    "bias counted twice": ("ascend", "vllm-mindspore", "folded-bias", lambda directory: None),
+    "kind without a method": ("golden-w8a16", "vllm-mindspore", "engine-kind", lambda directory: None),
+    "float32 input scale": (
+        "golden",
+        "vllm-mindspore",
+        "engine-dtype",
+        replace(P + "self_attn.o_proj.input_scale", lambda a: a.astype(np.float32)),
+    ),
+    "description by the end of its name": (
+        "golden",
+        "vllm-mindspore",
+        "description-single",
+        copy(GOLDEN, "old_quantization_description.json"),
+    ),
+    "argument the library refuses": ("ct", "transformers", "scheme", scheme(lambda g: g["weights"].update(zero="no"))),
+    "weights that would be quantised again": (
+        "ct",
+        "transformers",
+        "status",
+        quantization(quantization_status="initialized"),
+    ),
+    "ascend files in transformers": ("ascend", "transformers", "engine-format", lambda directory: None),
+    "fused schemes in vLLM": (
+        "ct",
+        "vllm",
+        "fused-label",
+        quantization(ignore=["lm_head", r"re:.*\.k_proj$"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_directory_is_caught_by_the_name_of_its_rule(
+    case: str, pristine: dict[str, Path], tmp_path: Path
+) -> None:
+    """The rule is among the problems, which name a file, what was found and what was expected; exit code 2."""
+    base, engine, rule, break_it = BROKEN[case]
+    directory = tmp_path / "model"
+    shutil.copytree(pristine[base], directory)
+    break_it(directory)
+    report = check(directory, engine)
+    problems = [problem for problem in report.problems if problem.rule == rule]
+    assert problems, f"found instead: {[str(p) for p in report.problems]}"
+    assert all(problem.file and problem.found and problem.expected for problem in report.problems)
+    assert report.exit_code == 2
+    assert f"[{rule}]" in report.render()
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("ascend", "vllm-ascend"),
+        ("ascend-float16", "vllm-ascend"),
+        ("ascend-no-bias", "vllm-ascend"),
+        ("ascend-no-bias", "vllm-mindspore"),
+        ("ascend-tied", "vllm-ascend"),
+        ("golden", "vllm-mindspore"),
+        ("golden-w4", None),
+        ("golden-w8a16", None),
+        ("ct", "vllm"),
+        ("ct", "transformers"),
+        ("ct", "vllm-ascend"),
+        ("ct-asymmetric", "transformers"),
+        ("ct-w4", "vllm"),
+        ("ct-w4-odd", None),
+    ],
+)
+def test_a_clean_directory_passes(name: str, engine: str | None, pristine: dict[str, Path]) -> None:
+    """No problem, exit code 0, and the report says what the directory is."""
+    report = check(pristine[name], engine)
+    assert report.problems == ()
+    assert report.exit_code == 0
+    assert report.format in report.render()
+    assert "2 layers" in report.facts["model"]
+
+
+def test_only_the_broken_tensor_is_reported(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """One wrong number gives one problem, with the file, the tensor and the position."""
+    directory = tmp_path / "model"
+    shutil.copytree(pristine["ascend"], directory)
+    put(P + "self_attn.o_proj.weight_scale", float("nan"), 5)(directory)
+    (problem,) = check(directory).problems
+    assert (problem.file, problem.tensor) == (LAYER, P + "self_attn.o_proj.weight_scale")
+    assert problem.found == "nan at (5, 0)"
+
+
+def test_an_unknown_engine_or_directory_is_the_users_mistake(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """Known engines are listed; a path that is no directory is named."""
+    with pytest.raises(UserError, match="vllm-mindspore"):
+        check(pristine["ascend"], "vllm-gpu")
+    with pytest.raises(UserError, match="nowhere"):
+        check(tmp_path / "nowhere")
+    assert set(ENGINES) == {"vllm-ascend", "vllm-mindspore", "vllm", "transformers"}
+
+
+def test_a_float_checkpoint_is_not_a_quantised_one(tmp_path: Path) -> None:
+    """A source model has no description of a quantisation, and the report says which would be known."""
+    config = tiny_config()
+    save_checkpoint(tmp_path / "float", config, random_tensors(config))
+    (problem,) = check(tmp_path / "float").problems
+    assert problem.rule == "description-present"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A job's output: two layers in the golden-stick dialect with manifests, merged."""
+    content = tiny_config(torch_dtype="bfloat16")
+    tensors = random_tensors(content, "bfloat16")
+    reader = CheckpointReader(save_checkpoint(tmp_path / "source", content, tensors))
+    architecture = DecoderArchitecture.from_config(content)
+    policies = dialects.uniform_policies(architecture, dialects.W8A8)
+    made_from = Fingerprints(recipe="r", source="s", data="d")
+    (tmp_path / "run").mkdir()
+    layers = [
+        publish_layer(
+            tmp_path / "run",
+            dialects.round_layer(architecture, tensors, layer, policies),
+            architecture,
+            ("golden-stick", "ascend"),
+            made_from,
+        )
+        for layer in range(2)
+    ]
+    outer = publish_outer(tmp_path / "run", reader, ("golden-stick", "ascend"), made_from)
+    for name in ("golden-stick", "ascend"):
+        merge_checkpoint(tmp_path / "run", name, reader, layers, outer)
+    return tmp_path / "run"
+
+
+def test_a_merged_run_is_clean_in_every_format(run: Path) -> None:
+    """What publish and merge leave passes its format's rules, its engine's and the manifests' hashes."""
+    assert check(run / "golden-stick", "vllm-mindspore").problems == ()
+    assert check(run / "ascend", "vllm-ascend").problems == ()
+    with pytest.raises(UserError, match="ascend, golden-stick"):
+        check(run)
+    shutil.rmtree(run / "ascend")
+    assert check(run).format == "golden-stick"
+
+
+def test_a_changed_code_is_caught_by_the_manifests_hash(run: Path) -> None:
+    """Any int8 code is a valid one, so only the hash tells that a byte was flipped after writing."""
+    path = run / "golden-stick" / LAYER
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert {problem.rule for problem in check(run / "golden-stick").problems} == {"shard-hash"}
+
+
+def test_missing_and_damaged_manifests_are_named(run: Path) -> None:
+    """A run directory has a readable manifest for every shard."""
+    (run / "manifests" / "layer-00000.json").unlink()
+    (run / "manifests" / "layer-00001.json").write_text("{}")
+    rules = {(problem.file, problem.rule) for problem in check(run / "golden-stick").problems}
+    assert rules == {
+        ("manifests/layer-00000.json", "manifest-present"),
+        ("manifests/layer-00001.json", "manifest-valid"),
+    }
+
+
+def test_a_report_shows_no_more_problems_than_asked(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """A directory with hundreds of problems prints the first ones and how many are left."""
+    directory = tmp_path / "model"
+    shutil.copytree(pristine["ascend"], directory)
+    (directory / LAYER).unlink()
+    report = check(directory)
+    assert len(report.problems) > 20
+    text = report.render(limit=3)
+    assert text.count("\n[") == 0
+    assert f"and {len(report.problems) - 3} more" in text
