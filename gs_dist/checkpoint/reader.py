@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import mmap
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ Array = npt.NDArray[Any]
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What the ascend and golden-stick dialects have in place of `quantization_config`.
+DESCRIPTION_FILES = ("quant_model_description.json", "quantization_description.json")
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _EDGE = 64 << 10  # bytes of each end of a file's data that the fingerprint looks at
@@ -68,6 +71,7 @@ class CheckpointReader:
     Attributes:
         directory: the checkpoint directory.
         config: content of config.json.
+        quantization_config: the value under that key, or None.
         architecture: what config.json describes. Where it states no dtype, the embedding's.
         tensors: name to `TensorInfo` of every tensor of the model, in model order.
         ignored: names of tensors on disk that no decoder needs (rotary buffers, the copy of a tied head).
@@ -79,7 +83,7 @@ class CheckpointReader:
         Args:
             directory: holds config.json and model.safetensors, or an index and the files it names.
             quantized: for reading back what a format wrote: `quantization_config` is accepted, and
-                tensors are not compared with the float architecture's.
+                tensors are not compared with the float architecture's; the format does that.
 
         Raises:
             CheckpointError: a file is missing, damaged, contradictory or leads outside of the directory.
@@ -89,9 +93,13 @@ class CheckpointReader:
             raise CheckpointError(f"model: {str(directory)!r} is not a directory; set model to a checkpoint directory")
         self._config_path = contained_path(self.directory, CONFIG_FILE)
         self.config = read_json(self._config_path, CONFIG_FILE)
-        self.quantization_config: Mapping[str, Any] | None = self.config.get("quantization_config")
-        if quantized and not isinstance(self.quantization_config, Mapping):
-            raise CheckpointError(f"{CONFIG_FILE}: quantization_config is missing: the checkpoint is not quantised")
+        self.quantization_config: Any = self.config.get("quantization_config")  # checked by the format that reads it
+        described = any((self.directory / name).is_file() for name in DESCRIPTION_FILES)
+        if quantized and not described and not isinstance(self.quantization_config, Mapping):
+            raise CheckpointError(
+                f"{CONFIG_FILE}: quantization_config is missing, and there is no {' or '.join(DESCRIPTION_FILES)}: "
+                "the checkpoint is not quantised"
+            )
         config = {k: v for k, v in self.config.items() if not (quantized and k == "quantization_config")}
         self.architecture = DecoderArchitecture.from_config(config)
         self._paths: dict[str, Path] = {}
@@ -197,8 +205,12 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{INDEX_FILE}: tensor {name!r:.200} is mapped to {file!r:.200}, which is not a .safetensors file"
                 )
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if not os.path.isfile(contained_path(self.directory, file)):
+                raise CheckpointError(f"{file:.200}: is listed in {INDEX_FILE} and missing; complete the download")
         tensors: dict[str, TensorInfo] = {}
-        for file in sorted(set(weight_map.values())):
+        for file in files:
             for name, info in self._read_file(file).items():
                 if weight_map.get(name) != file:
                     listed = weight_map.get(name, "nowhere")
@@ -216,11 +228,8 @@ class CheckpointReader:
         return {name: tensors[name] for name in weight_map}
 
     def _read_file(self, file: str) -> dict[str, TensorInfo]:
-        path = contained_path(self.directory, file)
-        if not path.is_file():
-            raise CheckpointError(f"{file}: is listed in {INDEX_FILE} and missing; complete the download")
-        tensors, self._headers[file] = read_header(path, file)
-        self._paths[file] = path
+        self._paths[file] = contained_path(self.directory, file)
+        tensors, self._headers[file] = read_header(self._paths[file], file)
         return tensors
 
 
