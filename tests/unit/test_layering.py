@@ -1,0 +1,146 @@
+"""The tree is the diagram: imports go one way, and each framework stays in its rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "gs_dist"
+JOBS = Path(__file__).parents[2] / "jobs"
+
+# Which rooms each room may import, itself included. Modules at the top of the package are the vocabulary,
+# apart from those of the command line.
+COMMAND_LINE = {"cli", "console", "tables"}
+ALLOWED = {
+    "vocabulary": {"vocabulary"},
+    "solvers": {"vocabulary", "solvers"},
+    "checkpoint": {"vocabulary", "checkpoint"},
+    "calibration": {"vocabulary", "solvers", "checkpoint", "calibration"},
+    "ptq": {"vocabulary", "solvers", "checkpoint", "calibration", "ptq"},
+    "runtime": {"vocabulary", "solvers", "checkpoint", "calibration", "runtime"},
+    "cli": {"vocabulary", "checkpoint", "ptq", "runtime", "cli"},
+}
+FRAMEWORKS = {
+    "ray": ("runtime/worker_group.py", "runtime/coordinator.py"),
+    "mindspore": ("calibration/", "ptq/"),
+    "pyarrow": ("calibration/dataset.py", "calibration/arrow_files.py", "summary.py"),
+    "torch": (),
+    "transformers": (),
+    "pickle": (),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Dotted name to syntax tree of every module of the package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ("gs_dist", *path.relative_to(PACKAGE).with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    """The room a module of the package belongs to."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "vocabulary"
+    if (PACKAGE / parts[1]).is_dir():
+        return parts[1]
+    return "cli" if parts[1] in COMMAND_LINE else "vocabulary"
+
+
+def imported(tree: ast.Module, *, at_import: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; with `at_import` only those that importing it runs."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if at_import and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def file_of(module: str) -> str:
+    """A module's path below the package."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_rooms_below_its_own(module: str) -> None:
+    """Imports go one way: command line, then ptq and runtime, calibration, solvers and checkpoint, vocabulary."""
+    ours = {name for name in imported(MODULES[module]) if name.split(".")[0] == "gs_dist"}
+    above = {name for name in ours if room(name) not in ALLOWED[room(module)]}
+    assert not above, f"{module} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_framework_is_imported_only_in_its_rooms(module: str) -> None:
+    """Ray, MindSpore and Arrow each have a few files that know of them; pickle has none."""
+    for name in imported(MODULES[module]):
+        places = FRAMEWORKS.get(name.split(".")[0])
+        assert places is None or file_of(module).startswith(places), f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """There is no cycle of imports, not even one that a function body hides."""
+    # A package's __init__ re-exports its modules; importing one of them is no dependence on the others.
+    graph = {
+        module: {name for name in imported(tree) if name in MODULES and name != module}
+        for module, tree in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for name in sorted(graph[module]):
+            visit(name, (*path, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_command_line_imports_no_heavy_package_at_start() -> None:
+    """`gs-dist plan` reaches neither Ray, MindSpore nor Arrow, through whatever it imports at start."""
+    reached: set[str] = set()
+    pending = ["gs_dist.cli", "gs_dist.checkpoint.reader", "gs_dist.checkpoint.formats"]
+    while pending:
+        module = pending.pop()
+        if module in reached:
+            continue
+        reached.add(module)
+        for name in imported(MODULES[module], at_import=True):
+            assert name.split(".")[0] not in {"ray", "mindspore", "pyarrow", "scipy"}, f"{module} imports {name}"
+            if name in MODULES:
+                pending.append(name)
+
+
+def test_entry_points_use_the_package_only_from_above() -> None:
+    """Nothing in the package imports what one submits."""
+    for module, tree in MODULES.items():
+        assert not [name for name in imported(tree) if name.split(".")[0] == "jobs"], module
+    assert JOBS.is_dir()
+
+
+def test_every_room_of_the_package_is_known() -> None:
+    """A new folder has to be given its place in the order."""
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ALLOWED) - {"vocabulary", "cli"}
