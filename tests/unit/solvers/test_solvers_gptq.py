@@ -253,6 +253,36 @@ def test_searched_ratios_take_the_best_of_each_group(symmetric: bool, desc_act: 
     assert len(set(chosen.tolist())) > 1
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_groups_with_searched_ratios_take_two_passes(symmetric: bool) -> None:
+    """Scales come from a pass in natural order; rounding in activation order then lessens the loss further."""
+    weight, gram = problem()
+    ratios = (1.0, 0.9, 0.8, 0.7)
+    both = policy(symmetric=symmetric, desc_act=True, static_groups=True)
+    natural = gptq.quantise(weight, gram, policy(symmetric=symmetric), scale_dtype="float32", search_ratios=ratios)
+    plain = gptq.quantise(weight, gram, both, scale_dtype="float32")
+    found = gptq.quantise(weight, gram, both, scale_dtype="float32", search_ratios=ratios)
+    np.testing.assert_array_equal(found.scale, natural.scale)
+    if not symmetric:
+        assert found.zero_point is not None
+        assert natural.zero_point is not None
+        np.testing.assert_array_equal(found.zero_point, natural.zero_point)
+    assert found.group_index is None
+    assert found.loss < natural.loss
+    assert found.loss < plain.loss
+    assert found.loss == pytest.approx(quadratic(dequantised(found, both) - weight, gram), rel=1e-3)
+
+
+def test_static_groups_in_natural_order_need_no_second_pass() -> None:
+    """The second pass would find the same codes: the first is the result."""
+    weight, gram = problem()
+    ratios = (1.0, 0.8)
+    static = gptq.quantise(weight, gram, policy(static_groups=True), scale_dtype="float32", search_ratios=ratios)
+    natural = gptq.quantise(weight, gram, policy(), scale_dtype="float32", search_ratios=ratios)
+    np.testing.assert_array_equal(static.codes, natural.codes)
+    np.testing.assert_array_equal(static.scale, natural.scale)
+
+
 def test_a_channel_that_was_never_active_is_rounded_to_nearest() -> None:
     """It neither breaks the factorisation nor changes the others' codes, and is noted."""
     weight, gram = problem()
