@@ -1,0 +1,214 @@
+"""What each scheme would cost each linear, and the choice of schemes that costs least under a size budget.
+
+The cost of a scheme is the output error of plainly rounding the weight to it, exact from the Gram matrix.
+Solvers that do better than plain rounding lower all costs in about the same proportion, so the order of
+the linears stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gs_dist.errors import UserError
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import Float32
+from gs_dist.solvers import affine, output_error
+from gs_dist.solvers.folding import FoldedTensors
+from gs_dist.solvers.layer import LayerProblem
+
+__all__ = ["FLOAT", "SchemeCost", "choose_schemes", "layer_costs", "layer_patterns", "stored_bytes"]
+
+FLOAT = "float"
+Measure = Literal["relative", "absolute"]
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Sizes are counted in shares of the budget; 1/16384 of it per item is the most that rounding them up may waste.
+_BUDGET_UNITS = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeCost:
+    """What one scheme does to one linear.
+
+    Attributes:
+        name: full dotted name of the linear.
+        group: names the linears that read one input; serving engines fuse them, so they share a scheme.
+        scheme: key of the scheme, `FLOAT` for leaving the linear as it is.
+        num_bytes: what the linear takes on storage, scales included.
+        error: tr(D G DT), the squared output error over all tokens.
+        relative_error: that as a share of the squared output.
+    """
+
+    name: str
+    group: str
+    scheme: str
+    num_bytes: int
+    error: float
+    relative_error: float
+
+
+def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype: str) -> int:
+    """Bytes of a weight (out, in) with its scales and zero points; `None` is the weight in `scale_dtype`."""
+    rows, columns = shape
+    if policy is None or not policy.quantises_linear:
+        return rows * columns * _DTYPE_BYTES[scale_dtype]
+    groups = affine.num_groups(columns, policy.group_size)
+    zero_bits = 0 if policy.weight_symmetric else policy.weight_bits
+    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * _DTYPE_BYTES[scale_dtype])
+    return -(-bits // 8)
+
+
+def layer_costs(problem: LayerProblem, schemes: Mapping[str, QuantPolicy]) -> tuple[SchemeCost, ...]:
+    """Costs of every scheme and of `FLOAT` for each linear of a layer, in the layer's order.
+
+    Args:
+        problem: weights and statistics; its policies are not looked at.
+        schemes: name to policy; bits, group_size and weight_symmetric count.
+
+    Raises:
+        UserError: a linear's input channels do not divide into a scheme's groups, or no statistics.
+    """
+    folded = FoldedTensors(problem.tensors)
+    costs: list[SchemeCost] = []
+    for layer_input in problem.inputs:
+        statistics = problem.statistics.get(layer_input.name)
+        if statistics is None or statistics.num_tokens == 0:
+            raise UserError(f"layer {problem.layer}: no statistics of {layer_input.name} to judge its linears by")
+        group = f"{problem.prefix}{layer_input.name}"
+        for name in layer_input.linears:
+            weight = folded.weight(name)
+            energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares)
+            for scheme, policy in (*schemes.items(), (FLOAT, None)):
+                error = 0.0
+                if policy is not None:
+                    change = _plain_change(weight, policy, problem.scale_dtype)
+                    error = output_error.output_energy(change, statistics.gram, statistics.sum_squares)
+                costs.append(
+                    SchemeCost(
+                        name=problem.prefix + name,
+                        group=group,
+                        scheme=scheme,
+                        num_bytes=stored_bytes(policy, folded.shape(name), problem.scale_dtype),
+                        error=error,
+                        relative_error=error / energy if energy > 0 else 0.0,
+                    )
+                )
+    return tuple(costs)
+
+
+def _plain_change(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:
+    codes, scale, zero_point = affine.quantise_weight(
+        weight,
+        bits=policy.weight_bits,
+        group_size=policy.group_size,
+        symmetric=policy.weight_symmetric,
+        scale_dtype=scale_dtype,
+    )
+    change = affine.dequantise(codes, scale, zero_point)
+    change -= weight
+    return change
+
+
+def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure = "relative") -> dict[str, str]:
+    """Scheme of each linear so that the summed cost is least and all linears fit into `budget` bytes.
+
+    A multiple-choice knapsack, solved by dynamic programming over sizes that are rounded up to 1/16384 of
+    the room above the smallest choice; what rounding wasted is then spent where it buys most. The first
+    of equally good choices wins, so that the same costs give the same choice.
+
+    Args:
+        costs: of every linear and scheme.
+        budget: bytes that all linears together may take.
+        measure: "relative" sums each linear's error as a share of its output, which makes layers with loud
+            and quiet activations comparable; "absolute" sums tr(D G DT).
+
+    Raises:
+        UserError: even the smallest choice is larger than the budget.
+    """
+    names, sizes, errors = _by_group(costs, measure)
+    least = [min(options.values()) for options in sizes.values()]
+    room = budget - sum(least)
+    if room < 0:
+        raise UserError(f"the smallest choice takes {sum(least)} bytes and the budget is {budget}: raise the budget")
+    unit = max(1, -(-room // _BUDGET_UNITS))
+    units = room // unit
+    best = np.zeros(units + 1)  # least error with at most that many units spent
+    picks: list[np.ndarray[tuple[int], np.dtype[np.int8]]] = []
+    for (group, options), smallest in zip(sizes.items(), least, strict=True):
+        found = np.full(units + 1, np.inf)
+        pick = np.zeros(units + 1, dtype=np.int8)
+        for index, (scheme, size) in enumerate(options.items()):
+            extra = -(-(size - smallest) // unit)
+            if extra > units:
+                continue
+            candidate = np.full(units + 1, np.inf)
+            candidate[extra:] = best[: units + 1 - extra] + errors[group][scheme]
+            better = candidate < found
+            found[better], pick[better] = candidate[better], index
+        best = found
+        picks.append(pick)
+    chosen: dict[str, str] = {}
+    place = units
+    for (group, options), smallest, pick in reversed(list(zip(sizes.items(), least, picks, strict=True))):
+        scheme = list(options)[int(pick[place])]
+        chosen[group] = scheme
+        place -= -(-(options[scheme] - smallest) // unit)
+    _spend_rest(chosen, sizes, errors, budget)
+    return {name: chosen[group] for name, group in names.items()}
+
+
+def _by_group(
+    costs: Sequence[SchemeCost], measure: Measure
+) -> tuple[dict[str, str], dict[str, dict[str, int]], dict[str, dict[str, float]]]:
+    """Group of each linear, and size and error of each group under each scheme."""
+    names: dict[str, str] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for cost in costs:
+        names[cost.name] = cost.group
+        size, error = sizes.setdefault(cost.group, {}), errors.setdefault(cost.group, {})
+        size[cost.scheme] = size.get(cost.scheme, 0) + cost.num_bytes
+        added = cost.relative_error if measure == "relative" else cost.error
+        error[cost.scheme] = error.get(cost.scheme, 0.0) + added
+    return names, sizes, errors
+
+
+def _spend_rest(
+    chosen: dict[str, str], sizes: dict[str, dict[str, int]], errors: dict[str, dict[str, float]], budget: int
+) -> None:
+    """Spends bytes that rounding sizes up left over, best gain a byte first."""
+    left = budget - sum(sizes[group][scheme] for group, scheme in chosen.items())
+    while True:
+        offers = [
+            ((errors[g][now] - errors[g][s]) / max(size - sizes[g][now], 1), g, s, size - sizes[g][now])
+            for g, now in chosen.items()
+            for s, size in sizes[g].items()
+            if errors[g][s] < errors[g][now] and size - sizes[g][now] <= left
+        ]
+        if not offers:
+            return
+        _, group, scheme, extra = max(offers, key=lambda offer: offer[0])
+        chosen[group] = scheme
+        left -= extra
+
+
+def layer_patterns(chosen: Mapping[str, str]) -> dict[str, str]:
+    """A choice as patterns for `layer_policies`: pattern to scheme, linears of one kind and scheme together.
+
+    Patterns match full dotted names from start to end and no two match one name.
+    """
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for name, scheme in chosen.items():
+        before, _, rest = name.partition(".layers.")
+        index, _, linear = rest.partition(".")
+        kinds.setdefault((before, linear, scheme), []).append(int(index))
+    patterns = {}
+    for (before, linear, scheme), indices in kinds.items():
+        layers = "|".join(str(index) for index in sorted(indices))
+        head, tail = (part.replace(".", r"\.") for part in (f"{before}.layers.", f".{linear}"))
+        patterns[f"{head}({layers}){tail}$"] = scheme
+    return patterns

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gs_dist.architecture import LayerInput, Linear
+from gs_dist.errors import UserError
+from gs_dist.policy import QuantPolicy
+from gs_dist.solvers.layer import LayerProblem
+from gs_dist.solvers.sensitivity import FLOAT, SchemeCost, choose_schemes, layer_costs, layer_patterns, stored_bytes
+from gs_dist.statistics import InputStatistics
+
+SCHEMES = {
+    "W8": QuantPolicy(),
+    "W4": QuantPolicy(weight_quant_dtype="qint4x2", weight_quant_granularity="per_group", group_size=64),
+}
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 128)) * rng.lognormal(size=128)
+    seen = InputStatistics(
+        num_tokens=50,
+        minimum=x.min(axis=0).astype(np.float32),
+        maximum=x.max(axis=0).astype(np.float32),
+        sum_abs=np.abs(x).sum(axis=0),
+        sum_squares=(x**2).sum(axis=0),
+        gram=(x.T @ x).astype(np.float32),
+    )
+    tensors = {f"{n}.weight": rng.normal(size=(8, 128)).astype(np.float32) for n in ("q", "k")}
+    return x, LayerProblem(
+        layer=2,
+        prefix="model.layers.2.",
+        inputs=(LayerInput(name="x", channels=128, linears=("q", "k"), source=None),),
+        linears=tuple(Linear(name=n, out_features=8, in_features=128, bias=False) for n in ("q", "k")),
+        tensors=tensors,
+        statistics={"x": seen},
+        policies={},
+        scale_dtype="bfloat16",
+    )
+
+
+def test_costs_are_the_output_error_of_rounding_the_weight(problem):
+    """Each scheme's error is that of running the tokens through weights rounded by plain arithmetic."""
+    x, solved = problem
+    costs = {(c.name, c.scheme): c for c in layer_costs(solved, SCHEMES)}
+    assert len(costs) == 6
+    for name in ("q", "k"):
+        weight = solved.tensors[f"{name}.weight"].astype(np.float64)
+        for scheme, groups, half in (("W8", 1, 127.5), ("W4", 2, 7.5)):
+            grouped = weight.reshape(8, groups, -1)
+            scale = np.abs(grouped).max(axis=2, keepdims=True) / half
+            rounded = np.clip(np.round(grouped / scale), -half - 0.5, half - 0.5) * scale
+            exact = ((x @ (rounded - grouped).reshape(8, 128).T) ** 2).sum()
+            found = costs[f"model.layers.2.{name}", scheme]
+            assert found.error == pytest.approx(exact, rel=0.1)  # stored scales are bfloat16
+            assert found.relative_error == pytest.approx(found.error / ((x @ weight.T) ** 2).sum(), rel=1e-3)
+            assert found.group == "model.layers.2.x"
+        assert costs[f"model.layers.2.{name}", FLOAT].error == 0
+
+
+def test_sizes_count_codes_scales_and_zero_points():
+    """Bytes on storage by hand."""
+    assert stored_bytes(None, (8, 128), "bfloat16") == 2048
+    assert stored_bytes(SCHEMES["W8"], (8, 128), "bfloat16") == 1024 + 16
+    assert stored_bytes(SCHEMES["W4"], (8, 128), "float32") == 512 + 8 * 2 * 4
+    asymmetric = SCHEMES["W4"].model_copy(update={"weight_symmetric": False})
+    assert stored_bytes(asymmetric, (8, 128), "bfloat16") == 512 + 8 * 2 * 2 + 8
+
+
+def make_costs(table):
+    return [
+        SchemeCost(name=f"model.layers.{i}.a", group=str(i), scheme=s, num_bytes=b, error=e, relative_error=e)
+        for i, options in enumerate(table)
+        for s, (b, e) in options.items()
+    ]
+
+
+tables = st.lists(
+    st.fixed_dictionaries(
+        {
+            "W4": st.tuples(st.integers(1, 40), st.integers(0, 100)),
+            "W8": st.tuples(st.integers(1, 40), st.integers(0, 100)),
+            FLOAT: st.tuples(st.integers(1, 40), st.just(0)),
+        }
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(table=tables, share=st.floats(0, 1))
+def test_the_choice_is_the_best_of_all_that_fit(table, share):
+    """Trying every combination finds nothing better within the budget."""
+    least = sum(min(b for b, _ in options.values()) for options in table)
+    most = sum(max(b for b, _ in options.values()) for options in table)
+    budget = least + round(share * (most - least))
+    chosen = choose_schemes(make_costs(table), budget)
+    picked = [options[chosen[f"model.layers.{i}.a"]] for i, options in enumerate(table)]
+    assert sum(b for b, _ in picked) <= budget
+    best = min(
+        sum(e for _, e in combination)
+        for combination in itertools.product(*(options.values() for options in table))
+        if sum(b for b, _ in combination) <= budget
+    )
+    assert sum(e for _, e in picked) == best
+
+
+def test_large_models_stay_within_a_budget_of_gigabytes():
+    """Rounded sizes never overrun, and more room never costs accuracy."""
+    rng = np.random.default_rng(0)
+    table = [
+        {"W4": (n // 2, 10 * e), "W8": (n, e), FLOAT: (2 * n, 0.0)}
+        for n, e in zip(rng.integers(10**7, 3 * 10**8, 320).tolist(), rng.lognormal(size=320).tolist(), strict=True)
+    ]
+    errors = []
+    for share in (0.5, 0.55, 0.8):
+        budget = int(share * sum(options["W8"][0] for options in table)) + 320
+        chosen = choose_schemes(make_costs(table), budget)
+        picked = [options[chosen[f"model.layers.{i}.a"]] for i, options in enumerate(table)]
+        assert 0.99 * budget <= sum(b for b, _ in picked) <= budget
+        errors.append(sum(e for _, e in picked))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_linears_of_one_group_get_one_scheme(problem):
+    """What an engine fuses stays together."""
+    costs = layer_costs(problem[1], SCHEMES)
+    for budget in (1500, 2500, 5000):
+        assert len(set(choose_schemes(costs, budget).values())) == 1
+
+
+def test_a_budget_below_the_smallest_choice_is_refused(problem):
+    """The message gives both sizes."""
+    with pytest.raises(UserError, match="1088 bytes and the budget is 100"):
+        choose_schemes(layer_costs(problem[1], SCHEMES), 100)
+
+
+def test_patterns_match_each_linear_once():
+    """Every name is matched by one pattern, that of its scheme."""
+    chosen = {
+        f"model.layers.{i}.{linear}": "W4" if (i + k) % 3 else FLOAT
+        for i in range(12)
+        for k, linear in enumerate(("mlp.up_proj", "mlp.down_proj"))
+    }
+    patterns = layer_patterns(chosen)
+    assert len(patterns) == 4
+    for name, scheme in chosen.items():
+        assert [s for p, s in patterns.items() if re.match(p, name)] == [scheme]
