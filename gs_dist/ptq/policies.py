@@ -11,6 +11,7 @@ from typing import Any
 from gs_dist.errors import UserError
 from gs_dist.policy import QuantPolicy, resolve_policies
 from gs_dist.ptq.config import PTQConfig, check_schemes
+from gs_dist.ptq.structure import display_name
 
 __all__ = ["checked_layer_policies", "resolve_cells"]
 
@@ -75,8 +76,15 @@ def resolve_cells(
     if not names:
         raise UserError("the network holds no linear (nn.Dense, mint.nn.Linear): nothing to quantise")
     patterns = {key: policy.policy if policy else None for key, policy in layer_policies.items()}
-    resolved = resolve_policies(names, config.policy, patterns, config.opname_blacklist)
     matched = {name: key for name in names for key in layer_policies if re.match(key, name)}
+    for entry in config.opname_blacklist:
+        blocked = [name for name in names if entry in name]
+        if blocked and all(name in matched for name in blocked):
+            raise UserError(
+                f"opname_blacklist: {entry!r} has no effect, because layer_policies matches every cell it is part of, "
+                f"{display_name(blocked[0])} among them: map the pattern {matched[blocked[0]]!r} to None, or remove one"
+            )
+    resolved = resolve_policies(names, config.policy, patterns, config.opname_blacklist)
     for name in names:
         own = layer_policies[matched[name]] if name in matched else None
         if own is not None and any(entry in name for entry in own.opname_blacklist):
