@@ -1,0 +1,137 @@
+"""The model card says what a directory is and nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkpoints import tiny_config
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.model_card import render_model_card, write_model_card
+from gs_dist.config import CalibrationConfig
+from gs_dist.quantized import LinearSummary
+from gs_dist.summary import CalibrationSummary
+
+ARCHITECTURE = DecoderArchitecture.from_config(tiny_config(torch_dtype="bfloat16"))
+STATIC, GROUPS = "SmoothQuant-W8-perchannel-A8-pertensor", "GPTQ-W4-pergroup"
+
+
+def recipe(**changes: Any) -> CalibrationConfig:
+    content: dict[str, Any] = {
+        "model": "/home/someone/models/Tiny-1B",
+        "output": "/home/someone/runs/tiny",
+        "calibration": {"data": "s3://key:secret@bucket/calib.parquet?token=abc", "sequence_length": 64},
+        "ptq": {"act_quant_dtype": "int8", "outliers_suppression": "smooth", "opname_blacklist": ["lm_head"]},
+        "layer_policies": {r".*(up|down)_proj": {"act_quant_granularity": "per_token"}, ".*o_proj": None},
+    }
+    return CalibrationConfig.model_validate({**content, **changes})
+
+
+def summary(strategy: str = STATIC, **changes: Any) -> CalibrationSummary:
+    rows = tuple(
+        LinearSummary(
+            layer=layer,
+            name=f"model.layers.{layer}.{linear.name}",
+            strategy="NA" if linear.name.endswith("o_proj") else strategy,
+            relative_error=None if linear.name.endswith("o_proj") else 0.001 * (number + 1) * (layer + 1),
+            error_source="gram",
+            scale_min=0.1,
+            scale_max=0.2,
+            num_tokens=64,
+        )
+        for layer in range(2)
+        for number, linear in enumerate(ARCHITECTURE.linears)
+    )
+    values: dict[str, Any] = {
+        "model": "Tiny-1B",
+        "formats": ("ascend",),
+        "propagation": "original",
+        "num_samples": 8,
+        "num_tokens": 512,
+        "seconds": 3.0,
+        "versions": {"gs-dist": "0.1.0", "mindspore": "2.10.0"},
+        "fingerprints": {"recipe": "aa" * 32, "source": "bb" * 32, "data": "cc" * 32},
+        "rows": rows,
+        "stages": (),
+    }
+    return CalibrationSummary(**{**values, **changes})
+
+
+def test_nothing_of_the_machine_is_told() -> None:
+    """Paths and URIs appear by their last part, without keys or hosts."""
+    card = render_model_card(recipe(), summary(), ARCHITECTURE, "ascend")
+    for secret in ("/home", "someone", "secret", "bucket", "token"):
+        assert secret not in card.replace("tokens", "").replace("per_token", "").replace("tokenizer", "")
+    assert "Tiny-1B" in card
+    assert "calib.parquet" in card
+
+
+def test_it_counts_linears_by_strategy_and_lists_the_worst() -> None:
+    """Counts, the largest error of each strategy, and the worst linears by name, first the worst of all."""
+    card = render_model_card(recipe(), summary(), ARCHITECTURE, "ascend")
+    assert f"| `{STATIC}` | 12 | 1.40e-02 |" in card
+    assert "| `NA` | 2 | - |" in card
+    worst = [line for line in card.splitlines() if line.startswith("| `model.layers")]
+    assert len(worst) == 5
+    assert worst[0].startswith("| `model.layers.1.mlp.down_proj` |")
+
+
+def test_perplexities_are_shown_where_they_were_measured() -> None:
+    """Both figures with the change between them, one alone, or the command that measures them."""
+    measured = dataclasses.replace(summary(), perplexity=30.6, float_perplexity=30.0)
+    both = render_model_card(recipe(), measured, ARCHITECTURE, "ascend")
+    assert "| float | 30.0000 |" in both
+    assert "| quantised (+2.00%) | 30.6000 |" in both
+    alone = render_model_card(recipe(), dataclasses.replace(summary(), perplexity=30.6), ARCHITECTURE, "ascend")
+    assert "| quantised | 30.6000 |" in alone
+    assert "gs-dist evaluate" in render_model_card(recipe(), summary(), ARCHITECTURE, "ascend")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "strategy", "said", "unsaid"),
+    [
+        ("ascend", STATIC, "vllm serve DIRECTORY --quantization ascend\n", "transformers"),
+        ("golden-stick", STATIC, "vllm-mindspore serve DIRECTORY --quantization golden-stick", "networks that Golden"),
+        ("golden-stick", GROUPS, "networks that Golden Stick builds", "transformers"),
+        ("compressed-tensors", STATIC, "With vLLM-Ascend", "so not this one"),
+        ("compressed-tensors", GROUPS, "so not this one", "With vLLM-Ascend:"),
+    ],
+)
+def test_serving_is_told_for_the_engines_that_load_it(format_name: str, strategy: str, said: str, unsaid: str) -> None:
+    """Each format names its engines and commands, and what would not load there."""
+    card = render_model_card(recipe(), summary(strategy), ARCHITECTURE, format_name)
+    serving = card.split("## How to serve it")[1].split("## Origin")[0]
+    assert said in serving
+    assert unsaid not in serving
+
+
+def test_a_float32_model_is_served_in_bfloat16() -> None:
+    """Ascend engines compute a float32 model in bfloat16, so the command says so."""
+    single = DecoderArchitecture.from_config(tiny_config())
+    assert "--dtype bfloat16" in render_model_card(recipe(), summary(), single, "ascend")
+
+
+def test_front_matter_and_recipe_are_yaml_and_patterns_do_not_break_the_tables() -> None:
+    """Hubs can read the front matter, the recipe can be loaded back, and a '|' in a pattern is escaped."""
+    card = render_model_card(recipe(), summary(model='Odd: "name"'), ARCHITECTURE, "ascend")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"base_model": 'Odd: "name"', "tags": ["int8", "ascend", "gs-dist"]}
+    written = yaml.safe_load(card.split("~~~~yaml\n")[1].split("\n~~~~")[0])
+    assert written["model"] == "Tiny-1B"
+    assert r".*(up\|down)_proj" in card
+    assert r".*(up|down)_proj" in written["layer_policies"]
+
+
+def test_provenance_and_notes_travel_with_the_model(tmp_path: Path) -> None:
+    """Fingerprints, versions and the run's notes are in the README.md that is written."""
+    directory = tmp_path / "ascend"
+    directory.mkdir()
+    write_model_card(directory, recipe(), summary(notes=("layer 3 stayed in float",)), ARCHITECTURE)
+    card = (directory / "README.md").read_text()
+    assert "cc" * 32 in card
+    assert "| mindspore | 2.10.0 |" in card
+    assert "* layer 3 stayed in float" in card
