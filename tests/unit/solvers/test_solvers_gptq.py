@@ -260,7 +260,6 @@ def test_static_groups_with_searched_ratios_take_two_passes(symmetric: bool) -> 
     ratios = (1.0, 0.9, 0.8, 0.7)
     both = policy(symmetric=symmetric, desc_act=True, static_groups=True)
     natural = gptq.quantise(weight, gram, policy(symmetric=symmetric), scale_dtype="float32", search_ratios=ratios)
-    plain = gptq.quantise(weight, gram, both, scale_dtype="float32")
     found = gptq.quantise(weight, gram, both, scale_dtype="float32", search_ratios=ratios)
     np.testing.assert_array_equal(found.scale, natural.scale)
     if not symmetric:
@@ -269,7 +268,6 @@ def test_static_groups_with_searched_ratios_take_two_passes(symmetric: bool) -> 
         np.testing.assert_array_equal(found.zero_point, natural.zero_point)
     assert found.group_index is None
     assert found.loss < natural.loss
-    assert found.loss < plain.loss
     assert found.loss == pytest.approx(quadratic(dequantised(found, both) - weight, gram), rel=1e-3)
 
 
