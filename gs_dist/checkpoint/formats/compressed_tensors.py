@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.formats.base import KVKind, Policies
@@ -358,32 +360,39 @@ def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any
 
 def _matching_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """The first config group that targets a linear, None where it is ignored or not targeted."""
-    if any(_matches(name, target) for target in config.get("ignore") or ()):
+    groups, ignored = config.get("config_groups"), config.get("ignore") or []
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise CheckpointError("config.json: quantization_config.config_groups is not a table of tables")
+    if any(_matches(name, target) for target in ignored):
         return None
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping):
-        raise CheckpointError("config.json: quantization_config.config_groups is not a table")
     for group in groups.values():
-        if any(target == "Linear" or _matches(name, target) for target in group["targets"]):
+        if any(target == "Linear" or _matches(name, target) for target in group.get("targets") or []):
             return group  # type: ignore[no-any-return]  # JSON carries no types
     return None
 
 
-def _matches(name: str, target: str) -> bool:
-    if target.startswith("re:"):
+def _matches(name: str, target: Any) -> bool:
+    if not isinstance(target, str):
+        raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}, which is not a name")
+    if not target.startswith("re:"):
+        return target == name
+    try:
         return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
+    except re.error as error:
+        raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}: {error}") from error
 
 
 def _policy(name: str, group: Mapping[str, Any]) -> QuantPolicy:
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping) or not isinstance(activations, (Mapping, NoneType)):
+        raise CheckpointError(f"config.json: the scheme of {name} is {dict(group)!r:.200}, which is none")
     bits, grouped = weights.get("num_bits"), weights.get("strategy") == "group"
     if bits not in (4, 8) or weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise CheckpointError(f"config.json: the weights of {name} are {dict(weights)}; served are int of 4 or 8 bits")
     fields: dict[str, Any] = {
         "weight_quant_dtype": "int8" if bits == 8 else "qint4x2",
         "weight_quant_granularity": "per_group" if grouped else "per_channel",
-        "group_size": weights["group_size"] if grouped else 0,
+        "group_size": weights.get("group_size") if grouped else 0,
         "weight_symmetric": weights.get("symmetric", True),
     }
     if activations is not None:
@@ -396,8 +405,9 @@ def _policy(name: str, group: Mapping[str, Any]) -> QuantPolicy:
         fields["algo_args"] = AlgoArgs(desc_act=True, static_groups=order != "group")
     try:
         return QuantPolicy(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"config.json: the scheme of {name} is not served: {error}") from error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(f"config.json: the scheme of {name} is not served: {reason}") from error
 
 
 def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: dict[str, Array]) -> QuantizedLinear:
