@@ -187,13 +187,20 @@ def dequantise(
     """(codes - zero_point) * scale, (out, in) float32; `group_index` (in,) names each column's group if irregular."""
     rows, columns = codes.shape
     groups = scale.shape[1]
-    index = np.repeat(np.arange(groups), columns // groups) if group_index is None else group_index
     weight = np.empty((rows, columns), dtype=np.float32)
     for block in row_blocks(rows, columns):
-        values = codes[block].astype(np.float32)
-        if zero_point is not None:
-            values -= zero_point[block].astype(np.float32)[:, index]
-        np.multiply(values, scale[block][:, index], out=weight[block])
+        target = weight[block]
+        target[...] = codes[block]
+        step = scale[block]
+        offset = None if zero_point is None else zero_point[block].astype(np.float32)
+        if group_index is None:
+            target = target.reshape(-1, groups, columns // groups)
+            step, offset = step[:, :, None], None if offset is None else offset[:, :, None]
+        else:
+            step, offset = step[:, group_index], None if offset is None else offset[:, group_index]
+        if offset is not None:
+            target -= offset
+        target *= step
     return weight
 
 
