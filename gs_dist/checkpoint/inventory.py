@@ -34,6 +34,7 @@ DESCRIPTIONS: Mapping[str, str] = {
 """Name of a description file to the dialect it belongs to."""
 
 _CHUNK = 16 << 20  # bytes of a tensor in memory at a time
+_MAX_LAYERS = 10_000  # some ten times what any model has; every layer's tensors are listed in memory
 
 
 @dataclass(kw_only=True)
@@ -103,7 +104,7 @@ def take_inventory(directory: Path) -> Inventory:
         if any(name.endswith(known) for known in DESCRIPTIONS):
             content = _json(inventory, name)
             if content is not None:
-                inventory.descriptions[name] = content
+                inventory.descriptions[name] = _with_text_labels(inventory, name, content)
     _read_weights(inventory)
     return inventory
 
@@ -116,6 +117,15 @@ def _json(inventory: Inventory, name: str) -> dict[str, Any] | None:
         return None
 
 
+def _with_text_labels(inventory: Inventory, file: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The description with labels that are no text reported, and spelt as text from here on."""
+    for key, label in content.items():
+        if "." in key and not isinstance(label, str):
+            inventory.report(file, "description-label", f"{label!r:.60}", "a word", key)
+            content[key] = f"{label!r:.60}"
+    return content
+
+
 def _read_config(inventory: Inventory) -> None:
     if not (inventory.directory / CONFIG_FILE).is_file():
         inventory.report(CONFIG_FILE, "config-present", "no such file", "the model's config.json")
@@ -125,9 +135,15 @@ def _read_config(inventory: Inventory) -> None:
         return
     plain = {key: value for key, value in inventory.config.items() if key != "quantization_config"}
     try:
-        inventory.architecture = DecoderArchitecture.from_config(plain)
+        architecture = DecoderArchitecture.from_config(plain)
     except UserError as error:
         inventory.report(CONFIG_FILE, "config-values", error, "a Llama-like decoder's sizes")
+        return
+    if architecture.num_layers > _MAX_LAYERS:
+        found = f"num_hidden_layers {architecture.num_layers}"
+        inventory.report(CONFIG_FILE, "config-values", found, f"at most {_MAX_LAYERS}")
+        return
+    inventory.architecture = architecture
 
 
 def _read_weights(inventory: Inventory) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.inventory import CONFIG_FILE, DESCRIPTIONS, Inventory
 
-__all__ = ["Expectation", "Layout", "build_layout", "detect_format"]
+__all__ = ["Expectation", "Layout", "SchemeGroup", "build_layout", "detect_format", "scheme_groups"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 _PACKED_BITS = (4, 8)
@@ -207,9 +207,15 @@ def _golden_stick(inventory: Inventory, layout: Layout, architecture: DecoderArc
 def _compressed_tensors(inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
     """compressed_tensors quant_config.py, compressors/quantized_compressors/{naive_quantized,pack_quantized}.py."""
     config = inventory.quantization_config
+    groups = scheme_groups(inventory)
+    ignore = config.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(target, str) for target in ignore):
+        inventory.report(CONFIG_FILE, "config-groups", f"ignore {ignore!r:.100}", "a list of names")
+        ignore = []
     quantised = {}
     for name, linear in _all_linears(architecture):
-        group = _matching_group(config, name)
+        ignored = any(_matches(name, target) for target in ignore)
+        group = None if ignored else next((group for group in groups if group.takes(name)), None)
         if group is None:
             layout.kinds[name] = "FLOAT"
             continue
@@ -228,26 +234,30 @@ def _compressed_tensors(inventory: Inventory, layout: Layout, architecture: Deco
 
 
 def _scheme_tensors(
-    inventory: Inventory, group: Mapping[str, Any], linear: Linear, name: str, architecture: DecoderArchitecture
+    inventory: Inventory, group: SchemeGroup, linear: Linear, name: str, architecture: DecoderArchitecture
 ) -> tuple[Leaves, str]:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = group.weights, group.inputs
     bits, size = weights.get("num_bits"), weights.get("group_size") or 0
-    format_ = group.get("format") or inventory.quantization_config.get("format")
     rows, columns = linear.out_features, linear.in_features
-    grouped = weights.get("strategy") == "group" and isinstance(size, int)
-    if bits not in _PACKED_BITS or weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
+    grouped = weights.get("strategy") == "group"
+    if (
+        not isinstance(bits, int)
+        or bits not in _PACKED_BITS
+        or weights.get("type") != "int"
+        or weights.get("strategy") not in ("group", "channel")
+    ):
         inventory.report(CONFIG_FILE, "scheme", f"weights {dict(weights)!r:.160}", "int of 4 or 8 bits", name)
         return {}, "?"
-    if grouped and (size <= 0 or columns % size):
-        inventory.report(CONFIG_FILE, "group-size", f"group_size {size}", f"a divisor of {columns}", name)
+    if grouped and (not isinstance(size, int) or size <= 0 or columns % size):
+        inventory.report(CONFIG_FILE, "group-size", f"group_size {size!r:.40}", f"a divisor of {columns}", name)
         return {}, "?"
     groups = columns // size if grouped else 1
     scale = Expectation(dtypes=_with_single(architecture.dtype), shape=(rows, groups), values="scale")
     leaves = {"weight_rows": Expectation(dtypes=(), shape=(rows,)), "weight_scale": scale}
-    if format_ == "int-quantized":
+    if group.format == "int-quantized":
         leaves["weight"] = Expectation(dtypes=("int8",), shape=(rows, columns))
         zero_point = Expectation(dtypes=("int8",), shape=(rows, groups))
-    elif format_ == "pack-quantized":
+    elif group.format == "pack-quantized":
         factor = 32 // bits
         leaves["weight_packed"] = Expectation(
             dtypes=("int32",), shape=(rows, -(-columns // factor)), values=f"padding{bits}", limit=columns
@@ -255,37 +265,61 @@ def _scheme_tensors(
         leaves["weight_shape"] = Expectation(dtypes=("int64", "int32"), shape=(2,), values=f"shape {rows} {columns}")
         zero_point = Expectation(dtypes=("int32",), shape=(-(-rows // factor), groups))
     else:
-        inventory.report(CONFIG_FILE, "scheme", f"format {format_!r:.60}", "int-quantized or pack-quantized", name)
+        inventory.report(CONFIG_FILE, "scheme", f"format {group.format!r:.60}", "int-quantized or pack-quantized", name)
         return {}, "?"
     if not weights.get("symmetric", True):
         leaves["weight_zero_point"] = zero_point
     if weights.get("actorder") == "group":
         leaves["weight_g_idx"] = Expectation(dtypes=("int32",), shape=(columns,), values="group-index", limit=groups)
-    static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
-    if static and isinstance(inputs, Mapping):
+    static = inputs is not None and not inputs.get("dynamic")
+    if inputs is not None and static:
         leaves["input_scale"] = Expectation(dtypes=scale.dtypes, shape=(1,), values="scale")
         if not inputs.get("symmetric", True):
             leaves["input_zero_point"] = Expectation(dtypes=("int8",), shape=(1,), values="offset")
-    kind = f"W{bits}A16" if not inputs else f"W{bits}A8" + ("" if static else "_DYNAMIC")
+    kind = f"W{bits}A16" if inputs is None else f"W{bits}A8" + ("" if static else "_DYNAMIC")
     return leaves, kind
 
 
-def _matching_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    if any(_matches(name, target) for target in config.get("ignore") or ()):
-        return None
+@dataclass(frozen=True, kw_only=True)
+class SchemeGroup:
+    """A config group of compressed-tensors: the linears it targets and the arguments of both sides."""
+
+    label: str
+    targets: tuple[str, ...]
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None
+    format: object
+
+    def takes(self, name: str) -> bool:
+        """Whether the group targets a linear."""
+        return any(target == "Linear" or _matches(name, target) for target in self.targets)
+
+
+def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
+    """The groups of quantization_config that are well formed, in their order; others are reported."""
+    config = inventory.quantization_config
     groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping) and any(t == "Linear" or _matches(name, t) for t in group.get("targets") or ()):
-            return group
-    return None
+    found = []
+    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+        content = group if isinstance(group, Mapping) else {}
+        targets, weights, inputs = (content.get(key) for key in ("targets", "weights", "input_activations"))
+        if not (_is_texts(targets) and isinstance(weights, Mapping) and isinstance(inputs, Mapping | None)):
+            expected = "targets (a list of names), weights (a table), input_activations (a table or null)"
+            inventory.report(CONFIG_FILE, "config-groups", f"{label}: {group!r:.160}", expected)
+            continue
+        form = content.get("format") or config.get("format")
+        found.append(SchemeGroup(label=label, targets=tuple(targets), weights=weights, inputs=inputs, format=form))
+    return found
 
 
-def _matches(name: str, target: object) -> bool:
-    if not isinstance(target, str):
-        return False
+def _is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _matches(name: str, target: str) -> bool:
     try:
         return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout
+from gs_dist.checkpoint.layouts import Layout, scheme_groups
 
 __all__ = ["check_transformers", "check_vllm"]
 
@@ -47,15 +47,11 @@ def check_transformers(inventory: Inventory, layout: Layout) -> None:
         found = f"quantization_status {config.get('quantization_status')!r:.60}"
         inventory.report(CONFIG_FILE, "status", found, "compressed: weights would be quantised once more otherwise")
     groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    if not isinstance(groups, Mapping) or not (groups or config.get("kv_cache_scheme")):
         inventory.report(CONFIG_FILE, "config-groups", f"{groups!r:.60}", "at least one group of linears")
-        return
-    for label, group in groups.items():
-        if not isinstance(group, Mapping) or not group.get("targets"):
-            inventory.report(CONFIG_FILE, "config-groups", f"{label} without targets", "targets of every group")
-            continue
-        for side in ("weights", "input_activations"):
-            _check_args(inventory, f"{label}.{side}", group.get(side))
+    for group in scheme_groups(inventory):
+        _check_args(inventory, f"{group.label}.weights", group.weights)
+        _check_args(inventory, f"{group.label}.input_activations", group.inputs or {})
 
 
 def check_vllm(inventory: Inventory, layout: Layout) -> None:
@@ -74,16 +70,11 @@ def check_vllm(inventory: Inventory, layout: Layout) -> None:
                 inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, prefix + members[0])
 
 
-def _check_args(inventory: Inventory, where: str, args: Any) -> None:
-    if args is None:
-        return
-    if not isinstance(args, Mapping):
-        inventory.report(CONFIG_FILE, "scheme", f"{where} is {args!r:.60}", "a table of arguments")
-        return
+def _check_args(inventory: Inventory, where: str, args: Mapping[str, Any]) -> None:
     unknown = sorted(set(args) - _ARGS)
     if unknown:
         expected = "arguments that the library knows; it refuses others (quant_args.py)"
         inventory.report(CONFIG_FILE, "scheme", f"{where}.{unknown[0]}", expected)
-    if args.get("strategy") not in _STRATEGIES:
+    if args and args.get("strategy") not in _STRATEGIES:
         expected = f"one of {', '.join(_STRATEGIES)}"
         inventory.report(CONFIG_FILE, "scheme", f"{where}.strategy {args.get('strategy')!r:.60}", expected)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout
+from gs_dist.checkpoint.layouts import Layout, SchemeGroup, scheme_groups
 
 __all__ = ["check"]
 
@@ -84,23 +84,22 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
 
 def _check_compressed_tensors(inventory: Inventory) -> None:
     """`compressed_tensors_config.py`, _detect_quant_type: W8A8 and W8A8_DYNAMIC, symmetric on both sides."""
-    groups = inventory.quantization_config.get("config_groups")
-    for label, group in groups.items() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping) and not _is_served(group):
-            weights, inputs = group.get("weights") or {}, group.get("input_activations")
-            found = f"{_summary(weights)} weights, {_summary(inputs) if inputs else 'no'} activations"
+    for group in scheme_groups(inventory):
+        if not _is_served(group):
+            activations = f"{_summary(group.inputs)} activations" if group.inputs else "no activations"
+            found = f"{_summary(group.weights)} weights, {activations}"
             expected = (
                 "int8 weights per channel with symmetric int8 activations, static per tensor or dynamic per token "
                 "(_detect_quant_type); W4A16 serves mixture-of-experts layers only"
             )
-            inventory.report(CONFIG_FILE, "engine-kind", f"{label}: {found}", expected)
+            inventory.report(CONFIG_FILE, "engine-kind", f"{group.label}: {found}", expected)
     if inventory.quantization_config.get("kv_cache_scheme"):
         expected = "null: this engine ignores it for compressed-tensors; use the ascend format for an int8 KV cache"
         inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme", expected)
 
 
-def _is_served(group: Mapping[str, Any]) -> bool:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+def _is_served(group: SchemeGroup) -> bool:
+    weights, inputs = group.weights, group.inputs or {}
     both = weights.get("num_bits") == inputs.get("num_bits") == 8 and weights.get("strategy") == "channel"
     symmetric = bool(weights.get("symmetric")) and bool(inputs.get("symmetric"))
     way = (inputs.get("strategy"), bool(inputs.get("dynamic")))
@@ -109,4 +108,4 @@ def _is_served(group: Mapping[str, Any]) -> bool:
 
 def _summary(args: Mapping[str, Any]) -> str:
     kind = "symmetric" if args.get("symmetric", True) else "asymmetric"
-    return f"{kind} {args.get('num_bits')}-bit {args.get('strategy')}"
+    return f"{kind} {args.get('num_bits')!r:.20}-bit {args.get('strategy')!s:.40}"

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from checkpoints import random_tensors, save_checkpoint, save_safetensors, tiny_config
 from dialects import load_json, save_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import check
@@ -562,3 +564,46 @@ def test_a_report_shows_no_more_problems_than_asked(pristine: dict[str, Path], t
     text = report.render(limit=3)
     assert text.count("\n[") == 0
     assert f"and {len(report.problems) - 3} more" in text
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all nodes of a JSON document but its root."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, child in children for found in [(*path, key), *nodes(child, (*path, key))]]
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "file"),
+    [
+        ("ascend", "vllm-ascend", "config.json"),
+        ("ascend", "vllm-ascend", ASCEND),
+        ("ascend", None, INDEX),
+        ("golden-w4", "vllm-mindspore", GOLDEN),
+        ("ct-w4", "vllm", "config.json"),
+        ("ct", "vllm-ascend", "config.json"),
+    ],
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_json_value_makes_the_check_itself_fail(
+    pristine: dict[str, Path], tmp_path: Path, name: str, engine: str | None, file: str, data: st.DataObject
+) -> None:
+    """Any value in place of any other comes back as a report, not as an exception."""
+    directory = tmp_path / "model"
+    if not directory.exists():
+        shutil.copytree(pristine[name], directory)
+    content = load_json(pristine[name] / file)
+    *parents, last = data.draw(st.sampled_from(nodes(content)))
+    node: Any = content
+    for key in parents:
+        node = node[key]
+    node[last] = data.draw(JSON_VALUES)
+    save_json(directory / file, content)
+    assert check(directory, engine).render()
