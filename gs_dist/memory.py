@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 from gs_dist.statistics import HISTOGRAM_BINS, StatisticsSettings
 
-__all__ = ["ITEMS", "JobShape", "MemoryPlan", "StageShape", "gram_statistics_bytes", "layer_set_bytes", "stage_memory"]
+__all__ = [
+    "ITEMS",
+    "JobShape",
+    "MemoryPlan",
+    "StageShape",
+    "channels_of",
+    "largest_gram_bytes",
+    "layer_set_bytes",
+    "solver_bytes",
+    "stage_memory",
+]
 
 GIB = 1 << 30
 
@@ -77,6 +86,11 @@ class MemoryPlan:
         """Name and bytes of the largest item."""
         return max(self.items.items(), key=lambda item: item[1])
 
+    @property
+    def largest_of_host(self) -> tuple[str, int]:
+        """Likewise, of host memory."""
+        return max((self.host_items or self.items).items(), key=lambda item: item[1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobShape:
@@ -86,8 +100,9 @@ class JobShape:
         layer_weight_bytes: weights of each layer in the compute dtype.
         embedding_bytes: likewise, of the embedding table.
         layer_output_bytes: what is written of each layer, at most.
-        policies: per layer, linear name within the layer to policy.
-        settings: per layer, name of input (`key` and `value` included) to what is observed of it.
+        set_bytes: one set of statistics of each layer.
+        solver_bytes: workspace of each layer's costliest linear; linears are solved one after another.
+        largest_gram_bytes: the largest Gram matrix taken of each layer.
     """
 
     architecture: DecoderArchitecture
@@ -99,29 +114,14 @@ class JobShape:
     layer_weight_bytes: Sequence[int]
     embedding_bytes: int
     layer_output_bytes: Sequence[int]
-    policies: Sequence[Mapping[str, QuantPolicy | None]]
-    settings: Sequence[Mapping[str, StatisticsSettings]]
+    set_bytes: Sequence[int]
+    solver_bytes: Sequence[int]
+    largest_gram_bytes: Sequence[int]
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch_size * self.sequence_length
-
-    @cached_property
-    def set_bytes(self) -> list[int]:
-        """One set of statistics, of each layer."""
-        return [layer_set_bytes(self.architecture, settings) for settings in self.settings]
-
-    @cached_property
-    def solver_bytes(self) -> list[int]:
-        """Workspace of each layer's costliest linear; linears are solved one after another."""
-        pairs = zip(self.policies, self.settings, strict=True)
-        return [_solver_bytes(self.architecture, policies, settings) for policies, settings in pairs]
-
-    @cached_property
-    def largest_gram_bytes(self) -> list[int]:
-        """The largest Gram matrix taken, of each layer."""
-        return [_largest_gram_bytes(self.architecture, settings) for settings in self.settings]
 
     @property
     def hidden_bytes(self) -> int:
@@ -166,11 +166,6 @@ def layer_set_bytes(architecture: DecoderArchitecture, settings: Mapping[str, St
     return total
 
 
-def gram_statistics_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
-    """The part of `layer_set_bytes` that Gram matrices take."""
-    return sum(4 * _gram_entries(taken, channels_of(architecture, name)) for name, taken in settings.items())
-
-
 def _activation_bytes(shape: JobShape) -> int:
     """Working set of one layer on one micro-batch, and the micro-batches waiting."""
     a, tokens = shape.architecture, shape.tokens
@@ -186,16 +181,18 @@ def _activation_bytes(shape: JobShape) -> int:
     return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
 
 
-def _largest_gram_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+def largest_gram_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+    """Of one layer."""
     taken = [name for name, seen in settings.items() if seen.gram or seen.weighted_gram]
     return max((4 * channels_of(architecture, name) ** 2 for name in taken), default=0)
 
 
-def _solver_bytes(
+def solver_bytes(
     architecture: DecoderArchitecture,
     policies: Mapping[str, QuantPolicy | None],
     settings: Mapping[str, StatisticsSettings],
 ) -> int:
+    """Workspace of a layer's costliest linear."""
     inputs = {name: layer_input.name for layer_input in architecture.inputs for name in layer_input.linears}
     worst = 0
     for linear in architecture.linears:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
-from gs_dist.memory import MemoryPlan, layer_set_bytes
+from gs_dist.memory import MemoryPlan
 from gs_dist.policy import QuantPolicy
 from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, shares, threads_of
 from gs_dist.statistics import StatisticsSettings, block_bounds
@@ -203,5 +203,5 @@ def _bytes_moved(config: CalibrationConfig, workload: Workload, device: str, spr
         for layer in (layer for wave in choice.waves for layer in wave):
             owner = (layer - first) % spread.data_parallel_size
             sets = sum(at_end) - at_end[owner]
-            moved += sets * layer_set_bytes(architecture, workload.settings[layer])
+            moved += sets * workload.set_bytes[layer]
     return moved

@@ -49,6 +49,7 @@ class Spread:
     pipeline_parallel_size: int
     data_parallel_size: int
     memory_per_worker: int
+    host_memory: int | None  # of a card's worker, where the cluster is known
     max_in_flight: int
     choices: tuple[WaveChoice, ...]
 
@@ -59,8 +60,11 @@ class Spread:
 
     @property
     def overshoot(self) -> float:
-        """The costliest stage's peak over what a worker may use."""
-        return max(choice.memory.peak for choice in self.choices) / self.memory_per_worker
+        """The costliest stage's peak over what a worker may use, of the device or of its host."""
+        device = max(choice.memory.peak for choice in self.choices) / self.memory_per_worker
+        if self.host_memory is None:
+            return device
+        return max(device, max(choice.memory.host_peak for choice in self.choices) / self.host_memory)
 
     @property
     def streams(self) -> bool:
@@ -222,23 +226,27 @@ def _try(
     )
     live_sets, _, kept = shares(config, num_replicas)
     per_wave = 1 if config.propagation == "quantized" else parallel.layers_per_wave
-    choices = [
-        choose_waves(
-            shape,
-            layers,
-            embeds=stage == 0,
-            live_sets=live_sets,
-            kept_micro_batches=kept,
-            layers_per_wave=None if per_wave == "auto" else per_wave,
-            limit=limit,
-            host_limit=host_limit,
-        )
-        for stage, layers in enumerate(split_stages(workload.architecture.num_layers, num_stages))
-    ]
+    known: dict[tuple[bool, tuple[tuple[int, ...], ...]], WaveChoice] = {}
+    choices = []
+    for stage, layers in enumerate(split_stages(workload.architecture.num_layers, num_stages)):
+        alike = (stage == 0, workload.kinds[layers.start : layers.stop])
+        if alike not in known:
+            known[alike] = choose_waves(
+                shape,
+                layers,
+                embeds=stage == 0,
+                live_sets=live_sets,
+                kept_micro_batches=kept,
+                layers_per_wave=None if per_wave == "auto" else per_wave,
+                limit=limit,
+                host_limit=host_limit,
+            )
+        choices.append(known[alike].moved_to(layers.start))
     return Spread(
         pipeline_parallel_size=num_stages,
         data_parallel_size=num_replicas,
         memory_per_worker=limit,
+        host_memory=host_limit,
         max_in_flight=in_flight,
         choices=tuple(choices),
     )
@@ -285,7 +293,13 @@ def _explain_misfit(
 ) -> str:
     """What does not fit, and which single change of a setting would make it fit."""
     stage, choice = max(enumerate(spread.choices), key=lambda pair: (not pair[1].fits, pair[1].memory.peak))
-    name, size = choice.memory.largest
+    memory = choice.memory
+    name, size = memory.largest
+    asked = f"{format_bytes(memory.peak)} a worker and memory_per_worker is {format_bytes(spread.memory_per_worker)}"
+    if memory.peak <= spread.memory_per_worker and spread.host_memory is not None:
+        name, size = memory.largest_of_host
+        share = format_bytes(spread.host_memory)
+        asked = f"{format_bytes(memory.host_peak)} of host memory a worker and the cluster has {share} for each"
     per_wave = max(len(wave) for wave in choice.waves)
     first, last = choice.waves[0][0], choice.waves[-1][-1]
     ways = [f"  {way}" for way in _ways_out(config, workload, available, spread)]
@@ -298,8 +312,7 @@ def _explain_misfit(
     return "\n".join(
         [
             f"stage {stage} of {spread.pipeline_parallel_size} (layers {first} to {last}, {per_wave} in a wave) needs "
-            f"{format_bytes(choice.memory.peak)} a worker and memory_per_worker is "
-            f"{format_bytes(spread.memory_per_worker)}; the largest item is {name}, {format_bytes(size)}.",
+            f"{asked}; the largest item is {name}, {format_bytes(size)}.",
             *advice,
         ]
     )

@@ -7,7 +7,7 @@ where Gram matrices or weights would not fit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gs_dist.memory import JobShape, MemoryPlan, StageShape, stage_memory
 
@@ -53,6 +53,11 @@ class WaveChoice:
     resident: bool
     memory: MemoryPlan
     fits: bool
+
+    def moved_to(self, first_layer: int) -> WaveChoice:
+        """The same for layers of the same sizes that start at `first_layer`."""
+        shift = first_layer - self.waves[0][0]
+        return replace(self, waves=tuple(tuple(layer + shift for layer in wave) for wave in self.waves))
 
 
 def _choices(
@@ -110,19 +115,23 @@ def choose_waves(
         limit: bytes of the device.
         host_limit: bytes of the host, where the device is a card and the host is known.
     """
-    if layers_per_wave is None:
-        counts: Iterable[int] = range(1, len(layers) + 1)
-    else:
-        counts = [-(-len(layers) // layers_per_wave)]
+    counts = range(1, len(layers) + 1)
+    if layers_per_wave is not None:
+        counts = range(-(-len(layers) // layers_per_wave), -(-len(layers) // layers_per_wave) + 1)
+    # Memory falls with the number of waves, but for the states kept between them: if neither end fits, none does.
+    ends = [counts[0], counts[-1]] if len(counts) > 2 else []
     least: WaveChoice | None = None
-    for waves, resident, memory in _choices(
-        shape, layers, embeds=embeds, live_sets=live_sets, kept=kept_micro_batches, counts=counts
-    ):
-        fits = memory.peak <= limit and (host_limit is None or memory.host_peak <= host_limit)
-        choice = WaveChoice(waves=waves, resident=resident, memory=memory, fits=fits)
-        if fits:
-            return choice
-        if least is None or memory.peak < least.memory.peak:
-            least = choice
+    for tried in (ends, counts):
+        for waves, resident, memory in _choices(
+            shape, layers, embeds=embeds, live_sets=live_sets, kept=kept_micro_batches, counts=tried
+        ):
+            fits = memory.peak <= limit and (host_limit is None or memory.host_peak <= host_limit)
+            choice = WaveChoice(waves=waves, resident=resident, memory=memory, fits=fits)
+            if fits and tried is counts:
+                return choice
+            if least is None or (choice.fits, -memory.peak) > (least.fits, -least.memory.peak):
+                least = choice
+        if least is not None and not least.fits:
+            break
     assert least is not None, "a stage has at least one layer"
     return least

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import CheckpointError, PlanError, UserError
-from gs_dist.memory import JobShape, channels_of
+from gs_dist.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.policy import (
     OutliersSuppressionType,
     PrecisionRecovery,
@@ -95,9 +96,30 @@ class Workload:
             layer_weight_bytes=[4 * n for n in self.layer_elements] if cpu else self.layer_nbytes,
             embedding_bytes=4 * self.embedding_elements if cpu else self.embedding_nbytes,
             layer_output_bytes=self.layer_output_nbytes,
-            policies=self.policies,
-            settings=self.settings,
+            set_bytes=self.set_bytes,
+            solver_bytes=self._solver_bytes,
+            largest_gram_bytes=self._largest_gram_bytes,
         )
+
+    @cached_property
+    def set_bytes(self) -> tuple[int, ...]:
+        """One set of statistics, of each layer."""
+        return tuple(layer_set_bytes(self.architecture, settings) for settings in self.settings)
+
+    @cached_property
+    def _solver_bytes(self) -> tuple[int, ...]:
+        pairs = zip(self.policies, self.settings, strict=True)
+        return tuple(solver_bytes(self.architecture, policies, settings) for policies, settings in pairs)
+
+    @cached_property
+    def _largest_gram_bytes(self) -> tuple[int, ...]:
+        return tuple(largest_gram_bytes(self.architecture, settings) for settings in self.settings)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of each layer; layers of one kind take the same memory."""
+        sizes = (self.layer_elements, self.layer_nbytes, self.layer_output_nbytes, self.set_bytes)
+        return tuple(zip(*sizes, self._solver_bytes, self._largest_gram_bytes, strict=True))
 
 
 def compute_bytes(architecture: DecoderArchitecture, device: str) -> int:

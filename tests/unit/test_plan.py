@@ -1,0 +1,377 @@
+"""Plans: stages, replicas, waves and memory, decided from headers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import header_only_checkpoint, tiny_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.config import CalibrationConfig, load_recipe
+from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
+from gs_dist.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
+from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.spread import format_bytes
+from gs_dist.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
+from gs_dist.waves import count_partial_sums, split_evenly, split_stages
+
+GIB = 1 << 30
+LAPTOP = ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=24 * GIB)
+BIG_HOST = ClusterFacts(num_cpus=64, num_npus=0, memory_bytes=1024 * GIB)
+W8A8 = {"act_quant_dtype": "int8", "outliers_suppression": "smooth", "opname_blacklist": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
+    return CheckpointReader(header_only_checkpoint(tmp_path_factory.mktemp("large") / "m", "llama-3-70b"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
+    return CheckpointReader(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "m", num_layers=5, dtype="bfloat16"))
+
+
+def recipe(*, ptq: dict[str, Any] | None = None, calibration: dict[str, Any] | None = None, **rest: Any) -> Any:
+    """A recipe; `parallel`'s keys and those of the top level are told apart by name."""
+    top = {k: rest.pop(k) for k in ("gram", "propagation", "layer_policies", "format") if k in rest}
+    return CalibrationConfig.model_validate(
+        {
+            "model": "m",
+            "output": "o",
+            "calibration": {"data": "d", "num_samples": 512, "sequence_length": 2048, **(calibration or {})},
+            "ptq": W8A8 if ptq is None else ptq,
+            "parallel": rest,
+            **top,
+        }
+    )
+
+
+def planned(reader: CheckpointReader, config: Any, available: ClusterFacts = LAPTOP) -> CalibrationPlan:
+    return make_plan(config, reader.architecture, reader.tensors, available)
+
+
+@given(num_layers=st.integers(1, 90), data=st.data())
+def test_stages_are_contiguous_and_balanced(num_layers: int, data: st.DataObject) -> None:
+    """Every layer is in one stage, sizes differ by one at most, and later stages take the remainder."""
+    stages = split_stages(num_layers, data.draw(st.integers(1, num_layers)))
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+    sizes = [len(stage) for stage in stages]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] - sizes[0] <= 1
+
+
+@given(num_layers=st.integers(1, 40), data=st.data())
+def test_waves_are_contiguous_and_equal(num_layers: int, data: st.DataObject) -> None:
+    """Every layer of a stage is in one wave and no wave is empty."""
+    waves = split_evenly(range(7, 7 + num_layers), data.draw(st.integers(1, num_layers)))
+    assert [layer for wave in waves for layer in wave] == list(range(7, 7 + num_layers))
+    sizes = [len(wave) for wave in waves]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+
+
+@given(blocks=st.sets(st.integers(0, 31), min_size=1).map(sorted))
+def test_partial_sums_are_counted_as_the_accumulator_holds_them(blocks: list[int]) -> None:
+    """The plan's count is what `TreeAccumulator` holds, the block being summed included."""
+    zeros = np.zeros(1, np.float32)
+    accumulator, most = TreeAccumulator(), 0
+    for block in blocks:
+        most = max(most, len(accumulator.nodes()) + 1)
+        seen = InputStatistics(num_tokens=1, minimum=zeros, maximum=zeros, sum_abs=zeros, sum_squares=zeros)
+        accumulator.push(block, {"x": seen})
+    assert count_partial_sums(blocks) == (most, len(accumulator.nodes()))
+
+
+def test_a_70b_model_fits_8_by_2_cards_of_64_gb(large: CheckpointReader) -> None:
+    """Headers alone give stages of ten layers in waves that stay below 60 GiB."""
+    plan = planned(
+        large, recipe(pipeline_parallel_size=8, data_parallel_size=2, memory_per_worker="60GiB", device="ascend")
+    )
+    assert [tuple(stage.layers) for stage in plan.stages] == [tuple(range(i, i + 10)) for i in range(0, 80, 10)]
+    assert all(stage.resident for stage in plan.stages)
+    assert all([layer for wave in stage.waves for layer in wave] == list(stage.layers) for stage in plan.stages)
+    assert max(stage.memory.peak for stage in plan.stages) <= 60 * GIB
+    # Weights by hand: q, o (8192 x 8192), k, v (1024 x 8192), three of 28672 x 8192, two norms, in bfloat16.
+    layer = 2 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192)
+    assert plan.stages[1].memory.items["weights"] == 10 * layer
+    assert plan.stages[0].memory.items["weights"] == 10 * layer + 2 * 128256 * 8192
+
+
+def test_one_layer_waves_take_a_70b_model_through_one_small_card(large: CheckpointReader) -> None:
+    """Where a stage's weights do not fit, a wave's are loaded at a time."""
+    plan = planned(
+        large, recipe(pipeline_parallel_size=1, data_parallel_size=1, memory_per_worker="20GiB", device="ascend")
+    )
+    (stage,) = plan.stages
+    assert stage.waves == tuple((layer,) for layer in range(80))
+    assert not stage.resident
+    assert stage.memory.peak <= 20 * GIB
+
+
+def test_a_70b_model_is_refused_on_one_card_of_16_gib(large: CheckpointReader) -> None:
+    """The refusal names stage, largest item and settings."""
+    with pytest.raises(PlanError) as caught:
+        planned(
+            large, recipe(pipeline_parallel_size=1, data_parallel_size=1, memory_per_worker="16GiB", device="ascend")
+        )
+    message = str(caught.value)
+    assert message.startswith("stage 0 of 1 (layers 0 to 79, 1 in a wave) needs ")
+    assert "memory_per_worker is 16.0 GiB; the largest item is statistics" in message
+    assert "\n  parallel.memory_per_worker: " in message
+    assert "\n  gram: off" in message
+
+
+@pytest.mark.parametrize(
+    ("available", "settings"),
+    [
+        (LAPTOP, {"pipeline_parallel_size": 1, "memory_per_worker": "16GiB", "device": "ascend"}),
+        (LAPTOP, {"pipeline_parallel_size": 1, "memory_per_worker": "32GiB", "device": "ascend", "layers_per_wave": 8}),
+        (
+            BIG_HOST,
+            {"pipeline_parallel_size": 8, "data_parallel_size": 2, "memory_per_worker": "42GiB"},
+        ),
+        (
+            ClusterFacts(num_cpus=96, num_npus=4, memory_bytes=2048 * GIB),
+            {"calibration": {"micro_batch_size": 32}, "pipeline_parallel_size": 4, "memory_per_worker": "40GiB"},
+        ),
+    ],
+)
+def test_every_change_that_a_refusal_names_makes_the_job_fit(
+    large: CheckpointReader, tmp_path: Path, available: ClusterFacts, settings: dict[str, Any]
+) -> None:
+    """Advice is tried before it is given: laid over the recipe, each line of it is a plan that fits."""
+    config = recipe(**settings)
+    with pytest.raises(PlanError) as caught:
+        planned(large, config, available)
+    advice = re.findall(r"^  (\S+): (\S+)", str(caught.value), flags=re.MULTILINE)
+    assert advice
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.model_dump_json(exclude_unset=True), encoding="utf-8")  # JSON is YAML
+    for setting, value in advice:
+        changed = load_recipe(path, [f"{setting}={value}"])
+        plan = planned(large, changed, available)
+        assert max(stage.memory.peak for stage in plan.stages) <= plan.memory_per_worker
+
+
+def test_what_no_setting_mends_is_refused_without_false_hope(large: CheckpointReader) -> None:
+    """A 70B model in float32 on a small machine asks for more machines."""
+    with pytest.raises(PlanError, match="No single setting makes it fit: spread it over more or larger machines"):
+        planned(large, recipe(calibration={"num_samples": 4096}), LAPTOP)
+
+
+def test_statistics_by_hand(tiny: CheckpointReader) -> None:
+    """Vectors, Gram matrices and histograms of one layer, counted field by field from real arrays."""
+    architecture = tiny.architecture
+    settings = {
+        "attention_input": StatisticsSettings(gram=True, weighted_gram=True, histogram=True),
+        "mlp_activation": StatisticsSettings(gram=True),
+        "key": StatisticsSettings(gram=False),
+    }
+    total = 0
+    for channels, grams in ((64, 2), (architecture.intermediate_size, 1), (architecture.kv_size, 0)):
+        real = InputStatistics(
+            num_tokens=0,
+            minimum=np.zeros(channels, np.float32),
+            maximum=np.zeros(channels, np.float32),
+            sum_abs=np.zeros(channels),
+            sum_squares=np.zeros(channels),
+            gram=np.zeros((channels, channels), np.float32) if grams else None,
+            weighted_gram=np.zeros((channels, channels), np.float32) if grams == 2 else None,
+        )
+        total += sum(array.nbytes for name, array in real.to_arrays().items() if name != "num_tokens")
+    total += 64 * HISTOGRAM_BYTES_PER_CHANNEL
+    assert layer_set_bytes(architecture, settings) == total
+
+
+def test_the_cpu_holds_weights_in_float32(tiny: CheckpointReader) -> None:
+    """A bfloat16 checkpoint takes four bytes a weight, since the CPU has no bfloat16 product."""
+    plan = planned(tiny, recipe(pipeline_parallel_size=2, data_parallel_size=1))
+    layer = sum(int(np.prod(shape)) for shape in tiny.architecture.layer_tensors().values())
+    embedding = tiny.architecture.vocab_size * tiny.architecture.hidden_size
+    assert [len(stage.layers) for stage in plan.stages] == [2, 3]
+    assert plan.stages[0].memory.items["weights"] == 4 * (2 * layer + embedding)
+    assert plan.stages[1].memory.items["weights"] == 4 * 3 * layer
+
+
+def test_hidden_states_are_kept_only_between_waves(tiny: CheckpointReader) -> None:
+    """One wave keeps none; several keep those of the replica's share of the samples."""
+    sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 2}
+    one = planned(tiny, recipe(**sizes)).stages[0]
+    several = planned(tiny, recipe(**sizes, layers_per_wave=2)).stages[0]
+    kept = 512 // 2 * 2048 * tiny.architecture.hidden_size * 4
+    assert [len(wave) for wave in several.waves] == [2, 2, 1]
+    assert several.memory.items["activations"] - one.memory.items["activations"] == kept
+    assert several.memory.items["statistics"] < one.memory.items["statistics"]
+
+
+def test_replicas_take_neighbouring_blocks_once(tiny: CheckpointReader) -> None:
+    """Every micro-batch is run by one replica, in runs."""
+    for replicas in (1, 2, 3, 5, 8):
+        plan = planned(tiny, recipe(pipeline_parallel_size=1, data_parallel_size=replicas))
+        dealt = [i for replica in range(replicas) for i in plan.micro_batches_of(replica)]
+        assert dealt == list(range(plan.num_micro_batches))
+
+
+def test_owners_spread_the_solves(tiny: CheckpointReader) -> None:
+    """Neighbouring layers of a stage are solved by different replicas."""
+    plan = planned(tiny, recipe(pipeline_parallel_size=2, data_parallel_size=2))
+    assert [plan.owner(layer) for layer in range(5)] == [0, 1, 0, 1, 0]
+    assert [plan.stage_of(layer).stage for layer in range(5)] == [0, 0, 1, 1, 1]
+
+
+def test_bytes_moved_by_hand(tiny: CheckpointReader) -> None:
+    """Hidden states over each boundary, and each replica's partial sums to a layer's owner."""
+    plan = planned(tiny, recipe(pipeline_parallel_size=2, data_parallel_size=2))
+    states = 512 * 2048 * 64 * 4
+    one_set = layer_set_bytes(tiny.architecture, plan.layer_settings(0))
+    assert plan.bytes_moved == states + 5 * one_set  # four blocks each merge to one partial sum
+    alone = planned(tiny, recipe(pipeline_parallel_size=1, data_parallel_size=1))
+    assert alone.bytes_moved == 0
+
+
+def test_bytes_read_by_hand(tiny: CheckpointReader) -> None:
+    """Each replica reads layers and embedding; what is carried over is read once more."""
+    layers = sum(info.nbytes for name, info in tiny.tensors.items() if ".layers." in name)
+    outer = sum(info.nbytes for name, info in tiny.tensors.items() if ".layers." not in name)
+    embedding = tiny.tensors["model.embed_tokens.weight"].nbytes
+    plan = planned(tiny, recipe(pipeline_parallel_size=1, data_parallel_size=2))
+    assert plan.bytes_read == 2 * (layers + embedding) + outer
+
+
+def test_operations_by_hand(tiny: CheckpointReader) -> None:
+    """Products, half of the attention scores, half of the Gram matrices."""
+    a = tiny.architecture
+    plan = planned(tiny, recipe(calibration={"num_samples": 3, "sequence_length": 16}))
+    tokens, layers = 48, 5
+    products = sum(2 * linear.in_features * linear.out_features for linear in a.linears) * tokens
+    pairs = 3 * 16 * 17 // 2  # of a token and one it attends to, itself included
+    attention = pairs * a.num_heads * a.head_dim * 2 * 2
+    assert plan.operations.forward == layers * (products + attention)
+    gram = sum(i.channels * (i.channels + 1) // 2 * 2 for i in a.inputs) * tokens
+    assert plan.operations.gram == layers * gram
+    off = planned(tiny, recipe(calibration={"num_samples": 3, "sequence_length": 16}, gram="off"))
+    assert off.operations.gram == off.operations.solve == 0
+
+
+def test_auto_sizes_use_the_machine(tiny: CheckpointReader) -> None:
+    """Small models get replicas, one a core, and an even share of memory."""
+    plan = planned(tiny, recipe(), LAPTOP)
+    assert (plan.pipeline_parallel_size, plan.data_parallel_size, plan.device) == (1, 2, "cpu")
+    assert plan.threads_per_worker == 1
+    assert plan.memory_per_worker == int(24 * GIB * 0.8) // 2
+
+
+def test_auto_sizes_use_all_cards(large: CheckpointReader) -> None:
+    """A cluster with cards is used, in stages that need one pass."""
+    plan = planned(large, recipe(), ClusterFacts(num_cpus=192, num_npus=16, memory_bytes=2048 * GIB))
+    assert plan.device == "ascend"
+    assert plan.num_workers == 16
+    assert all(len(stage.waves) == 1 and stage.resident for stage in plan.stages)
+
+
+def test_auto_sizes_ask_for_few_cards_where_the_cluster_is_unknown(large: CheckpointReader) -> None:
+    """Planned on a laptop for cards elsewhere, the job gets the fewest that hold it in one pass."""
+    plan = planned(large, recipe(device="ascend"))
+    with pytest.raises(PlanError):
+        planned(
+            large,
+            recipe(device="ascend", pipeline_parallel_size=plan.pipeline_parallel_size - 1, layers_per_wave=80),
+        )
+
+
+def test_auto_replicas_never_stand_idle(tiny: CheckpointReader) -> None:
+    """With three micro-batches there are at most three replicas, and each has one."""
+    calibration = {"num_samples": 3, "sequence_length": 2048}
+    plan = planned(tiny, recipe(calibration=calibration, pipeline_parallel_size=1), BIG_HOST)
+    assert all(len(plan.micro_batches_of(replica)) for replica in range(plan.data_parallel_size))
+    assert 1 < plan.data_parallel_size <= 3
+
+
+def test_a_host_too_small_for_its_cards_is_refused(large: CheckpointReader) -> None:
+    """Partial sums of cards lie on the host, whose memory is checked where it is known."""
+    cards = {"pipeline_parallel_size": 8, "data_parallel_size": 2}
+    planned(large, recipe(**cards), ClusterFacts(num_cpus=192, num_npus=16, memory_bytes=2048 * GIB))
+    with pytest.raises(PlanError, match=r"needs .* of host memory"):
+        planned(large, recipe(**cards), ClusterFacts(num_cpus=192, num_npus=16, memory_bytes=128 * GIB))
+
+
+def test_quantised_propagation_solves_layer_by_layer(tiny: CheckpointReader) -> None:
+    """Each layer is a wave of its own."""
+    plan = planned(tiny, recipe(propagation="quantized", pipeline_parallel_size=1, data_parallel_size=1))
+    assert plan.stages[0].waves == ((0,), (1,), (2,), (3,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 6}, r"pipeline_parallel_size is 6 and the model has 5 decoder layers: set it to 5"),
+        ({"data_parallel_size": 9}, r"data_parallel_size is 9 and the samples form 8 blocks: set it to 8 or less"),
+        (
+            {"data_parallel_size": 8, "calibration": {"num_samples": 2}},
+            r"data_parallel_size is 8 and there are 2 micro-batches .* set it to 2",
+        ),
+        ({"threads_per_worker": 2, "pipeline_parallel_size": 2}, r"threads_per_worker is 2, .* set it to 1"),
+        ({"propagation": "quantized", "layers_per_wave": 2}, r"layers_per_wave is 2 and propagation is quantized"),
+        ({"ptq": {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 256}},
+         r"layers.0.self_attn.q_proj has 64 input channels, which groups of 256 do not divide: set group_size: 64"),
+        ({"ptq": {}, "layer_policies": {"lm_head": {"act_quant_dtype": "int8"}}}, r"lm_head, which is always carried"),
+        ({"layer_policies": {".*v_proj": None}}, r"layers.0.self_attn.q_proj, .*read one activation, which smooth"),
+        (
+            {"ptq": {"kvcache_quant_dtype": "int8"}, "layer_policies": {".*v_proj": None}},
+            r"k_proj and v_proj differ in kvcache_quant_dtype",
+        ),
+    ],
+)  # fmt: skip
+def test_sizes_and_policies_that_contradict_the_model_are_refused(
+    tiny: CheckpointReader, settings: dict[str, Any], message: str
+) -> None:
+    """Each refusal names the setting, what was found and a value that would do."""
+    with pytest.raises(PlanError, match=message):
+        planned(tiny, recipe(**{"data_parallel_size": 1, **settings}))
+
+
+def test_policies_that_match_nothing_or_twice_are_refused(tiny: CheckpointReader) -> None:
+    """Silently quantising something else is not an option."""
+    with pytest.raises(UserError, match="matches no linear of the model"):
+        planned(tiny, recipe(layer_policies={"q_proj": None}))
+    with pytest.raises(PolicyConflictError, match="matching same layer"):
+        planned(tiny, recipe(layer_policies={".*q_proj": None, ".*layers.0.*": None}))
+    with pytest.raises(UserError, match=r"leave every linear .* unquantised"):
+        planned(tiny, recipe(layer_policies={".*layers.*": None}, ptq={}))
+
+
+def test_the_head_is_carried_over_and_said_so(tiny: CheckpointReader) -> None:
+    """A policy for all linears does not reach lm_head, and the plan notes it."""
+    plan = planned(tiny, recipe(ptq={"weight_quant_dtype": "int8"}))
+    assert plan.policies["lm_head"] is None
+    assert plan.notes == ("lm_head is carried over as it is; add it to ptq.opname_blacklist to say so in the recipe",)
+    assert planned(tiny, recipe()).notes == ()
+
+
+def test_a_missing_tensor_is_named(tiny: CheckpointReader) -> None:
+    """Headers must hold what config.json implies."""
+    tensors = {name: info for name, info in tiny.tensors.items() if not name.endswith("4.mlp.up_proj.weight")}
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.4\.mlp\.up_proj\.weight"):
+        make_plan(recipe(), tiny.architecture, tensors, LAPTOP)
+
+
+def test_keys_and_values_are_observed_where_their_cache_is_scaled(tiny: CheckpointReader) -> None:
+    """A static KV cache needs the ranges of keys and values; a dynamic one needs nothing."""
+    static = planned(tiny, recipe(ptq={"kvcache_quant_dtype": "int8"}))
+    assert {"key", "value"} <= set(static.layer_settings(0))
+    dynamic = planned(tiny, recipe(ptq={"kvcache_quant_dtype": "int8", "kvcache_quant_granularity": "per_token"}))
+    assert not {"key", "value"} & set(dynamic.layer_settings(0))
+
+
+@given(size=st.integers(0, 1 << 50))
+def test_bytes_are_printed_near_their_size(size: int) -> None:
+    """The printed number times its unit is the size, to a twentieth of the unit."""
+    number, unit = format_bytes(size).split()
+    scale = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
+    assert abs(float(number) * scale - size) <= 0.051 * scale
