@@ -7,31 +7,35 @@ that the library of October 2025 and today's both accept are written.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
-from types import NoneType
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
 from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.formats.base import KVKind, Policies
+from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
+    actorder,
+    config_groups,
+    layer_policies,
+    matching_group,
+    policy_of,
+    quantization_args,
+    scheme_key,
+)
 from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
-from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
+from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 __all__ = ["CompressedTensorsFormat"]
 
 Array = npt.NDArray[Any]
 
-_INT, _PACK = "int-quantized", "pack-quantized"
 # Engines that fuse these projections need one scheme for all of a tuple (vLLM's packed_modules_mapping).
 _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 _KV_PARTS = ("k_scale", "v_scale")
@@ -44,7 +48,7 @@ class CompressedTensorsFormat:
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """See `CheckpointFormat.check_policies`."""
-        for linear_name, policy, linear in _layer_policies(policies, architecture):
+        for linear_name, policy, linear in layer_policies(policies, architecture):
             size = policy.group_size
             if size and linear.in_features % size:
                 raise UserError(
@@ -111,7 +115,7 @@ class CompressedTensorsFormat:
         architecture: DecoderArchitecture,
     ) -> dict[str, Any]:
         """See `CheckpointFormat.config`."""
-        groups, ignore = _config_groups(policies, architecture)
+        groups, ignore = config_groups(policies, architecture)
         formats = {group["format"] for group in groups.values()}
         quantization = {
             "quant_method": "compressed-tensors",
@@ -119,7 +123,7 @@ class CompressedTensorsFormat:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": ignore,
-            "kv_cache_scheme": _args(8, strategy="tensor") if any(kv_cache.values()) else None,
+            "kv_cache_scheme": quantization_args(8, strategy="tensor") if any(kv_cache.values()) else None,
             "global_compression_ratio": None,
         }
         return {**source, "quantization_config": quantization}
@@ -140,7 +144,7 @@ class CompressedTensorsFormat:
         rest = reader.read_layer(layer)
         linears = {}
         for linear in architecture.linears:
-            group = _matching_group(config, prefix + linear.name)
+            group = matching_group(config, prefix + linear.name)
             if group is not None:
                 parts = {
                     name.removeprefix(f"{linear.name}."): rest.pop(name)
@@ -155,16 +159,6 @@ class CompressedTensorsFormat:
             kv_cache = QuantizedKVCache(key_scale=key, value_scale=value)
         _check_float_rest(rest, linears, architecture, prefix)
         return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=kv_cache)
-
-
-def _layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Iterable[tuple[str, QuantPolicy, Linear]]:
-    """Full name, policy and linear of every linear of the decoder layers that is quantised."""
-    for layer in range(architecture.num_layers):
-        for linear in architecture.linears:
-            name = architecture.layer_prefix(layer) + linear.name
-            policy = policies.get(name)
-            if policy is not None and policy.quantises_linear:
-                yield name, policy, linear
 
 
 def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
@@ -190,9 +184,9 @@ def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
 
 def _notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
     notes = []
-    quantised = {name: policy for name, policy, _ in _layer_policies(policies, architecture)}
+    quantised = {name: policy for name, policy, _ in layer_policies(policies, architecture)}
     for name, policy in quantised.items():
-        if _actorder(policy) == "group":
+        if actorder(policy) == "group":
             notes.append(
                 f"{name} and perhaps others: desc_act without static_groups stores a group index (actorder: group), "
                 "which compressed-tensors refuses since August 2026; static_groups: true loads everywhere"
@@ -213,7 +207,7 @@ def _notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, 
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         for fused in _FUSED:
-            schemes = {_scheme_key(quantised.get(prefix + name)) for name in fused}
+            schemes = {scheme_key(quantised.get(prefix + name)) for name in fused}
             if len(schemes) > 1:
                 notes.append(
                     f"{prefix}{fused[0]} and its neighbours {', '.join(fused[1:])} have different schemes: "
@@ -221,83 +215,6 @@ def _notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, 
                 )
                 return tuple(notes)
     return tuple(notes)
-
-
-def _actorder(policy: QuantPolicy) -> str | None:
-    """`weight` (columns taken in another order, groups as stored), `group` (an index is stored), or None."""
-    args = policy.algo_args
-    if policy.precision_recovery is not PrecisionRecovery.GPTQ or not args.desc_act or not policy.group_size:
-        return None
-    return "weight" if args.static_groups else "group"
-
-
-def _args(bits: int, *, strategy: str, symmetric: bool = True, **others: Any) -> dict[str, Any]:
-    args = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": False}
-    return {**args, **others}
-
-
-def _scheme(policy: QuantPolicy) -> dict[str, Any]:
-    """The group's entry without its targets (compressed_tensors `QuantizationScheme`)."""
-    weights = _args(
-        policy.weight_bits, strategy="group" if policy.group_size else "channel", symmetric=policy.weight_symmetric
-    )
-    if policy.group_size:
-        weights["group_size"] = policy.group_size
-    if _actorder(policy) is not None:
-        weights["actorder"] = _actorder(policy)
-    activations = None
-    if policy.act_quant_dtype is not None:
-        activations = _args(
-            8,
-            strategy="tensor" if policy.is_static else "token",
-            symmetric=policy.act_symmetric,
-            dynamic=not policy.is_static,
-        )
-    return {
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-        "format": _PACK if activations is None else _INT,
-    }
-
-
-def _scheme_key(policy: QuantPolicy | None) -> str:
-    return "" if policy is None else json.dumps(_scheme(policy), sort_keys=True)
-
-
-def _config_groups(policies: Policies, architecture: DecoderArchitecture) -> tuple[dict[str, Any], list[str]]:
-    """`config_groups` and `ignore`: one group a scheme, in order of first use."""
-    members: dict[str, list[str]] = {}
-    schemes: dict[str, dict[str, Any]] = {}
-    left: list[str] = []
-    for layer in range(architecture.num_layers):
-        for linear in architecture.linears:
-            name = architecture.layer_prefix(layer) + linear.name
-            policy = policies.get(name)
-            if policy is None or not policy.quantises_linear:
-                left.append(name)
-                continue
-            key = _scheme_key(policy)
-            schemes[key] = _scheme(policy)
-            members.setdefault(key, []).append(name)
-    groups = {}
-    for number, (key, names) in enumerate(members.items()):
-        targets = ["Linear"] if len(members) == 1 and not left else _targets(names, architecture)
-        groups[f"group_{number}"] = {"targets": targets, **schemes[key]}
-    # A linear that no target matches must be listed here: vLLM refuses to guess.
-    return groups, ["lm_head", *_targets(left, architecture)]
-
-
-def _targets(names: list[str], architecture: DecoderArchitecture) -> list[str]:
-    """A pattern for a linear that is in `names` in every layer, else its full names."""
-    targets = []
-    for linear in architecture.linears:
-        mine = [name for name in names if name.endswith(f".{linear.name}")]
-        if len(mine) == architecture.num_layers:
-            targets.append(rf"re:.*\.{re.escape(linear.name)}$")
-        else:
-            targets.extend(mine)
-    return targets
 
 
 def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str, StoredTensor]:
@@ -313,7 +230,7 @@ def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str
         zero_point = StoredTensor(dtype="int8", shape=(rows, groups))
     if not policy.weight_symmetric:
         parts["weight_zero_point"] = zero_point
-    if _actorder(policy) == "group":
+    if actorder(policy) == "group":
         parts["weight_g_idx"] = StoredTensor(dtype="int32", shape=(columns,))
     if policy.is_static:
         parts["input_scale"] = StoredTensor(dtype=dtype, shape=(1,))
@@ -342,7 +259,7 @@ def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any
         parts["weight_zero_point"] = zero_point_stored
     elif zero_point.any():
         raise ValueError(f"{name}: has zero points although its policy is symmetric")
-    if _actorder(policy) == "group":
+    if actorder(policy) == "group":
         natural = np.arange(codes.shape[1], dtype=np.int32) // policy.group_size
         parts["weight_g_idx"] = natural if linear.group_index is None else linear.group_index
     elif linear.group_index is not None:
@@ -358,60 +275,8 @@ def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any
     return parts
 
 
-def _matching_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The first config group that targets a linear, None where it is ignored or not targeted."""
-    groups, ignored = config.get("config_groups"), config.get("ignore") or []
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise CheckpointError("config.json: quantization_config.config_groups is not a table of tables")
-    if any(_matches(name, target) for target in ignored):
-        return None
-    for group in groups.values():
-        if any(target == "Linear" or _matches(name, target) for target in group.get("targets") or []):
-            return group  # type: ignore[no-any-return]  # JSON carries no types
-    return None
-
-
-def _matches(name: str, target: Any) -> bool:
-    if not isinstance(target, str):
-        raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}, which is not a name")
-    if not target.startswith("re:"):
-        return target == name
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}: {error}") from error
-
-
-def _policy(name: str, group: Mapping[str, Any]) -> QuantPolicy:
-    weights, activations = group.get("weights"), group.get("input_activations")
-    if not isinstance(weights, Mapping) or not isinstance(activations, (Mapping, NoneType)):
-        raise CheckpointError(f"config.json: the scheme of {name} is {dict(group)!r:.200}, which is none")
-    bits, grouped = weights.get("num_bits"), weights.get("strategy") == "group"
-    if bits not in (4, 8) or weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
-        raise CheckpointError(f"config.json: the weights of {name} are {dict(weights)}; served are int of 4 or 8 bits")
-    fields: dict[str, Any] = {
-        "weight_quant_dtype": "int8" if bits == 8 else "qint4x2",
-        "weight_quant_granularity": "per_group" if grouped else "per_channel",
-        "group_size": weights.get("group_size") if grouped else 0,
-        "weight_symmetric": weights.get("symmetric", True),
-    }
-    if activations is not None:
-        fields["act_quant_dtype"] = "int8"
-        fields["act_quant_granularity"] = "per_token" if activations.get("dynamic") else "per_tensor"
-        fields["act_symmetric"] = activations.get("symmetric", True)
-    order = weights.get("actorder")
-    if order is not None or (bits == 4 and activations is not None):
-        fields["precision_recovery"] = PrecisionRecovery.GPTQ
-        fields["algo_args"] = AlgoArgs(desc_act=True, static_groups=order != "group")
-    try:
-        return QuantPolicy(**fields)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(f"config.json: the scheme of {name} is not served: {reason}") from error
-
-
 def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: dict[str, Array]) -> QuantizedLinear:
-    policy = _policy(name, group)
+    policy = policy_of(name, group)
     for part, stored in _linear_tensors(linear, policy, "").items():
         array = parts.get(part)
         found = "nothing" if array is None else f"{array.dtype.name} {array.shape}"
