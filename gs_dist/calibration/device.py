@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ import mindspore as ms
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from gs_dist.errors import ClusterError
 
@@ -76,22 +79,55 @@ class Device:
 
 
 def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
-    """Selects the device of this process for MindSpore; later calls must agree with the first.
+    """Selects this process's device for MindSpore. Call it before anything else runs there.
 
     Args:
         kind: "auto" takes an Ascend card where MindSpore finds one.
-        threads: CPU threads of this process.
+        threads: CPU threads of MindSpore's kernels in this process; None leaves MindSpore its default,
+            all cores. NumPy's threads are another matter: OMP_NUM_THREADS, set before the process starts.
 
     Raises:
         ClusterError: Ascend was asked for and MindSpore finds no card.
+        RuntimeError: `threads` differs from an earlier call in this process.
     """
     # The driver's device nodes are asked first: MindSpore complains on stderr where its Ascend libraries are absent.
     ascend = kind != "cpu" and any(Path("/dev").glob("davinci[0-9]*")) and bool(ms.hal.is_available("Ascend"))
     if kind == "ascend" and not ascend:
         raise ClusterError("parallel.device is ascend, and MindSpore finds no Ascend card here: set it to cpu or auto")
-    if not ascend:
-        ms.set_device("CPU")
-        return Device(kind="cpu")
-    ms.set_device("Ascend")  # Ascend only
-    ms.set_deterministic(True)  # Ascend only
-    return Device(kind="ascend")  # Ascend only
+    if ascend:
+        ms.set_device("Ascend")  # Ascend only
+        ms.set_deterministic(True)  # Ascend only
+        return Device(kind="ascend")  # Ascend only
+    ms.set_device("CPU")
+    if threads is not None:
+        _limit_threads(threads)
+    return Device(kind="cpu")
+
+
+@ms.jit
+def _product(x: Tensor) -> Tensor:
+    return ops.MatMul()(x, x)
+
+
+@functools.lru_cache(maxsize=1)
+def _limit_threads(threads: int) -> None:
+    """Keeps MindSpore's CPU kernels to so many threads.
+
+    Its own kernels follow a setting. oneDNN, which multiplies matrices, does not: it counts the cores that
+    its first caller may use and keeps that count. So the first product runs while this process may use
+    `threads` cores only, and afterwards every thread gets its cores back.
+    """
+    ms.device_context.cpu.op_tuning.threads_num(threads)  # a RuntimeError when called twice
+    allowed = sorted(os.sched_getaffinity(0))
+    try:
+        _allow_cores(allowed[:threads])
+        _product(Tensor(np.ones((256, 256), np.float32))).asnumpy()
+    finally:
+        _allow_cores(allowed)
+
+
+def _allow_cores(cores: list[int]) -> None:
+    """Lets every thread of this process run on these cores only; threads started later inherit it."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
