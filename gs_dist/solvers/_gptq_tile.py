@@ -22,6 +22,8 @@ Float = npt.NDArray[np.floating[Any]]
 
 # Channels between two matrix products within a panel; below, a channel is brought up to date by itself.
 _SUB_PANEL = 32
+# Rows times ratios rounded at the same time: vectors of 16 KiB.
+_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,42 +123,46 @@ class Tile:
     def _round_group(
         self, current: Float32, inverse: Float32, ranges: Ranges, group: int
     ) -> tuple[Float32, Float32, Float32]:
-        """Finds the group's scale in what its weights have become, and rounds them."""
+        """Finds the group's scale in what its weights have become, and rounds them.
+
+        Several ratios are tried at once, side by side, as if each were more rows.
+        """
+        channels, rows = current.shape
         low, high = current.min(axis=0), current.max(axis=0)
         if self.clip_ratio is not None:
             low, high = low * self.clip_ratio[group], high * self.clip_ratio[group]
-        best: tuple[Float32, Float32, Float32] | None = None
-        least: Float32 | None = None
-        for ratio in ranges.ratios:
+        best = (np.empty_like(current), np.empty_like(current), np.empty_like(current))
+        least = np.full(rows, np.inf, dtype=np.float32)
+        together = max(1, _WIDTH // rows)
+        for start in range(0, len(ranges.ratios), together):
+            ratios = np.array(ranges.ratios[start : start + together], dtype=np.float32)[:, None]
             scale, zero = range_parameters(
-                low * ratio,
-                high * ratio,
+                low * ratios,
+                high * ratios,
                 bits=ranges.bits,
                 symmetric=ranges.symmetric,
                 scale_dtype=ranges.scale_dtype,
             )
             offset = None if zero is None else zero.astype(np.float32)
-            shape = current.shape
-            rounded = _round_channels(
-                current,
+            shape = (channels, ratios.size * rows)
+            tried = _round_channels(
+                np.tile(current, (1, ratios.size)),
                 inverse,
-                np.broadcast_to(scale, shape),
-                None if offset is None else np.broadcast_to(offset, shape),
+                np.broadcast_to(scale.ravel(), shape),
+                None if offset is None else np.broadcast_to(offset.ravel(), shape),
                 code_range(ranges.bits),
             )
-            cost = np.einsum("ij,ij->j", rounded[2], rounded[2])
-            if best is None or least is None:
-                best, least = rounded, cost
-                better = np.ones(len(cost), dtype=np.bool_)
-            else:
-                better = cost < least
-                for kept, new in zip(best, rounded, strict=True):
-                    np.copyto(kept, new, where=better)
-                np.copyto(least, cost, where=better)
-            np.copyto(self.scale[group], scale, where=better)
+            costs = np.einsum("ij,ij->j", tried[2], tried[2]).reshape(ratios.size, rows)
+            chosen = costs.argmin(axis=0)
+            everywhere = np.arange(rows)
+            better = np.nonzero((costs[chosen, everywhere] < least) | (start == 0))[0]
+            picked = chosen[better]
+            for kept, new in zip(best, tried, strict=True):
+                kept[:, better] = new[:, picked * rows + better]
+            least[better] = costs[picked, better]
+            self.scale[group, better] = scale[picked, better]
             if self.zero is not None and offset is not None:
-                np.copyto(self.zero[group], offset, where=better)
-        assert best is not None  # ratios are never empty
+                self.zero[group, better] = offset[picked, better]
         return best
 
 
