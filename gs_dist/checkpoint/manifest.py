@@ -167,8 +167,9 @@ def read_manifest(output: Path, layer: int | None) -> LayerManifest | None:
     try:
         manifest = _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise OutputError(
-            f"{label}: is not a manifest of this version ({error!s:.200}); delete it to have the layer done again"
+            f"{label}: is not a manifest of this version ({reason:.200}); delete it to have the layer done again"
         ) from error
     if manifest.layer != layer:
         raise OutputError(f"{label}: is the manifest of {manifest.stem}; delete it to have the layer done again")
