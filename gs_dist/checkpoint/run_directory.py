@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from gs_dist.checkpoint.array_file import read_arrays
 from gs_dist.checkpoint.formats import FORMATS
-from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import (
     Fingerprints,
     LayerManifest,
@@ -28,6 +27,7 @@ from gs_dist.checkpoint.manifest import (
 )
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader
+from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.policy import QuantPolicy
@@ -91,7 +91,7 @@ class RunDirectory:
         """
         self._refuse_foreign()
         (self.path / DONE).unlink(missing_ok=True)
-        for directory in (self.path, *(self.path / name for name in (*self._formats, "manifests", STATISTICS))):
+        for directory in (self.path, *(self.path / name for name in (*self._formats, "manifests", STATISTICS, SOLVED))):
             if directory.is_dir():
                 remove_leftovers(directory)
         finished = {}
@@ -105,7 +105,7 @@ class RunDirectory:
         return finished
 
     def _refuse_foreign(self) -> None:
-        ours = {*FORMATS, "manifests", STATISTICS, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
+        ours = {*FORMATS, "manifests", STATISTICS, SOLVED, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
         names = sorted(path.name for path in self.path.iterdir())
         foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
         if foreign:
@@ -133,6 +133,7 @@ class RunDirectory:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Writes `done`: the job is complete and what it published was checked."""
+        remove_solved(self.path)
         write_json(self.path / DONE, facts)
 
 
@@ -149,16 +150,10 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
         OutputError: the job kept no statistics of the layer.
     """
     path = output / STATISTICS / f"{part_stem(layer)}.safetensors"
-    try:
-        tensors, _ = read_header(path, f"{STATISTICS}/{path.name}")
-    except FileNotFoundError as error:
-        raise OutputError(
-            f"{STATISTICS}/{path.name} does not exist: run the job with keep_statistics: true first"
-        ) from error
+    arrays, _ = read_arrays(path, "run the job with --keep-statistics first")
     fields: dict[str, dict[str, npt.NDArray[Any]]] = {}
-    for full_name, info in tensors.items():
+    for full_name, array in arrays.items():
         name, key = full_name.split("/")
-        array = np.memmap(path, dtype=info.dtype, mode="r", offset=info.offset, shape=info.shape)
         fields.setdefault(name, {})[key] = array
     return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
 

@@ -27,9 +27,9 @@ from gs_dist.calibration.observers import CardObserver, HostObserver
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import write_statistics
+from gs_dist.checkpoint.solved_layer import read_solved, write_solved
 from gs_dist.config import CalibrationConfig
 from gs_dist.plan import CalibrationPlan
-from gs_dist.quantized import QuantizedLayer
 from gs_dist.runtime.schedule import StageWave
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.statistics import LayerStatistics, TreeNode
@@ -81,7 +81,6 @@ class StageWorker:
         self._network = DecoderNetwork(self._reader.architecture, self._device)
         self._layers: dict[tuple[int, bool], DecoderLayer] = {}
         self._outer: Any = None
-        self._published: dict[int, QuantizedLayer] = {}
         self._store = ActivationStore()
         self._masks: dict[int, Mask] = {}
         self._wave: StageWave | None = None
@@ -108,7 +107,7 @@ class StageWorker:
     def _layer(self, index: int, *, quantised: bool) -> DecoderLayer:
         layer = self._layers.get((index, quantised))
         if layer is None:
-            published = self._published[index] if quantised else None
+            published = read_solved(self._output, index) if quantised else None
             layer = self._layers[(index, quantised)] = DecoderLayer(self._network, self._reader, index, published)
         return layer
 
@@ -214,6 +213,8 @@ class StageWorker:
             )
         if config.keep_statistics:
             write_statistics(self._output, layer, statistics)
+        if config.propagation == "quantized":
+            write_solved(self._output, quantized)
         return publish_layer(self._output, quantized, architecture, config.format, self._job.fingerprints)
 
     def report(self) -> StageReport:

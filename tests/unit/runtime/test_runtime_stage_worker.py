@@ -51,6 +51,33 @@ def test_published_bytes_do_not_depend_on_micro_batches_in_flight(undisturbed: t
     assert published_hashes(config) == expected
 
 
+def test_quantised_propagation_gives_the_same_bytes_on_any_layout_and_after_a_loss(tmp_path: Path) -> None:
+    """With quantised propagation, too, bytes do not depend on the layout, nor on a loss on the way."""
+    config = small_recipe(tmp_path, num_layers=4, propagation="quantized")
+    run_inline(config)
+    expected = published_hashes(config)
+    original = small_recipe(tmp_path, "out-original")
+    run_inline(original)
+    assert published_hashes(original) != expected, "it makes a difference"
+
+    config = small_recipe(tmp_path, "out-2-2", propagation="quantized", parallel=_layout(2, 2, "auto"))
+    losses = iter([True])
+
+    def make_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
+        solves: list[WorkerKey] = []
+
+        def loses(key: WorkerKey, method: str) -> bool:
+            solves.extend([key] if method == "solve" else [])
+            return len(solves) == 3 and next(losses, False)
+
+        return InlineWorkerGroup(partial(StageWorker, job), num_stages=2, num_replicas=2, loses_worker_at=loses)
+
+    run_inline(config, make_group)
+    assert next(losses, None) is None, "a worker was lost"
+    assert published_hashes(config) == expected
+    assert not (Path(config.output) / "solved").exists()
+
+
 def test_a_lost_worker_costs_only_unfinished_layers(undisturbed: tuple[Path, dict[str, str]]) -> None:
     """After a worker is lost, finished layers are not solved again, and the bytes are the undisturbed ones."""
     directory, expected = undisturbed
