@@ -7,6 +7,7 @@ from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery
 from gs_dist.ptq.algorithm import PTQ
 from gs_dist.ptq.algorithm_config import AWQConfig, GPTQQuantConfig, SmoothQuantConfig
 from gs_dist.ptq.config import BackendTarget, PTQConfig, PTQMode, QuantGranularity
+from gs_dist.ptq.decoder import CausalDecoder, DecoderHelper
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 
@@ -23,4 +24,6 @@ __all__ = [
     "NetworkHelper",
     "BackendTarget",
     "KVCache",
+    "CausalDecoder",
+    "DecoderHelper",
 ]

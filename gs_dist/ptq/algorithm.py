@@ -16,6 +16,7 @@ from gs_dist.ptq.calibration_rows import read_rows
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm, QuantDense
 from gs_dist.ptq.checkpoint_loading import load_parameters
 from gs_dist.ptq.config import PTQConfig, PTQMode, check_schemes, config_from_fields
+from gs_dist.ptq.decoder import DecoderLayer
 from gs_dist.ptq.kv_cache import KVCache, QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.policies import checked_layer_policies, resolve_cells
@@ -43,8 +44,8 @@ class PTQ:
             full dotted names (`re.match`); None leaves them as they are. The order does not matter.
 
     Attributes:
-        decoder_layer_types: types of the network's decoder layers, to be extended before `apply`. Without
-            any the whole network is taken as one layer.
+        decoder_layer_types: types of decoder layers to look for, this package's own to begin with; add your
+            network's before `apply`. Where none is found the whole network is taken as one layer.
 
     Raises:
         TypeError: `config` is neither PTQConfig nor dict; `layer_policies` is no OrderedDict, has a key
@@ -65,7 +66,7 @@ class PTQ:
         _require_pynative(config)
         self._config = config
         self._layer_policies = checked_layer_policies(layer_policies, config)
-        self.decoder_layer_types: list[type] = []
+        self.decoder_layer_types: list[type] = [DecoderLayer]
 
     def apply(
         self, network: Any, network_helper: NetworkHelper | None = None, datasets: Any = None, **kwargs: Any

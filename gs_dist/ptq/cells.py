@@ -64,13 +64,14 @@ class _QuantisedLinear(nn.Cell):
     """Everything but the weight: the activation's way in, and the bias and activation function behind."""
 
     def __init__(self, form: LinearForm, policy: QuantPolicy, strategy: str) -> None:
-        super().__init__()
+        # Parameters are named in full; a prefix would also rename those the activation shares with the caller.
+        super().__init__(auto_prefix=False)
         self.form = form
         self.policy = policy
         self.strategy = strategy
         self.out_dtype = form.dtype
         self.matmul = ops.MatMul(transpose_b=True)
-        # A copy, because MindSpore renames what is registered as a child; its parameters stay the caller's.
+        # A copy of the cell, because a child must not be shared with the caller; its parameters are the caller's.
         self.activation = _copy_of(form.activation)
         # NaN until parameters come: a network whose checkpoint was never loaded shows it at once.
         ones, zeros = np.full(form.in_features, np.nan, np.float32), np.zeros(form.in_features, np.float32)

@@ -48,7 +48,7 @@ class QuantKVCache(nn.Cell):
     """
 
     def __init__(self, name: str, channels: int, policy: QuantPolicy) -> None:
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.channels = channels
         self.policy = policy
         self.strategy = f"C8-{policy.kvcache_quant_granularity.replace('_', '')}"

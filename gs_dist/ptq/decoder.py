@@ -1,0 +1,280 @@
+"""The package's own decoder as a network of cells, for the PTQ class, and its network helper.
+
+Llama, Mistral, Qwen2 and Qwen3 checkpoints in Hugging Face form. Cells and parameters have the
+checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so that patterns of `layer_policies` read the
+same as in a recipe. It recomputes everything for each token it generates: made to calibrate and to try, not to serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import numpy.typing as npt
+from mindspore import mint, nn, ops
+from tokenizers import Tokenizer
+
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.calibration.device import open_device
+from gs_dist.calibration.network import _rotary_tables as rotary_tables  # one source of the frequencies
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.errors import CheckpointError
+from gs_dist.ptq.kv_cache import KVCache
+from gs_dist.ptq.network_helper import NetworkHelper
+
+__all__ = ["CausalDecoder", "DecoderHelper", "DecoderLayer"]
+
+Array = npt.NDArray[Any]
+
+_MASKED = -1e30  # far below any score, and finite
+
+
+class _RmsNorm(nn.Cell):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in float32."""
+
+    def __init__(self, weight: ms.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = ms.Parameter(weight, name="weight")
+        self.epsilon = epsilon
+
+    def construct(self, x: Any) -> Any:
+        wide = x.astype(ms.float32)
+        normed = wide * mint.rsqrt(mint.mean(wide * wide, -1, True) + self.epsilon)
+        return normed.astype(x.dtype) * self.weight
+
+
+class _Attention(nn.Cell):
+    """Causal grouped-query attention; keys and values pass a `KVCache` after the rotary embedding."""
+
+    def __init__(self, prefix: str, source: _Source) -> None:
+        super().__init__()
+        self.architecture = architecture = source.architecture
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, source.linear(prefix, f"self_attn.{name}"))
+        self.q_norm = self.k_norm = None
+        if architecture.qk_norm:
+            self.q_norm = source.norm(f"{prefix}self_attn.q_norm")
+            self.k_norm = source.norm(f"{prefix}self_attn.k_norm")
+        self.cache = KVCache(architecture.num_kv_heads, architecture.head_dim)
+
+    def construct(self, x: Any, tables: Any, mask: Any) -> Any:
+        batch, tokens, _ = x.shape
+        query = self._heads(self.q_proj(x), self.q_norm, self.architecture.num_heads)
+        key = self._heads(self.k_proj(x), self.k_norm, self.architecture.num_kv_heads)
+        query, key = _rotate(query, *tables[:2]), _rotate(key, *tables[2:])
+        key, value = self.cache(key.reshape(batch, tokens, -1), self.v_proj(x))
+        key, value = self._repeated(key), self._repeated(value)
+        scores = mint.matmul(query.swapaxes(1, 2), key.swapaxes(1, 2).swapaxes(2, 3)).astype(ms.float32) + mask
+        weights = ops.softmax(scores, -1).astype(x.dtype)
+        mixed = mint.matmul(weights, value.swapaxes(1, 2)).swapaxes(1, 2)
+        return self.o_proj(mixed.reshape(batch, tokens, -1))
+
+    def _heads(self, x: Any, norm: Any, heads: int) -> Any:
+        split = x.reshape(*x.shape[:2], heads, self.architecture.head_dim)
+        return split if norm is None else norm(split)
+
+    def _repeated(self, x: Any) -> Any:
+        """(b, t, K * d) to (b, t, H, d), each KV head once for every query head that reads it."""
+        architecture = self.architecture
+        repeat = architecture.num_heads // architecture.num_kv_heads
+        split = x.reshape(*x.shape[:2], architecture.num_kv_heads, 1, architecture.head_dim)
+        return ops.tile(split, (1, 1, 1, repeat, 1)).reshape(*x.shape[:2], architecture.num_heads, -1)
+
+
+class _Mlp(nn.Cell):
+    """SiLU-gated feed-forward network."""
+
+    def __init__(self, prefix: str, source: _Source) -> None:
+        super().__init__()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, source.linear(prefix, f"mlp.{name}"))
+
+    def construct(self, x: Any) -> Any:
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * ops.sigmoid(gate) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Cell):
+    """One decoder layer; the type `PTQ` looks for in this package's networks."""
+
+    def __init__(self, prefix: str, source: _Source) -> None:
+        super().__init__()
+        self.input_layernorm = source.norm(f"{prefix}input_layernorm")
+        self.self_attn = _Attention(prefix, source)
+        self.post_attention_layernorm = source.norm(f"{prefix}post_attention_layernorm")
+        self.mlp = _Mlp(prefix, source)
+
+    def construct(self, x: Any, tables: Any, mask: Any) -> Any:
+        """Hidden states (b, t, h) after the layer."""
+        x = x + self.self_attn(self.input_layernorm(x), tables, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Embedding(nn.Cell):
+    """Rows of a table."""
+
+    def __init__(self, table: ms.Tensor) -> None:
+        super().__init__()
+        self.weight = ms.Parameter(table, name="weight")
+
+    def construct(self, input_ids: Any) -> Any:
+        return ops.gather(self.weight, input_ids, 0)
+
+
+class _Model(nn.Cell):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, source: _Source) -> None:
+        super().__init__()
+        architecture = source.architecture
+        self.embed_tokens = _Embedding(source.tensor("model.embed_tokens.weight"))
+        self.layers = nn.CellList(
+            [DecoderLayer(architecture.layer_prefix(i), source) for i in range(architecture.num_layers)]
+        )
+        self.norm = source.norm("model.norm")
+
+
+class CausalDecoder(nn.Cell):
+    """A decoder with the weights of a checkpoint; a tied head holds a copy of the embedding.
+
+    Args:
+        architecture: of the checkpoint.
+        tensors: all its tensors by full name.
+    """
+
+    def __init__(self, architecture: DecoderArchitecture, tensors: Mapping[str, Array]) -> None:
+        super().__init__()
+        source = _Source(architecture, tensors)
+        self.architecture = architecture
+        self.model = _Model(source)
+        # A tied head gets a tensor of its own, so that exchanging the head leaves the embedding alone.
+        tied = architecture.tie_word_embeddings
+        self.lm_head = source.dense("model.embed_tokens" if tied else "lm_head", bias=False)
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path | str) -> CausalDecoder:
+        """Reads a Hugging Face directory.
+
+        Raises:
+            CheckpointError: it is damaged, or of a model type that is not served.
+        """
+        reader = CheckpointReader(directory)
+        return cls(reader.architecture, reader.read(list(reader.tensors)))
+
+    def construct(self, input_ids: Any) -> Any:
+        """Logits (b, t, vocabulary) float32 of token ids (b, t); every position sees those before it."""
+        tokens = input_ids.shape[1]
+        tables = [ms.Tensor(table) for table in rotary_tables(self.architecture, tokens)]
+        mask = ms.Tensor(_causal_mask(tokens, self.architecture.sliding_window))
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x, tables, mask)
+        return self.lm_head(self.model.norm(x)).astype(ms.float32)
+
+
+class _Source:
+    """Makes cells from a checkpoint's tensors, in the dtype the device computes in."""
+
+    def __init__(self, architecture: DecoderArchitecture, tensors: Mapping[str, Array]) -> None:
+        self.architecture = architecture
+        self._tensors = tensors
+        self._device = open_device("auto")
+        self._dtype = self._device.compute_dtype(architecture.dtype)
+
+    def tensor(self, name: str) -> ms.Tensor:
+        """A tensor of its own: a parameter may be written to, and a mapped checkpoint file may not."""
+        return self._device.to_tensor(self._tensors[name].copy(), self._dtype)
+
+    def norm(self, name: str) -> _RmsNorm:
+        return _RmsNorm(self.tensor(f"{name}.weight"), self.architecture.rms_norm_eps)
+
+    def linear(self, prefix: str, name: str) -> nn.Dense:
+        """The `nn.Dense` of a layer's linear."""
+        linear = next(linear for linear in self.architecture.linears if linear.name == name)
+        return self.dense(f"{prefix}{name}", bias=linear.bias)
+
+    def dense(self, name: str, *, bias: bool) -> nn.Dense:
+        """An `nn.Dense` from the tensors stored under `name`."""
+        weight = self.tensor(f"{name}.weight")
+        bias_init = self.tensor(f"{name}.bias") if bias else None
+        rows, columns = weight.shape
+        return nn.Dense(columns, rows, weight_init=weight, bias_init=bias_init, has_bias=bias, dtype=self._dtype)
+
+
+def _rotate(x: Any, cosine: Any, sine: Any) -> Any:
+    """Rotary embedding of x (b, t, heads, d) by tables (t, 1, d), the sine with its sign."""
+    half = x.shape[-1] // 2
+    turned = ops.concat((x[..., half:], x[..., :half]), -1)
+    return x * cosine.astype(x.dtype) + turned * sine.astype(x.dtype)
+
+
+def _causal_mask(tokens: int, window: int | None) -> Array:
+    row, column = np.arange(tokens)[:, None], np.arange(tokens)[None, :]
+    seen = (column <= row) & (row - column < (window or tokens))
+    return np.where(seen, 0.0, _MASKED).astype(np.float32)
+
+
+class DecoderHelper(NetworkHelper):
+    """Network helper for `CausalDecoder` and a Hugging Face directory.
+
+    Args:
+        directory: holds config.json and safetensors files.
+        batch_size, sequence_length: what `get_spec` says of them.
+    """
+
+    def __init__(self, directory: Path | str, *, batch_size: int = 1, sequence_length: int = 2048) -> None:
+        self._directory = Path(directory)
+        self._reader = CheckpointReader(directory)
+        self._specs = {"batch_size": batch_size, "seq_length": sequence_length}
+
+    def create_network(self) -> CausalDecoder:
+        """The decoder with the directory's weights."""
+        return CausalDecoder.from_checkpoint(self._directory)
+
+    def get_spec(self, name: str) -> Any:
+        """`batch_size`, `seq_length`, or a size of the architecture such as `num_layers` and `vocab_size`.
+
+        Raises:
+            TypeError: `name` is no str.
+            KeyError: no such setting.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, but got {type(name).__name__}")
+        specs = {**asdict(self._reader.architecture), **self._specs}
+        if name not in specs:
+            raise KeyError(f"no setting {name!r}: known are {', '.join(specs)}")
+        return specs[name]
+
+    def create_tokenizer(self, **kwargs: Any) -> Tokenizer:
+        """The directory's tokenizer.json, as a `tokenizers.Tokenizer`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        path = self._reader.tokenizer_file
+        if path is None:
+            raise CheckpointError(f"{self._directory.name} holds no tokenizer.json")
+        return Tokenizer.from_file(str(path))
+
+    def generate(self, network: Any, input_ids: Array, max_new_tokens: int | None = None, **kwargs: Any) -> Array:
+        """Appends the likeliest token again and again; (batch, sequence + max_new_tokens) int32.
+
+        Without `max_new_tokens` the sequence is filled up to `seq_length`. `do_sample` must be False.
+        """
+        if kwargs.pop("do_sample", False) or kwargs:
+            raise ValueError("generate takes the likeliest token: leave out do_sample and other settings")
+        ids: Array = np.atleast_2d(np.asarray(input_ids)).astype(np.int32)
+        if max_new_tokens is None:
+            max_new_tokens = max(0, self._specs["seq_length"] - ids.shape[1])
+        for _ in range(max_new_tokens):
+            logits = network(*self.assemble_inputs(ids))[:, -1].asnumpy()
+            ids = np.concatenate([ids, logits.argmax(axis=-1).astype(np.int32)[:, None]], axis=1)
+        return ids
+
+    def assemble_inputs(self, input_ids: Array, **kwargs: Any) -> tuple[ms.Tensor, ...]:
+        """The arguments of `CausalDecoder.construct`."""
+        return (ms.Tensor(np.asarray(input_ids).astype(np.int32)),)
