@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -233,7 +233,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     return problems
 
 
-def _key_path(loc: Sequence[Union[int, str]], model: type[BaseModel]) -> tuple[tuple[object, ...], type[BaseModel]]:  # noqa: UP007  # pydantic spells it so
+def _key_path(loc: Sequence[int | str], model: type[BaseModel]) -> tuple[tuple[object, ...], type[BaseModel]]:
     """The part of an error's location that names keys (pydantic adds names of union branches), and the last model."""
     path: list[object] = []
     current: type[BaseModel] | None = model

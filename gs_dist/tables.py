@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gs_dist.memory import ITEMS
 from gs_dist.plan import CalibrationPlan, StagePlan
@@ -27,7 +28,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # plain text: a bracket in a name is no markup
     return table
 
 

@@ -1,0 +1,297 @@
+"""The command line: what it prints, and whose turn the exit code says it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from checkpoints import header_only_checkpoint, tiny_checkpoint
+from typer.testing import CliRunner, Result
+
+from gs_dist import __version__
+from gs_dist.cli import app
+from gs_dist.config import CalibrationConfig, CalibrationData
+from gs_dist.errors import ClusterError, LayerError
+from gs_dist.quantized import LinearSummary
+from gs_dist.summary import CalibrationSummary, read_summary, write_summary
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe for a tiny model that lies beside it."""
+    tiny_checkpoint(tmp_path / "model")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tmp_path}/model\noutput: {tmp_path}/out\n"
+        "calibration: {data: none.parquet, num_samples: 8, sequence_length: 32}\n"
+        "ptq: {opname_blacklist: [lm_head]}\nparallel: {device: cpu}\n"
+    )
+    return path
+
+
+def run(*args: object, **environment: str) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200", **environment})
+
+
+def a_summary() -> CalibrationSummary:
+    rows = [
+        LinearSummary(
+            layer=i,
+            name=f"model.layers.{i}.mlp.up_proj",
+            strategy="W8-perchannel",
+            relative_error=error,
+            error_source="gram",
+            scale_min=0.1,
+            scale_max=0.2,
+            num_tokens=64,
+        )
+        for i, error in enumerate((0.01, 0.03, 0.02))
+    ]
+    return CalibrationSummary(
+        model="tiny",
+        formats=("compressed-tensors",),
+        propagation="original",
+        num_samples=2,
+        num_tokens=64,
+        seconds=1.0,
+        versions={},
+        fingerprints={},
+        rows=tuple(rows),
+        stages=(),
+    )
+
+
+class Runtime:
+    """Stands where the runtime's modules are, so that no cluster is started."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, dict[str, Any]]] = []
+        self.error: BaseException | None = None
+
+    def quantize(self, config: CalibrationConfig, **options: Any) -> CalibrationSummary:
+        self.calls.append((config, options))
+        options["progress"].message("starting 1 workers")
+        if self.error is not None:
+            raise self.error
+        return a_summary()
+
+    def evaluate(self, directory: str, data: CalibrationData, **options: Any) -> Any:
+        self.calls.append(((directory, data), options))
+        if self.error is not None:
+            raise self.error
+        found = ModuleType("found")
+        found.__dict__.update(quantized=33.0, float_model=30.0, num_samples=4, num_tokens=2044)
+        return found
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    fake = Runtime()
+    for name in ("coordinator", "evaluate"):
+        module = ModuleType(f"gs_dist.runtime.{name}")
+        module.__dict__.update(quantize=fake.quantize, evaluate=fake.evaluate)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        import gs_dist.runtime
+
+        monkeypatch.setattr(gs_dist.runtime, name, module, raising=False)
+    return fake
+
+
+def test_the_version_is_printed() -> None:
+    """`--version` is for bug reports."""
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"gs-dist {__version__}\n")
+
+
+def test_plan_shows_stages_memory_and_totals(recipe: Path) -> None:
+    """Without data or weights read, the job is laid out."""
+    result = run("plan", recipe, "parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=1")
+    assert result.exit_code == 0
+    for part in ("stage", "layers", "peak", "runtime", "weights", "activations", "statistics", "solver workspace"):
+        assert part in result.stdout
+    assert "model model: llama, 2 layers, float32; 14 of 15 linears are quantised" in result.stdout
+    assert "workers: 2 stages x 1 replicas on cpu" in result.stdout
+    assert "samples: 8 x 32 tokens in 1 micro-batches of 8, 8 reduction blocks" in result.stdout
+
+
+def test_plan_of_a_70b_model_needs_headers_only(tmp_path: Path, recipe: Path) -> None:
+    """Sixteen cards are planned on a machine that has none, from files without data."""
+    header_only_checkpoint(tmp_path / "large", "llama-3-70b")
+    settings = ["parallel.device=ascend", "parallel.pipeline_parallel_size=8", "parallel.data_parallel_size=2"]
+    result = run("plan", recipe, f"model={tmp_path}/large", "calibration.sequence_length=2048", *settings)
+    assert result.exit_code == 0
+    assert "70-79" in result.stdout
+    assert "Memory of an Ascend card" in result.stdout
+    assert "Memory of a worker's host" in result.stdout
+
+
+def test_a_plan_that_cannot_fit_is_the_users_turn(recipe: Path) -> None:
+    """Exit code 2, and the message names the setting."""
+    result = run("plan", recipe, "parallel.memory_per_worker=64MiB", "parallel.pipeline_parallel_size=1")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("gs-dist: stage 0 of 1 (layers 0 to 1, ")
+    assert "\n  parallel.memory_per_worker: " in result.stderr
+
+
+def test_a_bad_recipe_is_told_in_full(recipe: Path) -> None:
+    """Every problem of recipe and overrides comes at once, on stderr."""
+    result = run("plan", recipe, "paralel.x=1", "calibration.num_samples=0")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "gs-dist: recipe recipe.yaml has 2 problems:\n"
+        "  calibration.num_samples: found 0; write at least 1\n"
+        "  paralel: found an unknown key; write parallel if that is meant\n"
+    )
+
+
+@pytest.mark.parametrize("args", [(), ("plan",), ("plam",), ("summary", "x", "--sort", "size"), ("evaluate", "x")])
+def test_a_wrong_command_line_is_the_users_turn(args: tuple[str, ...]) -> None:
+    """Usage errors have exit code 2 as well."""
+    assert run(*args).exit_code == 2
+
+
+def test_a_missing_model_is_named(recipe: Path) -> None:
+    """The checkpoint's own message reaches the user."""
+    result = run("plan", recipe, "model=nowhere")
+    assert result.exit_code == 2
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_quantize_runs_the_recipe_and_shows_the_summary(recipe: Path, tmp_path: Path, runtime: Runtime) -> None:
+    """Overrides and options reach the job; progress goes to stderr, the summary to stdout."""
+    result = run("quantize", recipe, "calibration.num_samples=4", "--address", "auto", "--keep-statistics")
+    assert result.exit_code == 0
+    ((config, options),) = runtime.calls
+    assert (config.calibration.num_samples, config.keep_statistics, options["address"]) == (4, True, "auto")
+    assert result.stderr == "starting 1 workers\n"
+    assert "model.layers.1.mlp.up_proj" in result.stdout
+    assert f"model: {tmp_path}/out/compressed-tensors" in result.stdout
+
+
+def test_a_users_mistake_found_by_the_job_has_exit_code_2(recipe: Path, runtime: Runtime) -> None:
+    """Whoever finds it, the message is the same."""
+    runtime.error = ClusterError("no Ray cluster answers at 'x'")
+    result = run("quantize", recipe)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("gs-dist: no Ray cluster answers at 'x'\n")
+
+
+def test_a_failed_job_has_exit_code_1_and_names_the_layer(recipe: Path, runtime: Runtime) -> None:
+    """One line, no traceback."""
+    runtime.error = LayerError("model.layers.3.mlp.up_proj: the scale is not finite\nfurther lines")
+    result = run("quantize", recipe)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("gs-dist: model.layers.3.mlp.up_proj: the scale is not finite\n")
+
+
+def test_an_unexpected_error_has_exit_code_1_and_one_line(recipe: Path, runtime: Runtime) -> None:
+    """Its kind is told, and where to find more."""
+    runtime.error = KeyError("q_proj")
+    result = run("quantize", recipe)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("gs-dist: KeyError: 'q_proj' (gs-dist --debug shows where)\n")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_debug_shows_where_an_error_came_from(recipe: Path, runtime: Runtime, how: str) -> None:
+    """The traceback is for whoever asks."""
+    runtime.error = KeyError("q_proj")
+    result = run("--debug", "quantize", recipe) if how == "option" else run("quantize", recipe, GS_DIST_DEBUG="1")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_an_error_that_ray_wraps_is_told_by_its_cause(recipe: Path, runtime: Runtime) -> None:
+    """A worker's mistake of the user's is still the user's turn."""
+    wrapped = RuntimeError("a page of a worker's traceback")
+    wrapped.cause = ClusterError("set model to a directory that all nodes see")  # type: ignore[attr-defined]  # as Ray does
+    runtime.error = wrapped
+    result = run("quantize", recipe)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("gs-dist: set model to a directory that all nodes see\n")
+
+
+def test_an_interrupt_says_how_to_go_on(recipe: Path, runtime: Runtime) -> None:
+    """Ctrl-C is no crash."""
+    runtime.error = KeyboardInterrupt()
+    result = run("quantize", recipe)
+    assert result.exit_code == 130
+    assert "run the same command again to go on" in result.stderr
+
+
+def test_the_summary_is_shown_again(tmp_path: Path) -> None:
+    """Sorted and limited as asked."""
+    write_summary(tmp_path, a_summary())
+    result = run("summary", tmp_path, "--sort", "error", "--limit", "2")
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if "up_proj" in line]
+    assert ["layers.1." in lines[0], "layers.2." in lines[1], len(lines)] == [True, True, 2]
+    assert "1 more linears are not shown" in result.stdout
+
+
+def test_the_summary_comes_as_json_for_programs(tmp_path: Path) -> None:
+    """`--json` prints the file, and the model directory leads to its run."""
+    write_summary(tmp_path, a_summary())
+    (tmp_path / "compressed-tensors").mkdir()
+    result = run("summary", tmp_path / "compressed-tensors", "--json")
+    assert result.exit_code == 0
+    assert CalibrationSummary.from_json(result.stdout) == a_summary()
+
+
+def test_a_directory_without_summary_is_the_users_turn(tmp_path: Path) -> None:
+    """The message says what to name."""
+    result = run("summary", tmp_path)
+    assert result.exit_code == 2
+    assert "name the output directory of a finished job" in result.stderr
+
+
+def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runtime: Runtime) -> None:
+    """Side by side, and kept in the run's summary."""
+    write_summary(tmp_path, a_summary())
+    data = ["--data", "a.parquet", "--data", "b.parquet", "--num-samples", "4", "--no-packing"]
+    result = run("evaluate", tmp_path, *data, "--model", tmp_path / "float")
+    assert result.exit_code == 0
+    assert "perplexity of the float model:     30.0000" in result.stdout
+    assert "perplexity of the quantised model: 33.0000" in result.stdout
+    assert "increase: +10.00%" in result.stdout
+    (((directory, samples), options),) = runtime.calls
+    assert directory == str(tmp_path)
+    assert samples == CalibrationData(
+        data=("a.parquet", "b.parquet"), num_samples=4, sequence_length=512, packing=False
+    )
+    assert options["model"] == f"{tmp_path}/float"
+    assert (read_summary(tmp_path).perplexity, read_summary(tmp_path).float_perplexity) == (33.0, 30.0)
+
+
+def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Runtime) -> None:
+    """The same messages for the same settings."""
+    result = run("evaluate", tmp_path, "--data", "a", "--num-samples", "0")
+    assert result.exit_code == 2
+    assert "num_samples: found 0; write at least 1" in result.stderr
+    assert runtime.calls == []
+
+
+def test_the_installed_command_ends_with_the_exit_code(tmp_path: Path) -> None:
+    """The process a job starter sees: code 2, a message on stderr, nothing on stdout, no Ray or MindSpore loaded."""
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(sorted({'ray', 'mindspore', 'pyarrow', 'scipy'} & set(sys.modules))))\n"
+        "from gs_dist.cli import main\n"
+        f"sys.argv = ['gs-dist', 'plan', {str(tmp_path / 'none.yaml')!r}]\n"
+        "main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ)
+    )
+    assert (ended.returncode, ended.stdout) == (2, "[]\n")
+    assert ended.stderr == (
+        f"gs-dist: recipe {tmp_path}/none.yaml cannot be read: No such file or directory; name a YAML file\n"
+    )

@@ -1,0 +1,203 @@
+"""Summaries: what is kept, written, read again and shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from gs_dist.errors import OutputError
+from gs_dist.quantized import LinearSummary
+from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
+from gs_dist.tables import print_summary
+
+W8A8 = "SmoothQuant-W8-perchannel-A8-pertensor"
+
+
+def row(name: str, error: float | None, layer: int = 0, notes: tuple[str, ...] = ()) -> LinearSummary:
+    return LinearSummary(
+        layer=layer,
+        name=name,
+        strategy="NA" if error is None else W8A8,
+        relative_error=error,
+        error_source="none" if error is None else "gram",
+        scale_min=None if error is None else 0.001,
+        scale_max=None if error is None else 0.25,
+        num_tokens=65536,
+        notes=notes,
+    )
+
+
+def stage(number: int, measured: int | None = 3 << 30) -> StageSummary:
+    return StageSummary(
+        stage=number,
+        replica=0,
+        first_layer=2 * number,
+        end_layer=2 * number + 2,
+        seconds=12.5,
+        idle_share=0.25,
+        peak_memory_planned=4 << 30,
+        peak_memory_measured=measured,
+    )
+
+
+def make(*rows: LinearSummary) -> CalibrationSummary:
+    return CalibrationSummary(
+        model="SmolLM2",
+        formats=("compressed-tensors",),
+        propagation="original",
+        num_samples=128,
+        num_tokens=65536,
+        seconds=30.0,
+        versions={"gs_dist": "0.1.0"},
+        fingerprints={"recipe": "ab", "source": "cd", "data": "ef"},
+        rows=rows,
+        stages=(stage(0), stage(1, None)),
+    )
+
+
+SMALL = make(
+    row("model.layers.0.self_attn.q_proj", 1e-4),
+    row("model.layers.0.mlp.down_proj", 3e-2, notes=("more damping: 0.1",)),
+    row("model.layers.1.self_attn.q_proj", 2e-4, layer=1),
+    row("lm_head", None, layer=2),
+)
+
+
+def shown(summary: CalibrationSummary, **options: object) -> str:
+    stream = io.StringIO()
+    print_summary(Console(file=stream, width=200), summary, **options)  # type: ignore[arg-type]  # passed on as they come
+    return stream.getvalue()
+
+
+def test_a_summary_survives_json(tmp_path: Path) -> None:
+    """What is written is what is read, field by field."""
+    full = replace(SMALL, perplexity=31.5, float_perplexity=30.28, notes=("resumed",))
+    write_summary(tmp_path, full)
+    assert read_summary(tmp_path) == full
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    """The file is JSON that any reader takes."""
+    summary = make(row("a", float("nan")), row("b", float("inf")))
+    document = json.loads(summary.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [r["relative_error"] for r in document["rows"]] == [None, None]
+    write_summary(tmp_path, summary)
+    assert pq.read_table(tmp_path / "summary.parquet").column("relative_error").to_pylist() == [None, None]
+
+
+def test_the_table_holds_one_row_a_linear(tmp_path: Path) -> None:
+    """summary.parquet can be queried by column."""
+    write_summary(tmp_path, SMALL)
+    table = pq.read_table(tmp_path / "summary.parquet")
+    assert table.column("name").to_pylist() == [r.name for r in SMALL.rows]
+    assert table.column("relative_error").to_pylist() == [1e-4, 3e-2, 2e-4, None]
+    assert table.column("notes").to_pylist()[1] == ["more damping: 0.1"]
+    assert table.schema.metadata[b"model"] == b"SmolLM2"
+
+
+def test_every_field_of_a_row_is_a_column(tmp_path: Path) -> None:
+    """A field added to LinearSummary must not be lost from the table."""
+    write_summary(tmp_path, SMALL)
+    assert set(pq.read_schema(tmp_path / "summary.parquet").names) == set(LinearSummary.__dataclass_fields__)
+
+
+def test_writing_leaves_nothing_beside_the_files(tmp_path: Path) -> None:
+    """Files appear whole, under their names alone, also over older ones."""
+    write_summary(tmp_path, make())
+    write_summary(tmp_path, SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.json", "summary.parquet"]
+    assert read_summary(tmp_path).rows == SMALL.rows
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The error is the user's to mend."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="make output writable"):
+        write_summary(tmp_path / "file", SMALL)
+
+
+def test_a_directory_without_summary_is_named(tmp_path: Path) -> None:
+    """The message says what to name instead."""
+    with pytest.raises(OutputError, match=r"holds no summary\.json .*: name the output directory of a finished job"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"version": 1}', '{"version": 1, "rows": 3}'])
+def test_a_damaged_summary_is_refused(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the file, the outcome is one message."""
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(OutputError, match="is not a summary"):
+        read_summary(tmp_path)
+
+
+def test_a_summary_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    """A format this version does not know is not guessed at."""
+    (tmp_path / "summary.json").write_text(SMALL.to_json().replace('"version": 1', '"version": 9'))
+    with pytest.raises(OutputError, match="has version 9 and this gs-dist reads version 1"):
+        read_summary(tmp_path)
+
+
+def test_rows_sort_by_error_with_unquantised_linears_last() -> None:
+    """The worst linear comes first."""
+    names = [r.name.removeprefix("model.layers.") for r in SMALL.sorted_rows("error")]
+    assert names == ["0.mlp.down_proj", "1.self_attn.q_proj", "0.self_attn.q_proj", "lm_head"]
+    with pytest.raises(ValueError, match="ask for 'layer' or 'error'"):
+        SMALL.sorted_rows("size")
+
+
+def test_strategies_are_counted() -> None:
+    """Totals say how many linears got what."""
+    assert SMALL.strategies == {W8A8: 3, "NA": 1}
+
+
+def test_a_small_model_is_shown_linear_by_linear() -> None:
+    """Strategy, error, scales and notes of each, NA for those that stay."""
+    text = shown(SMALL)
+    assert "Network Quantization Summary" in text
+    line = next(line for line in text.splitlines() if "layers.0.mlp.down_proj" in line)
+    for part in (W8A8, "0.03", "gram", "0.001 .. 0.25", "65536", "more damping: 0.1"):
+        assert part in line
+    assert "NA" in next(line for line in text.splitlines() if "lm_head" in line)
+    assert f"strategies: {W8A8} 3, NA 1" in text
+
+
+def test_workers_are_shown_with_time_idle_share_and_memory() -> None:
+    """Planned memory stands beside what was measured; nothing is invented where it was not."""
+    text = shown(SMALL)
+    first = next(line for line in text.splitlines() if "0-1" in line)
+    for part in ("12.5", "25%", "4.0 GiB", "3.0 GiB"):
+        assert part in first
+    assert "3.0 GiB" not in next(line for line in text.splitlines() if "2-3" in line)
+
+
+def test_a_large_model_is_shown_role_by_role() -> None:
+    """Linears of one role share a line with median and worst error; the worst are listed."""
+    rows = [row(f"model.layers.{i}.mlp.up_proj", (i + 1) / 1000, layer=i) for i in range(99)]
+    text = shown(make(*rows, row("lm_head", None, layer=99)))
+    line = next(line for line in text.splitlines() if "model.layers.*.mlp.up_proj" in line)
+    for part in ("99", "0.05", "0.099 (layer 98)"):
+        assert part in line
+    assert "Largest errors" in text
+    assert "model.layers.98.mlp.up_proj" in text
+    assert "model.layers.5.mlp.up_proj" not in text
+
+
+def test_a_limit_says_what_it_hides() -> None:
+    """With a limit, linears are listed one by one, and the rest is counted."""
+    text = shown(SMALL, sort="error", limit=1)
+    assert "layers.0.mlp.down_proj" in text
+    assert "q_proj" not in text
+    assert "3 more linears are not shown" in text
+
+
+def test_text_from_outside_is_not_taken_for_markup() -> None:
+    """Brackets in names and notes are printed as they are."""
+    text = shown(make(row("a[bold]b", 0.1, notes=("[red]x",))))
+    assert "a[bold]b" in text
+    assert "[red]x" in text
