@@ -142,6 +142,11 @@ class DecoderArchitecture:
         )
 
     @property
+    def end_of_text_id(self) -> int | None:
+        """The token that ends a text, None where the model names none."""
+        return next(iter(self.eos_token_ids), None)
+
+    @property
     def query_size(self) -> int:
         """Channels of the attention output: num_heads * head_dim."""
         return self.num_heads * self.head_dim
@@ -358,12 +363,11 @@ def _sliding_window(keys: _ConfigKeys, model_type: str, num_layers: int) -> int 
     """Tokens a query sees back, the same in every layer, or None for all of them."""
     if model_type == "llama":
         return None
+    # Null means no window; an absent key means the configuration class's 4096.
+    unlimited = keys.values.get("sliding_window", 4096) is None
     if model_type == "mistral":
-        # Null means none; only an absent key falls back to the configuration class's 4096.
-        return (
-            keys.size("sliding_window", default=4096) if keys.values.get("sliding_window", 4096) is not None else None
-        )
-    if not keys.flag("use_sliding_window") or keys.values.get("sliding_window", 4096) is None:
+        return None if unlimited else keys.size("sliding_window", default=4096)
+    if unlimited or not keys.flag("use_sliding_window"):
         return None
     first = keys.get("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:

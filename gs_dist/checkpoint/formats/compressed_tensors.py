@@ -67,7 +67,8 @@ class CompressedTensorsFormat:
 
         Raises:
             ValueError: a solver's result that no dialect could hold (a scale not rounded to the model's
-                dtype, a group index the policy does not call for, a bias the architecture has no place for).
+                dtype, a group index the policy does not call for, a bias or a rescaling of the input that
+                the architecture has no place for).
         """
         prefix = architecture.layer_prefix(layer.layer)
         scale_dtype = DTYPES[SPELLINGS[architecture.dtype]]
@@ -76,6 +77,8 @@ class CompressedTensorsFormat:
         for name, linear in layer.linears.items():
             if linear.bias is not None and name not in biased:
                 raise ValueError(f"{prefix}{name}: has a bias, and {architecture.model_type} has no place for it")
+            if linear.smooth_scale is not None or linear.smooth_shift is not None:
+                raise ValueError(f"{prefix}{name}: reads a rescaled input, and nothing in the model rescales it")
             parts = _encode_linear(prefix + name, linear, scale_dtype)
             tensors.update({f"{prefix}{name}.{part}": array for part, array in parts.items()})
         if layer.kv_cache is not None:

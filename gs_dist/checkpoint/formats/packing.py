@@ -43,8 +43,9 @@ def unpack_int32(packed: npt.NDArray[Any], bits: int, columns: int) -> npt.NDArr
         halves[:, 0::2] = octets & np.uint8(0x0F)
         halves[:, 1::2] = octets >> 4
         octets = halves
-    signed = octets[:, :columns].astype(np.int16) - (1 << (bits - 1))
-    return signed.astype(np.int8)
+    # Adding 2^7 to a value modulo 2^8 is undone by flipping its top bit; nibbles subtract within int8.
+    unsigned = np.ascontiguousarray(octets[:, :columns])
+    return unsigned.view(np.int8) - np.int8(8) if bits == 4 else (unsigned ^ np.uint8(0x80)).view(np.int8)
 
 
 def _check(bits: int) -> None:

@@ -332,11 +332,13 @@ def test_a_result_that_cannot_be_held_is_refused(tmp_path: Path) -> None:
     biased = dataclasses.replace(linear, bias=np.ones(128, np.float32))
     ordered = dataclasses.replace(linear, group_index=np.zeros(64, np.int32))
     static = dataclasses.replace(linear, policy=QuantPolicy(act_quant_dtype="int8"))
+    smoothed = dataclasses.replace(linear, smooth_scale=np.ones(64, np.float32))
     for wrong, message in [
         (unrounded, "not rounded to bfloat16"),
         (biased, "no place for it"),
         (ordered, "group index"),
         (static, "no input scale"),
+        (smoothed, "rescaled input"),
     ]:
         with pytest.raises(ValueError, match=message):
             FORMAT.encode_layer(dataclasses.replace(layer, linears={"mlp.up_proj": wrong}), reader.architecture)
