@@ -100,12 +100,23 @@ def solve_layer(
         for layer_input in current.inputs:
             failing = [name for name in layer_input.linears if problem.prefix + name in bad]
             for name in layer_input.linears if failing else ():
-                kept[name] = None
+                kept[name] = _without_weight(kept.get(name))
                 worst = ", ".join(f"{problem.prefix + f} {bad[problem.prefix + f]:.3g}" for f in failing)
                 notes[problem.prefix + name] = (
                     f"kept in float: relative error above max_relative_error {max_relative_error:g} ({worst})",
                 )
         current = replace(current, policies=kept)
+
+
+def _without_weight(policy: QuantPolicy | None) -> QuantPolicy | None:
+    """What remains of a policy for a linear that stays: its part in the KV cache."""
+    if policy is None or policy.kvcache_quant_dtype is None:
+        return None
+    return QuantPolicy(
+        weight_quant_dtype=None,
+        kvcache_quant_dtype=policy.kvcache_quant_dtype,
+        kvcache_quant_granularity=policy.kvcache_quant_granularity,
+    )
 
 
 def _above(rows: Sequence[LinearSummary], ceiling: float | None) -> dict[str, float]:

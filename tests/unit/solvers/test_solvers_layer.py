@@ -417,6 +417,31 @@ def test_a_linear_above_the_ceiling_fails_the_layer_or_stays_float_with_its_grou
     assert solved.tensors["mlp.up_proj.weight"] is problem.tensors["mlp.up_proj.weight"]
 
 
+def test_a_gated_attention_keeps_its_quantised_cache():
+    """Keys and values that stay in float are still cached as int8 when the recipe says so."""
+    policy = QuantPolicy(kvcache_quant_dtype="int8")
+    problem, _, _ = make_problem(policy)
+    solved = solve_layer(problem, max_relative_error=1e-12, on_bad_layer="keep_float")
+    assert not solved.linears
+    assert solved.kv_cache.key_scale is not None
+    assert solved.rows[-1].strategy == "C8-perchannel"
+    assert all(row.strategy == "NA" and row.notes for row in solved.rows[:-1])
+
+
+def test_a_linear_may_be_float_while_keys_and_values_are_cached_as_int8():
+    """A null weight_quant_dtype with an int8 cache quantises the cache alone."""
+    solved = solve_layer(make_problem(QuantPolicy(weight_quant_dtype=None, kvcache_quant_dtype="int8"))[0])
+    assert not solved.linears
+    assert solved.kv_cache.value_scale.shape == (KV_HEADS * HEAD_DIM,)
+
+
+def test_keys_and_values_must_agree_on_the_cache():
+    """A policy for k_proj alone is refused by name."""
+    problem, _, _ = make_problem(W8A16, k_proj=QuantPolicy(kvcache_quant_dtype="int8"))
+    with pytest.raises(UserError, match=r"k_proj and .*v_proj differ in kvcache_quant_dtype"):
+        solve_layer(problem)
+
+
 def test_the_kv_cache_is_scaled_as_the_folded_layer_fills_it():
     """Key and value scales are absmax/127.5 of what the folded layer writes to the cache."""
     policy = SMOOTH.model_copy(update={"kvcache_quant_dtype": "int8"})
