@@ -256,6 +256,21 @@ def _record_perplexity(directory: Path, found: Perplexity) -> None:
     write_summary(run, measured)
 
 
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or output of a finished job.")],
+    *,
+    engine: Annotated[str | None, typer.Option("--for", help="Engine whose loader's rules are applied too.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many problems to show.")] = 50,
+) -> None:
+    """Say what a quantised model directory is, and why an engine would not load it; exit code 2 for a broken one."""
+    from gs_dist.checkpoint.check import check as examine
+
+    report = examine(directory, engine)
+    typer.echo(report.render(limit), err=not report.clean)
+    raise typer.Exit(report.exit_code)
+
+
 def main() -> None:
     """Runs the command line."""
     app(prog_name="gs-dist")

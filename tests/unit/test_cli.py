@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import dialects
 import pytest
 from checkpoints import header_only_checkpoint, tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from gs_dist import __version__
+from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.cli import app
 from gs_dist.config import CalibrationConfig, CalibrationData
 from gs_dist.errors import ClusterError, LayerError
@@ -277,6 +279,26 @@ def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Run
     assert result.exit_code == 2
     assert "num_samples: found 0; write at least 1" in result.stderr
     assert runtime.calls == []
+
+
+def test_check_says_what_a_directory_is(tmp_path: Path) -> None:
+    """A clean one is described on stdout, with exit code 0."""
+    dialects.save_model(tmp_path, CompressedTensorsFormat(), dialects.W8A8)
+    result = run("check", tmp_path, "--for", "transformers")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("compressed-tensors checkpoint for transformers: no problem found\n")
+
+
+def test_check_says_why_a_directory_would_not_load(tmp_path: Path) -> None:
+    """A broken one is the user's turn, and so is an unknown engine."""
+    dialects.save_model(tmp_path, CompressedTensorsFormat(), dialects.W8A8)
+    (tmp_path / "layer-00001.safetensors").unlink()
+    result = run("check", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "layer-00001.safetensors" in result.stderr
+    unknown = run("check", tmp_path, "--for", "abacus")
+    assert unknown.exit_code == 2
+    assert "known engines are" in unknown.stderr
 
 
 def test_the_installed_command_ends_with_the_exit_code(tmp_path: Path) -> None:
