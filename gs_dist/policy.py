@@ -200,6 +200,8 @@ def resolve_policies(
     resolved: dict[str, QuantPolicy | None] = {}
     for name in names:
         matching = [key for key, pattern in patterns.items() if pattern.match(name)]
+        blocked = [entry for entry in opname_blacklist if entry in name]
+        unused_blacklist.difference_update(blocked)
         if len(matching) > 1:
             raise PolicyConflictError(
                 f"layer_policies: {matching[0]!r} and {matching[1]!r} conflict, matching same layer {name}; "
@@ -209,8 +211,6 @@ def resolve_policies(
             unused.discard(matching[0])
             resolved[name] = layer_policies[matching[0]]
             continue
-        blocked = [entry for entry in opname_blacklist if entry in name]
-        unused_blacklist.difference_update(blocked)
         resolved[name] = None if blocked else network_policy
     examples = ", ".join(list(names)[:1] + list(names)[-1:])
     if unused:

@@ -69,10 +69,12 @@ def inline_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
     )
 
 
-def run_inline(config: CalibrationConfig, make_group: MakeGroup = inline_group) -> CalibrationSummary:
+def run_inline(
+    config: CalibrationConfig, make_group: MakeGroup = inline_group, statistics_from: str | None = None
+) -> CalibrationSummary:
     """The whole job with workers in this process."""
     prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
-    job = Job(config=config, plan=plan_of(config), fingerprints=prints)
+    job = Job(config=config, plan=plan_of(config), fingerprints=prints, statistics_from=statistics_from)
     return run_job(job, CheckpointReader(Path(config.model)), make_group=make_group, progress=SilentProgress())
 
 

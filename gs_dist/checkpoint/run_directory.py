@@ -5,10 +5,12 @@ A dead job leaves finished layers and no lock; `done` is written last, when ever
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.array_file import read_arrays
 from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.manifest import (
     Fingerprints,
     LayerManifest,
@@ -33,7 +36,15 @@ from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.policy import QuantPolicy
 from gs_dist.statistics import InputStatistics, LayerStatistics
 
-__all__ = ["RunDirectory", "find_model", "read_statistics", "write_statistics"]
+__all__ = [
+    "RunDirectory",
+    "StatisticsOrigin",
+    "find_model",
+    "read_origin",
+    "read_statistics",
+    "write_origin",
+    "write_statistics",
+]
 
 DONE = "done"
 LOCK = ".lock"
@@ -141,6 +152,43 @@ def write_statistics(output: Path, layer: int, statistics: LayerStatistics) -> N
     """Keeps a layer's merged statistics, `statistics/layer-00017.safetensors`, for another recipe to be solved from."""
     arrays = {f"{name}/{key}": array for name, seen in statistics.items() for key, array in seen.to_arrays().items()}
     write_safetensors(make_directory(output / STATISTICS) / f"{part_stem(layer)}.safetensors", arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOrigin:
+    """What kept statistics are of: fingerprints of checkpoint and samples, and the calibration settings."""
+
+    source: str
+    data: str
+    calibration: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, fingerprints: Fingerprints, calibration: Mapping[str, Any]) -> StatisticsOrigin:
+        """Of a job with these fingerprints and `CalibrationConfig.fingerprint_fields()["calibration"]`."""
+        return cls(source=fingerprints.source, data=fingerprints.data, calibration=calibration)
+
+
+def write_origin(output: Path, origin: StatisticsOrigin) -> None:
+    """Writes `statistics/origin.json`, once all layers' statistics are there."""
+    write_json(make_directory(output / STATISTICS) / "origin.json", dataclasses.asdict(origin))
+
+
+def read_origin(output: Path) -> StatisticsOrigin:
+    """What `write_origin` wrote.
+
+    Raises:
+        OutputError: the job kept no statistics, or is not done.
+    """
+    path = output / STATISTICS / "origin.json"
+    if not path.is_file():
+        raise OutputError(
+            f"{str(output)!r} holds no kept statistics: run `gs-dist quantize --keep-statistics` to the end first"
+        )
+    content = read_json(path, f"{STATISTICS}/origin.json")
+    try:
+        return StatisticsOrigin(**content)
+    except TypeError as error:
+        raise OutputError(f"{STATISTICS}/origin.json is damaged ({error}): run the job again") from error
 
 
 def read_statistics(output: Path, layer: int) -> LayerStatistics:

@@ -20,23 +20,25 @@ import ray
 
 from gs_dist import __version__
 from gs_dist.calibration.dataset import open_dataset
+from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
+from gs_dist.checkpoint.model_card import write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import RunDirectory
+from gs_dist.checkpoint.run_directory import RunDirectory, StatisticsOrigin, read_origin, write_origin
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
-from gs_dist.errors import ClusterError, WorkerLostError
+from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
 from gs_dist.runtime.pipeline import run_streams
-from gs_dist.runtime.schedule import plan_streams
+from gs_dist.runtime.schedule import plan_solves, plan_streams
 from gs_dist.runtime.stage_worker import Job, StageReport, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
 from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
 
-__all__ = ["cluster", "local_facts", "quantize", "run_job"]
+__all__ = ["cluster", "quantize", "resolve", "run_job"]
 
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
 
@@ -58,28 +60,77 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
     """
     reader = CheckpointReader(Path(config.model))
     dataset = open_dataset(
-        config.calibration, reader.architecture.vocab_size, reader.tokenizer_file, eos_token_id=eos_token(reader)
+        config.calibration,
+        reader.architecture.vocab_size,
+        reader.tokenizer_file,
+        eos_token_id=reader.architecture.end_of_text_id,
     )
     progress.message("reading the calibration samples")
+    fingerprints = Fingerprints(
+        recipe=recipe_fingerprint(config), source=reader.fingerprint(), data=dataset.fingerprint()
+    )
+    return _run_on_ray(config, reader, fingerprints, address, progress)
+
+
+def resolve(
+    run: str, config: CalibrationConfig, *, address: str | None = None, progress: Progress
+) -> CalibrationSummary:
+    """Solves another recipe from the statistics that a job kept, without a forward pass.
+
+    What is published has the bytes of a full run of that recipe.
+
+    Args:
+        run: output of a job that ran with `keep_statistics`.
+        config: the recipe; model and calibration settings must be those of that job.
+        address: of a Ray cluster to join; None starts one in this machine for as long as the job runs.
+        progress: told what is going on.
+
+    Raises:
+        UserError: the kept statistics are of another model or calibration, or do not serve the recipe.
+        JobFailure: the run failed.
+    """
+    reader = CheckpointReader(Path(config.model))
+    origin = read_origin(Path(run))
     source = reader.fingerprint()
-    data = dataset.fingerprint()
-    fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=data)
-    if address is None:
-        early = make_plan(config, reader.architecture, reader.tensors, local_facts())
-        num_cpus = early.num_workers * early.threads_per_worker
-    else:
-        num_cpus = None
-    with cluster(address, num_cpus) as facts:
+    calibration = config.fingerprint_fields()["calibration"]
+    if origin.source != source or origin.calibration != calibration or config.propagation != "original":
+        differing = [
+            what
+            for what, same in (
+                ("model", origin.source == source),
+                ("calibration", origin.calibration == calibration),
+                ("propagation (it must be original)", config.propagation == "original"),
+            )
+            if not same
+        ]
+        raise OutputError(
+            f"the statistics kept in {run!r} are of another {' and another '.join(differing)}: give the recipe the "
+            "settings of that job, or run `gs-dist quantize` on it"
+        )
+    fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
+    return _run_on_ray(config, reader, fingerprints, address, progress, statistics_from=run)
+
+
+def _run_on_ray(
+    config: CalibrationConfig,
+    reader: CheckpointReader,
+    fingerprints: Fingerprints,
+    address: str | None,
+    progress: Progress,
+    statistics_from: str | None = None,
+) -> CalibrationSummary:
+    early = (
+        make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
+        if address is None
+        else None
+    )
+    with cluster(address, early.num_workers * early.threads_per_worker if early else None) as facts:
         plan = make_plan(config, reader.architecture, reader.tensors, facts)
         for name in config.format:
-            FORMATS[name].check_policies(plan.policies, reader.architecture)
-        job = Job(config=config, plan=plan, fingerprints=fingerprints)
+            for note in FORMATS[name].check_policies(plan.policies, reader.architecture):
+                progress.message(note)
+        job = Job(config=config, plan=plan, fingerprints=fingerprints, statistics_from=statistics_from)
         return run_job(job, reader, make_group=_ray_workers, progress=progress)
-
-
-def eos_token(reader: CheckpointReader) -> int | None:
-    """The token that ends a text, None where the model names none."""
-    return next(iter(reader.architecture.eos_token_ids), None)
 
 
 def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progress: Progress) -> CalibrationSummary:
@@ -92,19 +143,31 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
         if finished:
             progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
         stages: dict[WorkerKey, StageSummary] = {}
-        _calibrate(job, run, finished, make_group, progress, stages)
+        _calibrate(job, finished, make_group, progress, stages)
         progress.message("merging")
         run.merge(reader, finished, job.plan.policies)
+        _check_published(run, config)
         summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
         write_summary(run.path, summary)
+        for name in config.format:
+            write_model_card(run.path / name, config, summary, reader.architecture)
+        if config.keep_statistics:
+            write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
         write_bytes(run.path / "recipe.yaml", published_recipe(config).encode())
         run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
     return summary
 
 
+def _check_published(run: RunDirectory, config: CalibrationConfig) -> None:
+    """Nothing counts as done that a look at the files alone would refuse."""
+    for name in config.format:
+        report = check(run.path / name)
+        if not report.clean:
+            raise JobFailure(f"{name}: what was published breaks the rules of its format:\n{report.render()}")
+
+
 def _calibrate(
     job: Job,
-    run: RunDirectory,
     finished: dict[int, LayerManifest],
     make_group: MakeGroup,
     progress: Progress,
@@ -150,8 +213,14 @@ def _attempt(
             finished[manifest.layer] = manifest
             progress.layer_finished(manifest.layer, len(finished), plan.architecture.num_layers)
 
-        streams = plan_streams(plan.stages, set(finished), propagate_quantised=config.propagation == "quantized")
-        run_streams(group, streams, plan, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
+        if job.statistics_from is None:
+            quantised = config.propagation == "quantized"
+            streams = plan_streams(plan.stages, set(finished), propagate_quantised=quantised)
+            deal = [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
+        else:
+            streams = plan_solves(plan.stages, set(finished))
+            deal = [range(0)] * plan.data_parallel_size
+        run_streams(group, streams, plan, deal, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
         _collect_reports(group, plan, time.monotonic() - began, stages, config.parallel.timeout)
     finally:
         group.close()
@@ -223,13 +292,6 @@ def _ray_workers(job: Job, min_replicas: int) -> WorkerGroup:
     )
 
 
-def local_facts() -> ClusterFacts:
-    """This machine's CPUs, memory and Ascend cards."""
-    cards = len(list(Path("/dev").glob("davinci[0-9]*")))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return ClusterFacts(num_cpus=len(os.sched_getaffinity(0)), num_npus=cards, memory_bytes=memory)
-
-
 @contextmanager
 def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]:
     """Joins the Ray cluster at `address`, or starts one here; gives what it holds.
@@ -262,7 +324,7 @@ def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]
         yield ClusterFacts(
             num_cpus=int(held.get("CPU", 1)),
             num_npus=int(held.get("NPU", 0)),
-            memory_bytes=local_facts().memory_bytes if address is None else int(held.get("memory", 0)),
+            memory_bytes=ClusterFacts.of_this_machine().memory_bytes if address is None else int(held.get("memory", 0)),
         )
     finally:
         if not already:

@@ -15,7 +15,7 @@ from gs_dist.checkpoint.run_directory import find_model
 from gs_dist.config import CalibrationData
 from gs_dist.errors import CheckpointError
 from gs_dist.progress import Progress
-from gs_dist.runtime.coordinator import cluster, eos_token
+from gs_dist.runtime.coordinator import cluster
 from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
 from gs_dist.runtime.pipeline import stream_results
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup
@@ -64,9 +64,12 @@ def evaluate(
         source = CheckpointReader(Path(model))
         if source.architecture.layer_tensors() != reader.architecture.layer_tensors():
             raise CheckpointError(f"--model {model} has other layers than {directory}: give the model it was made of")
-    tokenizer = reader.tokenizer_file
     dataset = open_dataset(
-        data, reader.architecture.vocab_size, tokenizer, eos_token_id=eos_token(reader), fewer_samples=True
+        data,
+        reader.architecture.vocab_size,
+        reader.tokenizer_file,
+        eos_token_id=reader.architecture.end_of_text_id,
+        fewer_samples=True,
     )
     threads = len(os.sched_getaffinity(0))
     num_stages = pipeline_parallel_size or min(2, threads, num_layers)

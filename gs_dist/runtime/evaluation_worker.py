@@ -73,10 +73,14 @@ class EvaluationWorker:
                 self._layers.append(self._network.layer_weights({}, quantized=layer))
         self._outer = self._network.outer_weights(self._outer_tensors(reader))
         if self._is_first:
-            tokenizer = reader.tokenizer_file
-            self._batches = open_dataset(
-                evaluation.data, reader.architecture.vocab_size, tokenizer, fewer_samples=True
-            ).batches(start, stop)
+            dataset = open_dataset(
+                evaluation.data,
+                reader.architecture.vocab_size,
+                reader.tokenizer_file,
+                eos_token_id=reader.architecture.end_of_text_id,
+                fewer_samples=True,
+            )
+            self._batches = dataset.batches(start, stop)
 
     def _outer_tensors(self, reader: CheckpointReader) -> Mapping[str, npt.NDArray[Any]]:
         tied = reader.architecture.tie_word_embeddings

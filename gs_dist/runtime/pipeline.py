@@ -48,6 +48,7 @@ def run_streams(
     group: WorkerGroup,
     streams: Sequence[Stream],
     plan: CalibrationPlan,
+    deal: Sequence[range],
     *,
     timeout: float,
     progress: Progress,
@@ -58,7 +59,8 @@ def run_streams(
     Args:
         group: the workers.
         streams: as `schedule.plan_streams` gives them.
-        plan: deals micro-batches to replicas and layers to owners, and bounds what is in flight.
+        plan: deals layers to owners, and bounds what is in flight.
+        deal: micro-batches of each replica.
         timeout: seconds without any progress after which the workers count as lost.
         progress: told of finished micro-batches and layers.
         on_solved: called with what `StageWorker.solve` gave, layer by layer.
@@ -66,7 +68,6 @@ def run_streams(
     Raises:
         WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
     """
-    deal = [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
     waiting = list(streams)
     active: list[_Active] = []
     while waiting or active:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gs_dist.plan import StagePlan
 
-__all__ = ["StageWave", "Stream", "plan_streams"]
+__all__ = ["StageWave", "Stream", "plan_solves", "plan_streams"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,22 @@ def plan_streams(
                 chain.append(per_stage[chain[-1].stage + 1][0])
             streams.append(Stream(waves=tuple(chain)))
     return streams
+
+
+def plan_solves(stages: Sequence[StagePlan], finished: Collection[int]) -> list[Stream]:
+    """Streams without a forward pass: every unfinished layer is solved, from statistics that are at hand."""
+    waves = [
+        StageWave(
+            stage=stage.stage,
+            number=0,
+            first_layer=stage.first_layer,
+            end_layer=stage.first_layer,
+            observed=tuple(i for i in range(stage.first_layer, stage.end_layer) if i not in finished),
+            from_store=True,
+        )
+        for stage in stages
+    ]
+    return [Stream(waves=(wave,)) for wave in waves if wave.observed]
 
 
 def _waves(stage: StagePlan, finished: Collection[int], *, emits: bool) -> list[StageWave]:

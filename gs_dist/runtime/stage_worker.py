@@ -26,7 +26,7 @@ from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.calibration.observers import CardObserver, HostObserver
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import write_statistics
+from gs_dist.checkpoint.run_directory import read_statistics, write_statistics
 from gs_dist.checkpoint.solved_layer import read_solved, write_solved
 from gs_dist.config import CalibrationConfig
 from gs_dist.plan import CalibrationPlan
@@ -43,11 +43,12 @@ Payload = tuple[npt.NDArray[Any], Mask]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker of a job is told."""
+    """What every worker of a job is told; `statistics_from` is an output whose kept statistics are solved from."""
 
     config: CalibrationConfig
     plan: CalibrationPlan
     fingerprints: Fingerprints
+    statistics_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,12 @@ class StageWorker:
         return layer
 
     def _open_batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
+        architecture = self._reader.architecture
         dataset = open_dataset(
-            self._job.config.calibration, self._reader.architecture.vocab_size, self._reader.tokenizer_file
+            self._job.config.calibration,
+            architecture.vocab_size,
+            self._reader.tokenizer_file,
+            eos_token_id=architecture.end_of_text_id,
         )
         return dataset.batches(start, stop)
 
@@ -168,6 +173,8 @@ class StageWorker:
 
     def partial_sums(self, layer: int) -> list[TreeNode]:
         """This replica's partial sums of an observed layer, for the layer's owner; they are freed here."""
+        if self._job.statistics_from is not None:
+            return []
         loop = self._loop_of(layer)
         nodes = loop.nodes(layer)
         loop.forget(layer)
@@ -187,9 +194,12 @@ class StageWorker:
             LayerError: the layer cannot be quantised as its policies say.
         """
         began = time.perf_counter()
-        loop = self._loop_of(layer)
-        statistics = loop.merged(layer, itertools.chain.from_iterable(others))
-        loop.forget(layer)
+        if self._job.statistics_from is not None:
+            statistics = read_statistics(Path(self._job.statistics_from), layer)
+        else:
+            loop = self._loop_of(layer)
+            statistics = loop.merged(layer, itertools.chain.from_iterable(others))
+            loop.forget(layer)
         manifest = self._solve(layer, statistics)
         self._seconds["solve"] += time.perf_counter() - began
         return manifest

@@ -203,6 +203,26 @@ def test_kept_statistics_are_those_that_were_solved(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.diag(seen.gram), seen.sum_squares, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+def test_solving_from_kept_statistics_gives_the_bytes_of_a_full_run(tmp_path: Path, dp: int) -> None:
+    """A second recipe solved from kept statistics runs no micro-batch and publishes what a full run of it would."""
+    kept = small_recipe(tmp_path, num_layers=3, keep_statistics=True)
+    run_inline(kept)
+    second = {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "act_quant_granularity": "per_token"}
+    full = small_recipe(tmp_path, "out-full", ptq=second)
+    run_inline(full)
+    resolved = small_recipe(tmp_path, "out-resolved", ptq=second, parallel={"data_parallel_size": dp})
+    groups = []
+
+    def make_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
+        groups.append(inline_group(job, min_replicas))
+        return groups[-1]
+
+    run_inline(resolved, make_group, statistics_from=kept.output)
+    assert published_hashes(resolved) == published_hashes(full)
+    assert not any(method == "step" for _, method in groups[0].calls)
+
+
 def test_not_a_number_in_the_weights_is_named(tmp_path: Path) -> None:
     """A checkpoint whose weights hold NaN ends the job with the layer's name, and nothing looks finished."""
     config = small_recipe(tmp_path, num_layers=3)
