@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="settings to lay over the recipe")
     parser.add_argument("--address", default="auto", help="Ray cluster to join (%(default)s: the one this runs on)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     app(
         ["quantize", "--address", options.address, "--", options.recipe, *options.overrides],
         prog_name="quantize.py",
