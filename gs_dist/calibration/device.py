@@ -57,7 +57,8 @@ class Device:
     def to_numpy(self, tensor: Tensor) -> Array:
         """The tensor's values; on a CPU they share its memory, bfloat16 comes as `ml_dtypes.bfloat16`."""
         array: Array = tensor.asnumpy()
-        return array
+        # MindSpore gives NumPy a bfloat16 of its own, which knows no other library's.
+        return array.view(np.uint16).view(ml_dtypes.bfloat16) if tensor.dtype == ms.bfloat16 else array
 
     def peak_memory(self) -> int:
         """Largest memory use so far in bytes: resident set of the process on a CPU, device memory on Ascend."""
