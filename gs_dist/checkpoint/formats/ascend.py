@@ -295,7 +295,7 @@ def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> Quant
         if bias is not None or folded.any():
             bias = (folded * deq_scale.astype(np.float64)).astype(np.float32)
         return QuantizedLinear(
-            policy=policy_of(label),
+            policy=policy_of(label, act_symmetric=zero_point == 0),
             codes=codes,
             scale=scale,
             bias=bias,

@@ -74,10 +74,12 @@ def label_of(policy: QuantPolicy | None) -> str:
     return f"W{policy.weight_bits}A8" + ("" if policy.is_static else "_DYNAMIC")
 
 
-def policy_of(label: str, group_size: int = 0) -> QuantPolicy:
+def policy_of(label: str, group_size: int = 0, *, act_symmetric: bool = True) -> QuantPolicy:
     """A policy that `label_of` turns into `label`: as much of the recipe as a checkpoint tells."""
-    grouped = {"weight_quant_granularity": "per_group", "group_size": group_size} if group_size else {}
-    return QuantPolicy(**{**_POLICIES[label], **grouped})
+    fields: dict[str, Any] = {**_POLICIES[label], "act_symmetric": act_symmetric}
+    if group_size:
+        fields |= {"weight_quant_granularity": "per_group", "group_size": group_size}
+    return QuantPolicy(**fields)
 
 
 def describe_tensors(policies: Policies, tensors: Iterable[str]) -> dict[str, str]:

@@ -251,13 +251,14 @@ def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> Quant
         scale = np.ascontiguousarray(scale.T) if scale.ndim == 2 else scale.reshape(-1, 1)
         group_size = codes.shape[1] // scale.shape[1] if scale.shape[1] > 1 else 0
         static = label == "W8A8"
+        zero_point = int(leaves["input_offset"][0]) if static else None
         return QuantizedLinear(
-            policy=policy_of(label, group_size),
+            policy=policy_of(label, group_size, act_symmetric=not zero_point),
             codes=codes,
             scale=scale,
             bias=leaves["bias"].astype(np.float32) if "bias" in leaves else None,
             input_scale=float(leaves["input_scale"].astype(np.float32)[0]) if static else None,
-            input_zero_point=int(leaves["input_offset"][0]) if static else None,
+            input_zero_point=zero_point,
         )
     except KeyError as missing:
         raise CheckpointError(f"{where} is {label} and has no tensor {where}.{missing.args[0]}") from missing
