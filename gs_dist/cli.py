@@ -1,4 +1,4 @@
-"""The command line: `gs-dist plan`, `quantize`, `summary`, `evaluate`.
+"""The command line: `gs-dist plan`, `quantize`, `resolve`, `summary`, `evaluate`.
 
 Ray and MindSpore are imported inside the commands that need them, so that the others start at once.
 Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
@@ -164,6 +164,27 @@ def quantize(
 
     with show_progress() as progress:
         summary = coordinator.quantize(config, address=address, progress=progress)
+    _show_result(config, summary)
+
+
+@app.command()
+def resolve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output of a job that ran with --keep-statistics.")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    address: Address = None,
+) -> None:
+    """Solve another recipe from the statistics that a job kept, without running the model."""
+    config = load_recipe(recipe, overrides or ())
+    from gs_dist.runtime import coordinator  # imports Ray
+
+    with show_progress() as progress:
+        summary = coordinator.resolve(str(run), config, address=address, progress=progress)
+    _show_result(config, summary)
+
+
+def _show_result(config: CalibrationConfig, summary: CalibrationSummary) -> None:
     console = _console()
     print_summary(console, summary)
     for name in summary.formats:

@@ -77,6 +77,7 @@ class CalibrationPlan:
     bytes_moved: int  # between workers: hidden states and statistics
     policies: Mapping[str, QuantPolicy | None]
     gram: bool
+    keep_statistics: bool
     propagation: str
     operations: Operations
     notes: tuple[str, ...] = ()
@@ -120,7 +121,9 @@ class CalibrationPlan:
 
     def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is observed of each activation of a layer."""
-        return layer_settings(self.architecture, self.layer_policies(layer), gram=self.gram)
+        return layer_settings(
+            self.architecture, self.layer_policies(layer), gram=self.gram, everything=self.keep_statistics
+        )
 
 
 def make_plan(
@@ -186,6 +189,7 @@ def _plan_of(config: CalibrationConfig, workload: Workload, available: ClusterFa
         bytes_moved=_bytes_moved(config, workload, device, spread),
         policies=workload.resolved,
         gram=config.takes_gram,
+        keep_statistics=config.keep_statistics,
         propagation=config.propagation,
         operations=count_operations(workload, data.num_samples, data.sequence_length),
         notes=workload.notes,

@@ -128,9 +128,20 @@ def compute_bytes(architecture: DecoderArchitecture, device: str) -> int:
 
 
 def layer_settings(
-    architecture: DecoderArchitecture, policies: Mapping[str, QuantPolicy | None], *, gram: bool
+    architecture: DecoderArchitecture,
+    policies: Mapping[str, QuantPolicy | None],
+    *,
+    gram: bool,
+    everything: bool = False,
 ) -> dict[str, StatisticsSettings]:
-    """What is observed of a layer; keys and values only where their cache gets one scale per channel."""
+    """What is observed of a layer; keys and values only where their cache gets one scale per channel.
+
+    With `everything`, all that any recipe could need, for statistics that are kept.
+    """
+    if everything:
+        full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True)
+        kept = {layer_input.name: full for layer_input in architecture.inputs}
+        return kept | dict.fromkeys(("key", "value"), StatisticsSettings(gram=False))
     settings = required_statistics(architecture.inputs, policies, gram=gram)
     for name, linear in (("key", "self_attn.k_proj"), ("value", "self_attn.v_proj")):
         policy = policies.get(linear)
@@ -246,7 +257,9 @@ def make_workload(
         architecture=architecture,
         resolved=resolved,
         policies=tuple(policies),
-        settings=tuple(layer_settings(architecture, p, gram=config.takes_gram) for p in policies),
+        settings=tuple(
+            layer_settings(architecture, p, gram=config.takes_gram, everything=config.keep_statistics) for p in policies
+        ),
         layer_nbytes=nbytes,
         layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
         layer_output_nbytes=tuple(

@@ -119,12 +119,11 @@ def _run_on_ray(
     progress: Progress,
     statistics_from: str | None = None,
 ) -> CalibrationSummary:
-    early = (
-        make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
-        if address is None
-        else None
-    )
-    with cluster(address, early.num_workers * early.threads_per_worker if early else None) as facts:
+    num_cpus = None
+    if address is None:
+        here = make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
+        num_cpus = here.num_workers * here.threads_per_worker
+    with cluster(address, num_cpus) as facts:
         plan = make_plan(config, reader.architecture, reader.tensors, facts)
         for name in config.format:
             for note in FORMATS[name].check_policies(plan.policies, reader.architecture):

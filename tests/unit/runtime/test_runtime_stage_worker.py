@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,18 +198,40 @@ def test_kept_statistics_are_those_that_were_solved(tmp_path: Path) -> None:
     config = small_recipe(tmp_path, num_layers=2, keep_statistics=True, parallel=_layout(1, 2, "auto"))
     run_inline(config)
     statistics = read_statistics(Path(config.output), 1)
-    assert set(statistics) == {"attention_input", "attention_output", "mlp_input", "mlp_activation"}
+    assert set(statistics) == {
+        "attention_input",
+        "attention_output",
+        "mlp_input",
+        "mlp_activation",
+        "key",
+        "value",
+    }
     seen = statistics["mlp_activation"]
     assert seen.num_tokens == 20 * 32
     np.testing.assert_allclose(np.diag(seen.gram), seen.sum_squares, rtol=1e-5)
 
 
+SECOND_RECIPES = [
+    {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "act_quant_granularity": "per_token"},
+    {
+        "weight_quant_dtype": "qint4x2",
+        "weight_quant_granularity": "per_group",
+        "group_size": 64,
+        "outliers_suppression": "awq",
+        "precision_recovery": "gptq",
+    },
+    {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "act_range": "mse"},
+]
+
+
+@pytest.mark.parametrize("second", SECOND_RECIPES, ids=["dynamic", "awq-gptq", "static-mse"])
 @pytest.mark.parametrize("dp", [1, 2])
-def test_solving_from_kept_statistics_gives_the_bytes_of_a_full_run(tmp_path: Path, dp: int) -> None:
+def test_solving_from_kept_statistics_gives_the_bytes_of_a_full_run(
+    tmp_path: Path, dp: int, second: dict[str, Any]
+) -> None:
     """A second recipe solved from kept statistics runs no micro-batch and publishes what a full run of it would."""
     kept = small_recipe(tmp_path, num_layers=3, keep_statistics=True)
     run_inline(kept)
-    second = {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "act_quant_granularity": "per_token"}
     full = small_recipe(tmp_path, "out-full", ptq=second)
     run_inline(full)
     resolved = small_recipe(tmp_path, "out-resolved", ptq=second, parallel={"data_parallel_size": dp})
