@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.calibration.dataset import CalibrationDataset
 from gs_dist.errors import DatasetError
 from gs_dist.ptq.network_helper import NetworkHelper
 
@@ -23,9 +24,10 @@ def read_rows(datasets: Any) -> list[Row]:
     """All rows of the calibration data, in order; they stay in host memory.
 
     Args:
-        datasets: a `mindspore.dataset`; an Arrow table or record batch, each row one sample; or an
-            iterable whose entries are arrays (the network's only argument), tuples or lists of arrays
-            (positional arguments), or dicts of arrays (arguments by name).
+        datasets: a `mindspore.dataset`; what `calibration.dataset.open_dataset` makes of Arrow files; an
+            Arrow table or record batch, each row one sample; or an iterable whose entries are arrays (the
+            network's only argument), tuples or lists of arrays (positional arguments), or dicts (arguments by
+            name) of arrays or of lists of numbers, a list being one sample.
 
     Raises:
         ValueError: None, or no rows.
@@ -35,8 +37,10 @@ def read_rows(datasets: Any) -> list[Row]:
         raise ValueError("datasets is None: give calibration data, such as a mindspore.dataset or a list of arrays")
     if hasattr(datasets, "create_dict_iterator"):
         entries: Iterable[Any] = datasets.create_dict_iterator(num_epochs=1, output_numpy=True)
+    elif isinstance(datasets, CalibrationDataset):
+        entries = ({"input_ids": batch.input_ids, "attention_mask": batch.mask} for batch in datasets.batches())
     elif hasattr(datasets, "to_pylist"):
-        entries = ({name: np.asarray([value]) for name, value in row.items()} for row in datasets.to_pylist())
+        entries = datasets.to_pylist()
     elif isinstance(datasets, str | bytes | Mapping | np.ndarray | ms.Tensor) or not isinstance(datasets, Iterable):
         raise TypeError(
             f"datasets must be a mindspore.dataset, an Arrow table or an iterable of rows, but got "
@@ -52,10 +56,19 @@ def read_rows(datasets: Any) -> list[Row]:
 
 def _row(entry: Any, index: int) -> Row:
     if isinstance(entry, Mapping):
-        return {str(name): _array(value, index) for name, value in entry.items()}
+        return {str(name): _column(value, index) for name, value in entry.items()}
     if isinstance(entry, tuple | list):
         return tuple(_array(value, index) for value in entry)
     return (_array(entry, index),)
+
+
+def _column(value: Any, index: int) -> Any:
+    """A named value; a list of numbers is one sample and gets the axis of the batch."""
+    if isinstance(value, list):
+        sample = np.asarray(value)
+        if sample.dtype.kind in "biuf":
+            return sample[None]
+    return _array(value, index)
 
 
 def _array(value: Any, index: int) -> Any:

@@ -18,11 +18,12 @@ import numpy.typing as npt
 from mindspore import mint, nn, ops
 
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.ptq.int8_matmul import has_kernel, matmul_int8
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.affine import EPSILON, num_groups
 from gs_dist.solvers.packing import pack_int4
 
-__all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "round_per_token"]
+__all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "token_scale"]
 
 Array = npt.NDArray[Any]
 
@@ -107,34 +108,47 @@ class _QuantisedLinear(nn.Cell):
         if self.bias is not None and quantised.bias is not None:
             self.bias.set_data(ms.Tensor(quantised.bias.astype(np.float32)).astype(form.dtype))
 
+    def smoothed_input(self, x: Any) -> Any:
+        """The activation (..., in) after the outlier suppression that nothing before the linear does."""
+        if self.smooth_scale is None:
+            return x
+        x = x.astype(ms.float32)
+        if self.smooth_shift is not None:
+            x = x - self.smooth_shift
+        return x / self.smooth_scale
+
+    def input_codes(self, x: Any) -> tuple[Any, Any, Any]:
+        """Codes (..., in) of a smoothed activation as float32, their scale and zero point (None when symmetric)."""
+        x = x.astype(ms.float32)
+        scale, offset = self.input_scale, None
+        if scale is None:
+            scale = token_scale(x)
+        codes = x / scale
+        if self.input_offset is not None:
+            offset = self.input_offset.astype(ms.float32)
+            codes = codes + offset
+        return mint.clamp(mint.round(codes), -128.0, 127.0), scale, offset
+
     def rounded_input(self, x: Any) -> Any:
         """The activation (..., in) as the weight meets it: smoothed, rounded to int8 and back."""
-        if self.smooth_scale is not None:
-            x = x.astype(ms.float32)
-            if self.smooth_shift is not None:
-                x = x - self.smooth_shift
-            x = x / self.smooth_scale
+        x = self.smoothed_input(x)
         if self.policy.act_quant_dtype is not None:
-            x = x.astype(ms.float32)
-            x = self._round_static(x) if self.input_scale is not None else round_per_token(x)
+            codes, scale, offset = self.input_codes(x)
+            x = (codes if offset is None else codes - offset) * scale
         return x.astype(self.out_dtype)
-
-    def _round_static(self, x: Any) -> Any:
-        codes = x / self.input_scale
-        if self.input_offset is None:
-            return mint.clamp(mint.round(codes), -128.0, 127.0) * self.input_scale
-        offset = self.input_offset.astype(ms.float32)
-        return (mint.clamp(mint.round(codes + offset), -128.0, 127.0) - offset) * self.input_scale
 
     def float_weight(self) -> Any:
         """The rounded weight (out, in) in the linear's dtype."""
         raise NotImplementedError
 
+    def product(self, x: Any) -> Any:
+        """Rounded input times rounded weight, (tokens, out) for x (tokens, in)."""
+        return self.matmul(self.rounded_input(x), self.float_weight())
+
     def construct(self, x: Any) -> Any:
         """Output (..., out) of the quantised linear for x (..., in)."""
         shape = x.shape
-        rows = self.rounded_input(x.reshape(-1, shape[-1]))
-        y = self.matmul(rows, self.float_weight())
+        y = self.product(x.reshape(-1, shape[-1]))
         if self.bias is not None:
             y = y + self.bias
         if self.activation is not None:
@@ -233,6 +247,30 @@ class QuantDense(_QuantisedLinear):
         grouped = grouped * self.weight_scale.reshape(rows, groups, 1)
         return grouped.reshape(rows, -1).astype(self.out_dtype)
 
+    def product(self, x: Any) -> Any:
+        """Rounded input times rounded weight, by int8 products where the device has them."""
+        w8a8 = self.policy.act_quant_dtype is not None and self.policy.weight_bits == 8
+        if w8a8 and self.weight_offset is None and has_kernel(self.out_dtype):
+            return self.integer_product(x)
+        return super().product(x)
+
+    def integer_product(self, x: Any) -> Any:
+        """The same product of W8A8 without turning codes back: x (tokens, in) to (tokens, out).
+
+        With codes q of scale s and zero point z, and weight codes w of scale t,
+        sum((q - z) s w t) = (sum(q w) - z sum(w)) s t.
+        """
+        codes, scale, offset = self.input_codes(self.smoothed_input(x))
+        weight_scale = self.weight_scale.reshape(-1)
+        correction = None
+        if offset is not None:
+            sums = self.weight.astype(ms.float32).sum(1)  # exact: |sum| < 2^24 up to 131072 columns
+            correction = (-sums * offset).astype(ms.int32)
+        if self.input_scale is not None:
+            weight_scale, scale = weight_scale * scale, None
+        per_token = None if scale is None else scale.reshape(-1)
+        return matmul_int8(codes.astype(ms.int8), self.weight, weight_scale, correction, per_token, self.out_dtype)
+
 
 def _copy_of(activation: Any) -> Any:
     if not isinstance(activation, nn.Cell):
@@ -247,11 +285,10 @@ def has_group_index(policy: QuantPolicy) -> bool:
     return gptq and policy.group_size > 0 and args.desc_act and not args.static_groups
 
 
-def round_per_token(x: Any) -> Any:
-    """Activations (..., channels) float32 rounded to int8 with the scale absmax/127.5 of each token, and back."""
+def token_scale(x: Any) -> Any:
+    """Scale absmax/127.5 of each token of x (..., channels) float32, `EPSILON` for one of zeros."""
     largest = mint.amax(mint.abs(x), -1, True)
-    scale = largest / 127.5 + (largest == 0).astype(ms.float32) * EPSILON
-    return mint.clamp(mint.round(x / scale), -128.0, 127.0) * scale
+    return largest / 127.5 + (largest == 0).astype(ms.float32) * EPSILON
 
 
 def _unpack(packed: Any) -> Any:

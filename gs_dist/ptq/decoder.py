@@ -19,7 +19,7 @@ from mindspore import mint, nn, ops
 from tokenizers import Tokenizer
 
 from gs_dist.architecture import DecoderArchitecture
-from gs_dist.calibration.device import open_device
+from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import _rotary_tables as rotary_tables  # one source of the frequencies
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
@@ -182,7 +182,8 @@ class _Source:
     def __init__(self, architecture: DecoderArchitecture, tensors: Mapping[str, Array]) -> None:
         self.architecture = architecture
         self._tensors = tensors
-        self._device = open_device("auto")
+        # Whatever device the caller chose for MindSpore: choosing one is not this network's business.
+        self._device = Device(kind="ascend" if ms.get_context("device_target") == "Ascend" else "cpu")
         self._dtype = self._device.compute_dtype(architecture.dtype)
 
     def tensor(self, name: str) -> ms.Tensor:

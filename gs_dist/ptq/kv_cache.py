@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import mint, nn
 
 from gs_dist.policy import QuantPolicy
-from gs_dist.ptq.cells import round_per_token
+from gs_dist.ptq.cells import token_scale
 from gs_dist.quantized import QuantizedKVCache
 
 __all__ = ["KVCache", "QuantKVCache"]
@@ -71,7 +71,7 @@ class QuantKVCache(nn.Cell):
     def _rounded(self, x: Any, scale: Any) -> Any:
         wide = x.astype(ms.float32)
         if scale is None:
-            return round_per_token(wide).astype(x.dtype)
+            scale = token_scale(wide)
         codes = mint.clamp(mint.round(wide / scale), -128.0, 127.0)
         return (codes * scale).astype(x.dtype)
 

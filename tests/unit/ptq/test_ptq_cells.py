@@ -9,7 +9,7 @@ from mindspore import mint, nn
 from ptq_networks import random_dense
 
 from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
-from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form, round_per_token
+from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.affine import fake_quantise_per_token, fake_quantise_static
 
@@ -107,9 +107,39 @@ def test_smoothing_comes_before_rounding():
 
 def test_tokens_of_zeros_stay_zero():
     """Per-token rounding leaves a token of zeros alone instead of dividing by zero."""
-    x = np.zeros((2, 4), np.float32)
-    x[1] = [1, -2, 0.5, 127.5]
-    np.testing.assert_array_equal(round_per_token(ms.Tensor(x)).asnumpy(), fake_quantise_per_token(x))
+    x = np.zeros((2, COLUMNS), np.float32)
+    x[1] = np.linspace(-2, 127.5, COLUMNS)
+    cell = FakeQuantDense(
+        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantised(POLICIES["int8 dynamic"])
+    )
+    np.testing.assert_array_equal(cell.rounded_input(ms.Tensor(x)).asnumpy(), fake_quantise_per_token(x))
+
+
+@pytest.mark.parametrize("kind", ["int8 static", "int8 static symmetric", "int8 dynamic"])
+def test_integer_products_equal_fake_quantisation(kind: str):
+    """Multiplying codes, as a card does it, gives the output of the rounded numbers but for float32's last digits."""
+    cell = FakeQuantDense(
+        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantised(POLICIES[kind])
+    ).converted()
+    x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32))
+    wanted = cell.product(x).asnumpy()
+    np.testing.assert_allclose(cell.integer_product(x).asnumpy(), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.npu
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+@pytest.mark.parametrize("kind", ["int8 static", "int8 static symmetric", "int8 dynamic"])
+def test_card_multiplies_codes(kind: str, dtype: Any):
+    """On a card the int8 kernel gives what the rounded numbers give, within the output's precision."""
+    if not ms.hal.is_available("Ascend"):
+        pytest.skip("needs an Ascend card")
+    ms.set_device("Ascend")
+    form = linear_form("linear", nn.Dense(COLUMNS, ROWS, dtype=dtype))
+    fake = FakeQuantDense(form, "W", random_quantised(POLICIES[kind]))
+    x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32)).astype(dtype)
+    wanted = fake(x).astype(ms.float32).asnumpy()
+    found = fake.converted()(x).astype(ms.float32).asnumpy()
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("activation", [None, "relu", nn.PReLU()])

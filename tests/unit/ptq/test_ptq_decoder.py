@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import tiny_checkpoint
 
-from gs_dist.calibration.device import open_device
+from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.ptq import (
@@ -37,7 +37,7 @@ def token_ids(num: int = 3, seed: int = 0) -> list[np.ndarray]:
 def reference(directory: Path, ids: np.ndarray) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
     """Logits, and each layer's captured activations, by the decoder of the distributed job."""
     reader = CheckpointReader(directory)
-    network = DecoderNetwork(reader.architecture, open_device("cpu"))
+    network = DecoderNetwork(reader.architecture, Device(kind="cpu"))
     outer = network.outer_weights(reader.read_outer())
     hidden = network.embed(outer, ids)
     captured = []

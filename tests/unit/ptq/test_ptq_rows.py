@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -9,7 +10,10 @@ import pyarrow as pa
 import pytest
 from mindspore import nn
 from ptq_networks import CHANNELS, Mlp, batches, random_dense
+from pyarrow import parquet
 
+from gs_dist.calibration.dataset import open_dataset
+from gs_dist.config import CalibrationData
 from gs_dist.ptq import PTQ, PTQConfig
 from gs_dist.ptq.calibration_rows import read_rows, row_mask
 
@@ -85,6 +89,23 @@ def test_arrow_table_gives_a_sample_a_row():
     rows = read_rows(table)
     assert [row["input_ids"].tolist() for row in rows] == [[[1, 2, 3]], [[4, 5]]]
     assert len(read_rows(table.to_batches()[0])) == 2
+
+
+def test_arrow_files_come_through_the_jobs_dataset(tmp_path: Path):
+    """What open_dataset makes of a Parquet file is calibration data; filler rows of the last batch do not count."""
+    parquet.write_table(pa.table({"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]]}), tmp_path / "ids.parquet")
+    config = CalibrationData(data=str(tmp_path / "ids.parquet"), num_samples=3, sequence_length=4, micro_batch_size=2)
+    rows = read_rows(open_dataset(config, vocab_size=16))
+    assert [row["input_ids"].shape for row in rows] == [(2, 4), (2, 4)]
+    assert [int(row_mask(row).sum()) for row in rows] == [8, 4]
+
+
+def test_lists_of_numbers_in_a_dict_are_one_sample():
+    """Rows of a Hugging Face dataset are dicts of lists; each is a batch of one."""
+    rows = read_rows([{"input_ids": [1, 2, 3]}])
+    np.testing.assert_array_equal(rows[0]["input_ids"], [[1, 2, 3]])
+    with pytest.raises(TypeError, match="row 0"):
+        read_rows([{"text": ["a"]}])
 
 
 def test_passes_follow_the_statistics_they_can_hold(monkeypatch: pytest.MonkeyPatch):
