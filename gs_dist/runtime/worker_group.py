@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import ray
@@ -14,7 +15,7 @@ import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gs_dist.errors import ClusterError, WorkerLostError
+from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 
 __all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
 
@@ -136,10 +137,8 @@ class RayWorkerGroup:
         """Value of a reference; raises what the method raised, or WorkerLostError."""
         try:
             return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as e:
-            raise WorkerLostError(f"a worker died: {_first_line(e)}") from e
+        except ray.exceptions.RayError as error:
+            raise _reason_of(error) from None
 
     def close(self) -> None:
         """Ends the workers at once; what they had not published is lost."""
@@ -151,12 +150,17 @@ class RayWorkerGroup:
 
 
 class _Worker:
-    """A worker in its own process."""
+    """A worker in its own process, built when it is first called: what its making raises is then told as a
+    call's error, while an actor whose constructor raises only counts as dead.
+    """
 
     def __init__(self, make: Callable[[int, int], Any], stage: int, replica: int) -> None:
-        self._worker = make(stage, replica)
+        self._make = partial(make, stage, replica)
+        self._worker: Any = None
 
     def call(self, method: str, *args: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._make()
         return getattr(self._worker, method)(*args)
 
 
@@ -175,6 +179,35 @@ def _no_room(bundle: Mapping[str, float], num_stages: int, num_replicas: int, ti
         f"in all, and none came free in {timeout:g} s. Add nodes, end other jobs, or lower "
         "parallel.pipeline_parallel_size, parallel.data_parallel_size or parallel.threads_per_worker"
     )
+
+
+# What a worker's death, or that of its node, can look like from here; all of it is mended by new workers.
+_LOSSES = (
+    ray.exceptions.ActorPlacementGroupRemoved,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+)
+
+
+def _reason_of(error: BaseException) -> BaseException:
+    """What to raise for an error of Ray's: the method's own error, or a loss of workers.
+
+    A call whose argument was to come from a dead worker fails with the death wrapped, once for every call
+    that it came through.
+    """
+    reason = error
+    while isinstance(reason, ray.exceptions.RayTaskError) and isinstance(reason.cause, BaseException):
+        reason = reason.cause
+    if isinstance(reason, _LOSSES):
+        return WorkerLostError(f"a worker died: {_first_line(reason)}")
+    if isinstance(reason, ray.exceptions.RayError):
+        return JobFailure(f"Ray failed: {type(reason).__name__}: {_first_line(reason)}")
+    return reason
 
 
 def _first_line(error: BaseException) -> str:
