@@ -155,10 +155,15 @@ class Tile:
             costs = np.einsum("ij,ij->j", tried[2], tried[2]).reshape(ratios.size, rows)
             chosen = costs.argmin(axis=0)
             everywhere = np.arange(rows)
-            better = np.nonzero((costs[chosen, everywhere] < least) | (start == 0))[0]
+            if start == 0:
+                better = everywhere
+                for kept, new in zip(best, tried, strict=True):
+                    np.take(new, chosen * rows + everywhere, axis=1, out=kept, mode="clip")
+            else:
+                better = np.nonzero(costs[chosen, everywhere] < least)[0]
+                for kept, new in zip(best, tried, strict=True):
+                    kept[:, better] = np.take(new, chosen[better] * rows + better, axis=1)
             picked = chosen[better]
-            for kept, new in zip(best, tried, strict=True):
-                kept[:, better] = new[:, picked * rows + better]
             least[better] = costs[picked, better]
             self.scale[group, better] = scale[picked, better]
             if self.zero is not None and offset is not None:

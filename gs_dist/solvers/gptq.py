@@ -35,6 +35,8 @@ Float = npt.NDArray[np.floating[Any]]
 
 # Rows of a tile: vectors of 8 KiB stay in the first cache, and the tile of a 28672-wide weight takes 235 MB.
 _TILE_ROWS = 2048
+# Channels transposed at a time.
+_STRIP = 64
 # Damping, as a share of the mean diagonal, tried after a failed factorisation: at least 1 %, tenfold each time.
 _FIRST_RETRY, _LARGEST_DAMPING = 0.01, 1.0
 
@@ -141,6 +143,8 @@ def _solve(
     groups = num_groups(columns, policy.group_size)
     size = columns // groups
     position = order[::-1]  # channel stored at each place; the last place is worked on first
+    place = np.empty_like(position)
+    place[position] = np.arange(columns)
     notes: list[str] = []
     factor, damping = _factorise(task.gram, position, policy.algo_args.damp_percent, notes)
     if factor is None:
@@ -164,13 +168,13 @@ def _solve(
     for start in range(0, rows, _TILE_ROWS):
         part = slice(start, start + _TILE_ROWS)
         tile = Tile(
-            weight=np.ascontiguousarray(weight[part].T[position], dtype=np.float32),
+            weight=_at_places(weight[part], place),
             scale=np.ascontiguousarray(scale[part].T),
             zero=None if zero_point is None else np.ascontiguousarray(zero_point[part].T, dtype=np.float32),
             clip_ratio=None if clip_ratio is None else np.ascontiguousarray(clip_ratio[part].T),
         )
         loss += tile.solve(factor, panels, ranges, column_group) - tile.damped(damping)
-        codes[part, position] = tile.codes.T
+        codes[part] = tile.codes[place].T
         if not known:
             scale[part] = tile.scale.T
             if zero_point is not None and tile.zero is not None:
@@ -190,6 +194,15 @@ def _solve(
     )
 
 
+def _at_places(rows: Float32, place: npt.NDArray[np.intp]) -> Float32:
+    """Some rows of the weight transposed, each channel at its place; in strips, which the cache likes better."""
+    tile = np.empty((rows.shape[1], rows.shape[0]), dtype=np.float32)
+    for start in range(0, len(tile), _STRIP):
+        strip = slice(start, start + _STRIP)
+        tile[place[strip]] = rows[:, strip].copy().T
+    return tile
+
+
 def _factorise(
     gram: Float32, position: npt.NDArray[np.intp], percent: float, notes: list[str]
 ) -> tuple[Float32 | None, Damping]:
@@ -207,11 +220,10 @@ def _factorise(
         return None, Damping(percent=percent, added=added)
     if dead.any():
         notes.append(f"{int(dead.sum())} input channels were never active: rounded to nearest")
-    backwards = bool((position[:-1] > position[1:]).all())
     while True:
-        matrix = np.array(
-            gram[::-1, ::-1] if backwards else gram[np.ix_(position, position)], dtype=np.float32, order="C"
-        )
+        matrix = np.empty(gram.shape, dtype=np.float32)
+        for row, channel in zip(matrix, position, strict=True):
+            np.take(np.asarray(gram[channel], dtype=np.float32), position, out=row, mode="clip")
         added = np.where(dead, mean, percent * mean)
         places = np.arange(len(position))
         matrix[places, places] = (diagonal * ~dead + added).astype(np.float32)
