@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import mindspore as ms
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import nn
 
-from gs_dist.ptq import KVCache
+from gs_dist.ptq import KVCache, NetworkHelper
 
 Array = npt.NDArray[Any]
 CHANNELS, HIDDEN = 64, 128
@@ -86,3 +87,20 @@ def relative_error(found: Array, wanted: Array) -> float:
 def parameter_values(network: nn.Cell) -> dict[str, Array]:
     """Copies of all parameters by name."""
     return {parameter.name: parameter.asnumpy().copy() for parameter in network.get_parameters()}
+
+
+class Helper(NetworkHelper):
+    """Runs the network on what it is given and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def generate(self, network, input_ids, max_new_tokens=None, **kwargs):
+        self.asked.append({"max_new_tokens": max_new_tokens, **kwargs})
+        return network(ms.Tensor(input_ids))
+
+
+def strategies(printed: str) -> dict[str, str]:
+    """Rows of a printed summary."""
+    cells = [re.findall(r"[^|\s]+", line) for line in printed.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1] for row in cells[2:]}  # after title and column names
