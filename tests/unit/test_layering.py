@@ -13,7 +13,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 # Which rooms each room may import, itself included. Modules at the top of the package are the vocabulary,
 # apart from those of the command line.
-COMMAND_LINE = {"cli", "console", "tables"}
+COMMAND_LINE = {"__main__", "cli", "console", "tables"}
 ALLOWED = {
     "vocabulary": {"vocabulary"},
     "solvers": {"vocabulary", "solvers"},
