@@ -42,7 +42,7 @@ make_environment() {
             fail "$base could not make a virtual environment; install its venv module (Debian: python3.11-venv)"
     fi
     printf 'installing gs-dist[%s] (about 1 GB to download the first time)\n' "$extra"
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "${gs_dist_root}[$extra]" ||
+    "$python" -m pip install -qq --disable-pip-version-check --editable "${gs_dist_root}[$extra]" ||
         fail "pip could not install gs-dist[$extra]; its messages are above"
     printf '%s' "$wanted" >"$stamp"
 }

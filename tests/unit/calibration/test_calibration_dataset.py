@@ -239,6 +239,8 @@ def test_text_is_tokenised_and_ended(tmp_path: Path, tokenizer_file: Path) -> No
     assert samples_of(opened(path, tokenizer=tokenizer_file, eos=99)) == cut([stream], 5)[:4]
     rows = samples_of(opened(path, tokenizer=tokenizer_file, eos=99, packing=False))
     assert rows == [[90, 1, 2, 3, 4], [90], [90, 7], [90, 8, 9, 10, 11]]
+    ended = opened(path, tokenizer=tokenizer_file, eos=90, num_samples=2)  # the empty text has its end already
+    assert samples_of(ended) == cut([[90, 1, 2, 3, 4, 5, 6, 90, 90, 90, 7]], 5)[:2]
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
@@ -339,6 +341,8 @@ def test_fingerprint_follows_samples_and_nothing_else(tmp_path: Path) -> None:
         opened(one, seed=1),
     ]
     assert len({want, *(other.fingerprint() for other in others)}) == 5
+    split = [write_rows(tmp_path / f"{i}", rows) for i, rows in enumerate([[[1, 2], [3]], [[1], [2, 3]]])]
+    assert len({opened(path, packing=False, num_samples=2).fingerprint() for path in split}) == 2
 
 
 def test_fewer_samples_are_counted_where_the_caller_allows_it(tmp_path: Path) -> None:
@@ -446,9 +450,9 @@ def test_later_file_with_another_kind_of_column_is_named(tmp_path: Path, tokeniz
     ("bad", "message"),
     [
         (None, "row 5: input_ids is null"),
-        ([4, None], "row 5: input_ids holds a null"),
-        ([3, -7], "row 5: token id -7 is outside the model's vocabulary of 100"),
-        ([3, 100], "row 5: token id 100 is outside the model's vocabulary of 100"),
+        ([None, 4], "row 5: input_ids holds a null"),
+        ([-7, 3], "row 5: token id -7 is outside the model's vocabulary of 100"),
+        ([100, 3], "row 5: token id 100 is outside the model's vocabulary of 100"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, bad: Any, message: str, seed: int | None, writer: str) -> None:
