@@ -18,7 +18,8 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import SilentProgress
-from gs_dist.runtime.coordinator import MakeGroup, run_job
+from gs_dist.runtime.attempt import MakeGroup
+from gs_dist.runtime.coordinator import run_job
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.summary import CalibrationSummary
 

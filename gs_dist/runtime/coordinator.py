@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,21 +29,17 @@ from gs_dist.checkpoint.run_directory import RunDirectory, StatisticsOrigin, rea
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
-from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.plan import ClusterFacts, make_plan
 from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
-from gs_dist.runtime.pipeline import run_streams
-from gs_dist.runtime.schedule import plan_solves, plan_streams
-from gs_dist.runtime.stage_worker import Job, StageReport, StageWorker
+from gs_dist.runtime.attempt import MakeGroup, run_attempt
+from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
-from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
+from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
 
 __all__ = ["cluster", "quantize", "resolve", "run_job"]
 
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
-
-MakeGroup = Callable[[Job, int], WorkerGroup]
-"""Makes the workers of a job; the number says how many replicas suffice."""
 
 
 def quantize(config: CalibrationConfig, *, address: str | None = None, progress: Progress) -> CalibrationSummary:
@@ -147,6 +143,12 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
         run.merge(reader, finished, job.plan.policies)
         _check_published(run, config)
         summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
+        if not stages and (run.path / "summary.json").is_file():
+            # Nothing was left to do: how the work was done is what the run that did it said.
+            earlier = read_summary(run.path)
+            summary = dataclasses.replace(
+                earlier, rows=summary.rows, fingerprints=summary.fingerprints, formats=summary.formats
+            )
         write_summary(run.path, summary)
         for name in config.format:
             write_model_card(run.path / name, config, summary, reader.architecture)
@@ -178,7 +180,7 @@ def _calibrate(
     while len(finished) < num_layers:
         before = len(finished)
         try:
-            _attempt(job, finished, make_group, progress, stages)
+            run_attempt(job, finished, make_group, progress, stages)
         except WorkerLostError as error:
             # Progress between two losses shows that the job can be done; without it, a fault repeats.
             failures = 0 if len(finished) > before else failures + 1
@@ -188,63 +190,6 @@ def _calibrate(
                     "are published: submit the same recipe again to go on from there"
                 ) from error
             progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
-
-
-def _attempt(
-    job: Job,
-    finished: dict[int, LayerManifest],
-    make_group: MakeGroup,
-    progress: Progress,
-    stages: dict[WorkerKey, StageSummary],
-) -> None:
-    config = job.config
-    began = time.monotonic()
-    progress.message(f"starting {job.plan.num_workers} workers")
-    group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
-    try:
-        plan = job.plan
-        if group.num_replicas != plan.data_parallel_size:
-            progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
-            plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
-
-        def on_solved(manifest: LayerManifest) -> None:
-            assert manifest.layer is not None
-            finished[manifest.layer] = manifest
-            progress.layer_finished(manifest.layer, len(finished), plan.architecture.num_layers)
-
-        if job.statistics_from is None:
-            quantised = config.propagation == "quantized"
-            streams = plan_streams(plan.stages, set(finished), propagate_quantised=quantised)
-            deal = [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
-        else:
-            streams = plan_solves(plan.stages, set(finished))
-            deal = [range(0)] * plan.data_parallel_size
-        run_streams(group, streams, plan, deal, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
-        _collect_reports(group, plan, time.monotonic() - began, stages, config.parallel.timeout)
-    finally:
-        group.close()
-
-
-def _collect_reports(
-    group: WorkerGroup, plan: CalibrationPlan, seconds: float, stages: dict[WorkerKey, StageSummary], timeout: float
-) -> None:
-    keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
-    for key in keys:
-        reference = group.call(key, "report")
-        if not group.wait([reference], timeout):
-            raise WorkerLostError(f"{key} did not answer for {timeout:g} s")
-        report: StageReport = group.get(reference)
-        stage = plan.stages[key.stage]
-        stages[key] = StageSummary(
-            stage=key.stage,
-            replica=key.replica,
-            first_layer=stage.first_layer,
-            end_layer=stage.end_layer,
-            seconds=report.busy_seconds,
-            idle_share=max(0.0, 1.0 - report.busy_seconds / seconds),
-            peak_memory_planned=stage.memory.peak,
-            peak_memory_measured=report.peak_memory,
-        )
 
 
 def _summarise(

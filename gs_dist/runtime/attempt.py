@@ -1,0 +1,96 @@
+"""One attempt at a job's unfinished layers: workers up, streams run, reports collected, workers down."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gs_dist.checkpoint.manifest import LayerManifest
+from gs_dist.errors import WorkerLostError
+from gs_dist.plan import CalibrationPlan
+from gs_dist.progress import Progress
+from gs_dist.runtime.pipeline import run_streams
+from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
+from gs_dist.runtime.stage_worker import Job, StageReport
+from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.summary import StageSummary
+
+__all__ = ["MakeGroup", "run_attempt"]
+
+MakeGroup = Callable[[Job, int], WorkerGroup]
+"""Makes the workers of a job; the number says how many replicas suffice."""
+
+
+def run_attempt(
+    job: Job,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    stages: dict[WorkerKey, StageSummary],
+) -> None:
+    """Observes and solves what is not in `finished`; fills `finished` as layers are published, `stages` at the end.
+
+    Raises:
+        WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
+    """
+    config = job.config
+    progress.message(f"starting {job.plan.num_workers} workers")
+    group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
+    try:
+        plan = job.plan
+        if group.num_replicas != plan.data_parallel_size:
+            progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
+            plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
+        _reports(group, plan, config.parallel.timeout)  # answered once a worker is up
+        began = time.monotonic()
+
+        def on_solved(manifest: LayerManifest) -> None:
+            assert manifest.layer is not None
+            finished[manifest.layer] = manifest
+            progress.layer_finished(manifest.layer, len(finished), plan.architecture.num_layers)
+
+        streams, deal = _work(job, plan, finished)
+        run_streams(group, streams, plan, deal, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
+        seconds = time.monotonic() - began
+        for key, report in _reports(group, plan, config.parallel.timeout).items():
+            stages[key] = _stage_summary(plan, report, seconds)
+    finally:
+        group.close()
+
+
+def _work(job: Job, plan: CalibrationPlan, finished: dict[int, LayerManifest]) -> tuple[list[Stream], list[range]]:
+    """Streams, and the micro-batches of each replica."""
+    if job.statistics_from is not None:
+        return plan_solves(plan.stages, set(finished)), [range(0)] * plan.data_parallel_size
+    quantised = job.config.propagation == "quantized"
+    streams = plan_streams(plan.stages, set(finished), propagate_quantised=quantised)
+    return streams, [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
+
+
+def _reports(group: WorkerGroup, plan: CalibrationPlan, timeout: float) -> dict[WorkerKey, StageReport]:
+    keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
+    references: dict[Any, WorkerKey] = {group.call(key, "report"): key for key in keys}
+    reports: dict[WorkerKey, StageReport] = {}
+    while references:
+        ready = group.wait(list(references), timeout)
+        if not ready:
+            raise WorkerLostError(f"{next(iter(references.values()))} did not answer for {timeout:g} s")
+        for reference in ready:
+            reports[references.pop(reference)] = group.get(reference)
+    return reports
+
+
+def _stage_summary(plan: CalibrationPlan, report: StageReport, seconds: float) -> StageSummary:
+    stage = plan.stages[report.stage]
+    return StageSummary(
+        stage=report.stage,
+        replica=report.replica,
+        first_layer=stage.first_layer,
+        end_layer=stage.end_layer,
+        seconds=report.busy_seconds,
+        idle_share=max(0.0, 1.0 - report.busy_seconds / seconds),
+        peak_memory_planned=stage.memory.peak,
+        peak_memory_measured=report.peak_memory,
+    )
