@@ -109,8 +109,7 @@ def row_runner(network: Any, helper: NetworkHelper | None) -> Callable[[Row], No
         if all(name in parameters for name in row):
             network(**{name: _tensor(value) for name, value in row.items()})
         else:
-            positional = [p for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-            if len(positional) != len(row):
+            if not _accepts(parameters.values(), len(row)):
                 raise DatasetError(
                     f"datasets: columns {', '.join(row)} do not fit construct({', '.join(parameters)}) of "
                     f"{type(network).__name__}: name the columns as its parameters, or give a network_helper"
@@ -118,6 +117,15 @@ def row_runner(network: Any, helper: NetworkHelper | None) -> Callable[[Row], No
             network(*map(_tensor, row.values()))
 
     return call
+
+
+def _accepts(parameters: Iterable[inspect.Parameter], num_values: int) -> bool:
+    """Whether so many positional values fit the parameters."""
+    listed = list(parameters)
+    if any(p.kind is p.VAR_POSITIONAL for p in listed):
+        return True
+    positional = [p for p in listed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty for p in positional) <= num_values <= len(positional)
 
 
 def _input_ids(row: Row) -> Any:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mindspore import mint, nn, ops
 
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
-from gs_dist.ptq.int8_matmul import has_kernel, matmul_int8
+from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.affine import EPSILON, num_groups
 from gs_dist.solvers.packing import pack_int4
@@ -70,7 +70,9 @@ class _QuantisedLinear(nn.Cell):
         self.form = form
         self.policy = policy
         self.strategy = strategy
+        # Plain values, settled here: `construct` must compile in graph mode, where a network is exported.
         self.out_dtype = form.dtype
+        self.rounds_input = policy.act_quant_dtype is not None
         self.matmul = ops.MatMul(transpose_b=True)
         # A copy of the cell, because a child must not be shared with the caller; its parameters are the caller's.
         self.activation = _copy_of(form.activation)
@@ -132,7 +134,7 @@ class _QuantisedLinear(nn.Cell):
     def rounded_input(self, x: Any) -> Any:
         """The activation (..., in) as the weight meets it: smoothed, rounded to int8 and back."""
         x = self.smoothed_input(x)
-        if self.policy.act_quant_dtype is not None:
+        if self.rounds_input:
             codes, scale, offset = self.input_codes(x)
             x = (codes if offset is None else codes - offset) * scale
         return x.astype(self.out_dtype)
@@ -214,6 +216,8 @@ class QuantDense(_QuantisedLinear):
         self.weight_offset = None if policy.weight_symmetric else self._parameter("weight_offset", offset)
         moves = has_group_index(policy)
         self.group_index = self._parameter("group_index", np.zeros(columns, np.int32)) if moves else None
+        w8a8 = self.rounds_input and policy.weight_bits == 8 and policy.weight_symmetric
+        self.kernel = int8_kernel(form.dtype) if w8a8 else None
 
     def fill(self, quantised: QuantizedLinear) -> None:
         """Takes over what a solver found."""
@@ -249,10 +253,9 @@ class QuantDense(_QuantisedLinear):
 
     def product(self, x: Any) -> Any:
         """Rounded input times rounded weight, by int8 products where the device has them."""
-        w8a8 = self.policy.act_quant_dtype is not None and self.policy.weight_bits == 8
-        if w8a8 and self.weight_offset is None and has_kernel(self.out_dtype):
+        if self.kernel is not None:
             return self.integer_product(x)
-        return super().product(x)
+        return self.matmul(self.rounded_input(x), self.float_weight())
 
     def integer_product(self, x: Any) -> Any:
         """The same product of W8A8 without turning codes back: x (tokens, in) to (tokens, out).
@@ -266,10 +269,17 @@ class QuantDense(_QuantisedLinear):
         if offset is not None:
             sums = self.weight.astype(ms.float32).sum(1)  # exact: |sum| < 2^24 up to 131072 columns
             correction = (-sums * offset).astype(ms.int32)
+        per_token = None
         if self.input_scale is not None:
-            weight_scale, scale = weight_scale * scale, None
-        per_token = None if scale is None else scale.reshape(-1)
-        return matmul_int8(codes.astype(ms.int8), self.weight, weight_scale, correction, per_token, self.out_dtype)
+            weight_scale = weight_scale * scale
+        else:
+            per_token = scale.reshape(-1)
+        integers = codes.astype(ms.int8)
+        if self.kernel is None:
+            return written_out(integers, self.weight, weight_scale, correction, per_token, self.out_dtype)
+        if per_token is None and self.out_dtype == ms.float16:
+            weight_scale = scale_bits(weight_scale)
+        return self.kernel(integers, self.weight, weight_scale, None, correction, per_token)
 
 
 def _copy_of(activation: Any) -> Any:

@@ -12,15 +12,29 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops.auto_generate import QuantBatchMatmul
 
-__all__ = ["has_kernel", "matmul_int8"]
+__all__ = ["int8_kernel", "scale_bits", "written_out"]
 
 
-def has_kernel(dtype: Any) -> bool:
-    """Whether this process's device multiplies int8 matrices and gives outputs of that dtype."""
-    return bool(ms.get_context("device_target") == "Ascend" and dtype in (ms.float16, ms.bfloat16))
+def int8_kernel(dtype: Any) -> Any:
+    """The device's product of int8 matrices with outputs of that dtype, None where it has none.
+
+    Called as (x, weight, scale, None, correction, token_scale), see `written_out`.
+    """
+    if ms.get_context("device_target") != "Ascend" or dtype not in (ms.float16, ms.bfloat16):
+        return None
+    return QuantBatchMatmul(transpose_x1=False, transpose_x2=True, dtype=dtype)
 
 
-def matmul_int8(x: Any, weight: Any, scale: Any, correction: Any, token_scale: Any, dtype: Any) -> Any:
+def scale_bits(scale: Any) -> Any:
+    """Bits of float32 scales as int64, the form the kernel wants for float16 outputs of static activations.
+
+    For bfloat16 outputs and dynamic activations it wants float32 (golden-stick
+    `AllQuantMatmulHighPerformance`, `DynamicQuantMatmul`).
+    """
+    return scale.view(ms.int32).astype(ms.int64)  # positive, so that the upper half is zero
+
+
+def written_out(x: Any, weight: Any, scale: Any, correction: Any, token_scale: Any, dtype: Any) -> Any:
     """Product of codes x (tokens, in) and weight (out, in), both int8, as numbers (tokens, out) of `dtype`.
 
     Args:
@@ -31,8 +45,6 @@ def matmul_int8(x: Any, weight: Any, scale: Any, correction: Any, token_scale: A
         token_scale: (tokens,) float32, or None.
         dtype: of the result.
     """
-    if has_kernel(dtype):
-        return _on_card(x, weight, scale, correction, token_scale, dtype)
     product = ops.MatMul(transpose_b=True)(x.astype(ms.float64), weight.astype(ms.float64))
     if correction is not None:
         product = product + correction.astype(ms.float64)
@@ -40,13 +52,3 @@ def matmul_int8(x: Any, weight: Any, scale: Any, correction: Any, token_scale: A
     if token_scale is not None:
         product = product * token_scale.astype(ms.float64).reshape(-1, 1)
     return product.astype(dtype)
-
-
-def _on_card(x: Any, weight: Any, scale: Any, correction: Any, token_scale: Any, dtype: Any) -> Any:
-    # The kernel wants float32 scales for bfloat16 outputs and for dynamic activations, and else the bits
-    # of the float32 scale in an int64 (golden-stick `NumpyQuantOps.trans_fp32_to_i64`).
-    if token_scale is None and dtype == ms.float16:
-        bits = scale.asnumpy().view("uint32").astype("int64")
-        scale = ms.Tensor(bits)
-    kernel = QuantBatchMatmul(transpose_x1=False, transpose_x2=True, dtype=dtype)
-    return kernel(x, weight, scale, None, correction, token_scale)

@@ -10,6 +10,7 @@ from ptq_networks import random_dense
 
 from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
+from gs_dist.ptq.int8_matmul import scale_bits
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.affine import fake_quantise_per_token, fake_quantise_static
 
@@ -124,6 +125,14 @@ def test_integer_products_equal_fake_quantisation(kind: str):
     x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32))
     wanted = cell.product(x).asnumpy()
     np.testing.assert_allclose(cell.integer_product(x).asnumpy(), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_bits_of_a_scale():
+    """The kernel's int64 scale is the float32's bit pattern."""
+    scale = np.array([1.0, 0.03, 1e-30], np.float32)
+    bits = scale_bits(ms.Tensor(scale)).asnumpy()
+    assert bits.dtype == np.int64
+    np.testing.assert_array_equal(bits, scale.view(np.uint32))
 
 
 @pytest.mark.npu

@@ -68,6 +68,8 @@ def test_tuples_and_dicts_are_the_networks_arguments():
 
 def test_columns_that_do_not_fit_are_named():
     """Columns that are neither parameters nor as many as those are an error that lists both."""
+    x, gate = batches(1)[0], np.ones((2, 8, 1), np.float32)
+    assert input_scale(Gated(), [{"a": x, "b": gate, "c": gate}]) > 0  # the argument with a default may be given
     with pytest.raises(ValueError, match=r"first.*construct\(x, gate, bias\)"):
         input_scale(Gated(), [{"first": batches(1)[0]}])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -230,3 +231,37 @@ def test_checkpoint_loads_into_a_deployed_network(strategy: str, kind: str, tmp_
     loaded = deploy.convert(skeleton, ckpt_path=path)
     np.testing.assert_array_equal(loaded(x).asnumpy(), trained(x).asnumpy())
     assert all(np.array_equal(value, values[name]) for name, value in parameter_values(fresh).items())
+
+
+@pytest.mark.parametrize(
+    "strategy", ["SmoothQuant-W8-perchannel-A8-pertoken", "W8-perchannel-A8-pertensor", "GPTQ-W4-pergroup"]
+)
+def test_converted_network_compiles_and_exports(strategy: str, tmp_path: Path):
+    """A converted network gives the same output in graph mode, and is exported as MINDIR."""
+    ptq = PTQ(PTQConfig(**SCHEMES[strategy]))
+    converted = ptq.convert(ptq.apply(Mlp(), datasets=batches(2)))
+    x = ms.Tensor(batches(1, seed=9)[0])
+    wanted = converted(x).asnumpy()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        np.testing.assert_allclose(converted(x).asnumpy(), wanted, rtol=1e-5, atol=1e-5)
+        ms.export(converted, x, file_name=str(tmp_path / "network"), file_format="MINDIR")
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    assert (tmp_path / "network.mindir").stat().st_size > 0
+
+
+def test_float16_network_stays_float16():
+    """A float16 network is calibrated, and its scales are rounded to float16."""
+    network = Mlp()
+    for cell in (network.body[0], network.body[2]):
+        for parameter in cell.get_parameters():
+            parameter.set_dtype(ms.float16)
+    data = [row.astype(np.float16) for row in batches(2)]
+    fake = PTQ(PTQConfig(act_quant_dtype=ms.int8)).apply(network, datasets=data)
+    x = ms.Tensor(data[0])
+    found, wanted = fake(x), network(x)
+    assert found.dtype == ms.float16
+    assert relative_error(found.asnumpy(), wanted.asnumpy()) < 0.05
+    scale = fake.body[0].converted().weight_scale.asnumpy()
+    np.testing.assert_array_equal(scale, scale.astype(np.float16))
