@@ -32,12 +32,14 @@ __all__ = [
     "least_error_range",
     "minmax_range",
     "range_profile",
+    "token_weights",
+    "typical_energy",
 ]
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
-Weighting = Literal["plain", "token"]
+Weighting = Literal["plain", "token", "both"]
 
 # Resolution of the common logarithmic axis: a channel's shift is rounded to 1/64 octave (1.1 %).
 _STEPS_PER_OCTAVE = 64
@@ -118,8 +120,9 @@ def range_profile(
         scale: (channels,) that x is divided by, or None.
         column_weights: (channels,) cost of an error in each channel of x / scale, |W_:j|^2.
         weighting: "plain" counts every value alike. "token" divides a value's count by 1 + x^2 / E, E a
-            typical token's energy: an estimate of the relative error of each token's output, which keeps
-            a few massive tokens from deciding.
+            typical token's energy: an estimate of the relative error of each token's output. "both" adds
+            the two, each as a share of its own energy: a few massive tokens neither decide alone nor
+            are given up.
 
     Raises:
         ValueError: the statistics hold no histogram.
@@ -134,10 +137,7 @@ def range_profile(
     counts = np.asarray(gather @ statistics.histogram.reshape(channels, 2 * HISTOGRAM_BINS), dtype=np.float64)
     counts = counts.reshape(len(shifts), 2, HISTOGRAM_BINS)
     coarse = _bin_edges()
-    if weighting == "token":
-        energy = np.pi / 2 * float(np.sum(statistics.mean_abs**2))
-        middle = 0.5 * (coarse[1:] + coarse[:-1])
-        counts = counts / (1.0 + middle**2 / energy) if energy > 0 else counts
+    counts = counts * _bin_weights(counts, np.exp2(-shifts / _STEPS_PER_OCTAVE), statistics, weighting)
     fine, share = _spread(coarse)
     spread = counts @ share  # (shifts, 2, fine bins)
     first, last = int(shifts.max()), int(shifts.min())
@@ -151,6 +151,38 @@ def range_profile(
     low = min(float((statistics.minimum * inverse).min()), 0.0)
     high = max(float((statistics.maximum * inverse).max()), 0.0)
     return _within(edges, total, low, high)
+
+
+def typical_energy(statistics: InputStatistics) -> float:
+    """Energy x.x of a typical token, from mean magnitudes, which massive tokens hardly move.
+
+    Of a normal channel E[x^2] is pi/2 times the square of E|x|.
+    """
+    return np.pi / 2 * float(np.sum(statistics.mean_abs**2))
+
+
+def token_weights(statistics: InputStatistics) -> Float64:
+    """Weight E / (E + x^2) of a value in each histogram bin: about E / (x.x) of the token that holds it.
+
+    Histograms do not know which values share a token: a massive value is taken as its token's only one,
+    which is how massive activations come.
+    """
+    edges, energy = _bin_edges(), typical_energy(statistics)
+    middle = 0.5 * (edges[1:] + edges[:-1])
+    return np.asarray(energy / (energy + middle**2)) if energy > 0 else np.ones(HISTOGRAM_BINS)
+
+
+def _bin_weights(counts: Float64, factors: Float64, statistics: InputStatistics, weighting: Weighting) -> Float64:
+    """What a count in each bin is worth; `counts` (shifts, 2, bins) of channels multiplied by `factors` (shifts,)."""
+    if weighting == "plain":
+        return np.ones(HISTOGRAM_BINS)
+    weights = token_weights(statistics)
+    if weighting == "token":
+        return weights
+    edges = _bin_edges()
+    squares = counts * ((0.5 * (edges[1:] + edges[:-1])) ** 2 * factors[:, None, None] ** 2)
+    plain, token = float(squares.sum()), float((squares * weights).sum())
+    return np.asarray(1.0 / plain + weights / token) if plain > 0 and token > 0 else np.ones(HISTOGRAM_BINS)
 
 
 def _bin_edges() -> Float64:
@@ -205,24 +237,31 @@ def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: st
     return tried(profile.low * shares[0], profile.high * shares[1])
 
 
-def channel_rounding(statistics: InputStatistics, scale: Array | None, chosen: ActivationRange) -> Float64:
+def channel_rounding(
+    statistics: InputStatistics, scale: Array | None, chosen: ActivationRange, *, by_token: bool = False
+) -> Float64:
     """Expected sum over tokens of (q(x_j) - x_j)^2 of each channel of x / scale, clipping included: (in,).
+
 
     Args:
         statistics: of x, not rescaled, with its histogram.
         scale: (in,) that x is divided by, or None.
         chosen: the static range.
+        by_token: count each token by 1 / x.x, estimated as in `token_weights`.
     """
     if statistics.histogram is None:
         raise ValueError("no histogram was taken of this activation")
     channels = statistics.channels
     inverse = np.ones(channels) if scale is None else 1.0 / np.asarray(scale, dtype=np.float64)
     edges, zero = _bin_edges(), chosen.zero_point or 0
+    energy = typical_energy(statistics)
+    by_token = by_token and energy > 0
+    weights = token_weights(statistics) / energy if by_token else np.ones(HISTOGRAM_BINS)
     seen = (-statistics.minimum.astype(np.float64), statistics.maximum.astype(np.float64))
     total = np.empty(channels)
     for start in range(0, channels, 2048):  # some 2 MiB for each array below
         part = slice(start, start + 2048)
-        counts = statistics.histogram[part].astype(np.float64)
+        counts = statistics.histogram[part] * weights
         factor = inverse[part, None]
         errors = np.zeros(counts.shape[0])
         for sign, steps in ((0, 128 + zero), (1, 127 - zero)):
@@ -232,4 +271,6 @@ def channel_rounding(statistics: InputStatistics, scale: Array | None, chosen: A
             integral = _integrated_error(upper, chosen.scale, steps) - _integrated_error(lower, chosen.scale, steps)
             errors += np.einsum("cb,cb->c", counts[:, sign], integral / (upper - lower))
         total[part] = errors
+    if by_token:
+        return total
     return np.minimum(total, statistics.sum_squares * inverse**2)  # 0 is on the grid: no error exceeds its value

@@ -8,7 +8,7 @@ middle of its range first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,24 +63,32 @@ def search_exponent(
     """
     activation_max = tie(Rescaling(shift=shift).ranges_of(statistics).max_abs)
     scales = [smoothing_scale(activation_max, weight_max, alpha) for alpha in alphas]
-    losses = [_loss(weights, scale, shift, statistics, policy, scale_dtype) for scale in scales]
+    # A few massive tokens own the plain Gram matrix, the others the weighted one: both must be served.
+    sides = [False, True] if statistics.weighted_gram is not None and shift is None else [False]
+    energies = {
+        by_token: sum(Rescaling().weight_error(weight, statistics, by_token=by_token) for weight in weights)
+        for by_token in sides
+    }
+    losses = [
+        _loss(weights, Rescaling(scale=s, shift=shift), statistics, policy, scale_dtype, energies) for s in scales
+    ]
     best = min(range(len(losses)), key=losses.__getitem__)
     return ExponentResult(scale=scales[best], alpha=alphas[best], loss=losses[best], losses=tuple(losses))
 
 
 def _loss(
     weights: Sequence[Float32],
-    scale: Float32,
-    shift: Float32 | None,
+    rescaling: Rescaling,
     statistics: InputStatistics,
     policy: QuantPolicy,
     scale_dtype: str,
+    energies: Mapping[bool, float],
 ) -> float:
-    rescaling = Rescaling(scale=scale, shift=shift)
-    total = 0.0
-    columns = np.zeros(len(scale))
+    """Sum of relative output errors, with tokens counted alike and, where in `energies`, by 1 / x.x."""
+    errors = dict.fromkeys(energies, 0.0)
+    columns = np.zeros(statistics.channels)
     for weight in weights:
-        scaled = weight * scale
+        scaled = weight if rescaling.scale is None else weight * rescaling.scale
         codes, step, zero_point = affine.quantise_weight(
             scaled,
             bits=policy.weight_bits,
@@ -91,10 +99,14 @@ def _loss(
         change = affine.dequantise(codes, step, zero_point)
         columns += output_error.column_energy(change)
         change -= scaled
-        total += rescaling.weight_error(change, statistics)
+        for by_token in energies:
+            errors[by_token] += rescaling.weight_error(change, statistics, by_token=by_token)
     static = _static_range(columns, rescaling, statistics, policy, scale_dtype) if policy.is_static else None
-    rounding = rescaling.rounding(policy, statistics, static)
-    return total if rounding is None else total + output_error.activation_term(columns, rounding)
+    for by_token in energies:
+        rounding = rescaling.rounding(policy, statistics, static, by_token=by_token)
+        if rounding is not None:
+            errors[by_token] += output_error.activation_term(columns, rounding)
+    return sum(errors[by_token] / max(energy, 1e-30) for by_token, energy in energies.items())
 
 
 def _static_range(
@@ -105,7 +117,7 @@ def _static_range(
     scale_dtype: str,
 ) -> ActivationRange:
     if policy.act_range == "mse" and statistics.histogram is not None and rescaling.shift is None:
-        profile = activation_range.range_profile(statistics, rescaling.scale, columns)
+        profile = activation_range.range_profile(statistics, rescaling.scale, columns, weighting="both")
         return activation_range.least_error_range(profile, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)
     seen = rescaling.ranges_of(statistics)
     return activation_range.minmax_range(seen, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)

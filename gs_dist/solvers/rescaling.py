@@ -61,15 +61,17 @@ class Rescaling:
         )
         return rows.ranges_of(statistics)
 
-    def weight_error(self, change: Float32, statistics: InputStatistics) -> float:
+    def weight_error(self, change: Float32, statistics: InputStatistics, *, by_token: bool = False) -> float:
         """Squared output error over all tokens of a change (out, in) of the rescaled weight.
 
+        With `by_token` each token counts by 1 / x.x.
         From the Gram matrix where one was taken; after a shift from the channels' sums of squares, since
         the bias takes the shift's part of the error out.
         """
         if self.shift is not None:
             return output_error.output_energy(change, None, self.ranges_of(statistics).sum_squares)
-        return output_error.output_energy(change, statistics.gram, statistics.sum_squares, self.inverse)
+        gram = statistics.weighted_gram if by_token else statistics.gram
+        return output_error.output_energy(change, gram, statistics.sum_squares, self.inverse)
 
     def objective(self, statistics: InputStatistics) -> Float32:
         """The Gram matrix that weight solvers minimise against, of the rescaled input.
@@ -86,16 +88,28 @@ class Rescaling:
         return np.asarray(rescaled)
 
     def rounding(
-        self, policy: QuantPolicy, statistics: InputStatistics, static: ActivationRange | None
+        self,
+        policy: QuantPolicy,
+        statistics: InputStatistics,
+        static: ActivationRange | None,
+        *,
+        by_token: bool = False,
     ) -> npt.NDArray[np.float64] | None:
-        """Expected sum over tokens of the squared rounding error of each channel; None if x stays float."""
+        """Expected sum over tokens of the squared rounding error of each channel; None if x stays float.
+
+        With `by_token` each token counts by 1 / x.x, as in the weighted Gram matrix.
+        """
         if policy.act_quant_dtype is None:
             return None
         if static is not None and statistics.histogram is not None and self.shift is None:
-            return activation_range.channel_rounding(statistics, self.scale, static)
+            return activation_range.channel_rounding(statistics, self.scale, static, by_token=by_token)
         seen = self.ranges_of(statistics)
+        energy = activation_range.typical_energy(statistics) if by_token and static is not None else 1.0
+        if by_token and statistics.weighted_gram is not None:
+            inverse = 1.0 if self.scale is None else 1.0 / self.scale.astype(np.float64)
+            seen = replace(seen, sum_squares=np.diagonal(statistics.weighted_gram) * inverse**2)
         step = static.scale**2 if static is not None else output_error.per_token_step_squared(seen)
-        return output_error.static_rounding(seen, step)
+        return output_error.static_rounding(seen, step / max(energy, 1e-30))
 
 
 def objective_of(statistics: InputStatistics) -> Float32:

@@ -172,7 +172,7 @@ def input_ranges(
             found = activation_range.minmax_range(seen, symmetric=symmetric, scale_dtype=scale_dtype)
         else:
             columns = sum(output_error.column_energy(folded.weight(name)) for name in names)
-            profile = activation_range.range_profile(statistics, rescaling.scale, np.asarray(columns))
+            profile = activation_range.range_profile(statistics, rescaling.scale, np.asarray(columns), weighting="both")
             found = activation_range.least_error_range(profile, symmetric=symmetric, scale_dtype=scale_dtype)
         ranges.update(dict.fromkeys(names, found))
     return ranges

@@ -144,6 +144,35 @@ def test_a_token_weighting_lets_massive_values_count_less():
     assert scales["token"] < scales["plain"]
 
 
+def test_both_weightings_together_choose_between_the_two():
+    """Massive values neither decide alone nor are given up."""
+    rng = np.random.default_rng(3)
+    seen = statistics_of(activations(rng, tokens=500))
+    scales = [
+        least_error_range(
+            range_profile(seen, np.full(24, 2.0), np.ones(24), weighting=weighting),
+            symmetric=True,
+            scale_dtype="float32",
+        ).scale
+        for weighting in ("token", "both", "plain")
+    ]
+    assert scales == sorted(scales)
+
+
+def test_rounding_counted_by_token_agrees_with_the_tokens():
+    """Errors weighted by 1 / x.x are estimated from histograms within a quarter."""
+    rng = np.random.default_rng(8)
+    x = (rng.normal(size=(4000, 64)) * rng.lognormal(sigma=0.5, size=64)).astype(np.float32)
+    x[17, 5] *= 200
+    scale = rng.lognormal(sigma=0.3, size=64)
+    chosen = activation_range.ActivationRange(scale=float(np.abs(x[:17] / scale).max() / 127.5), zero_point=None)
+    values = (x / scale).astype(np.float32)
+    error = (fake_quantise_static(values, chosen.scale) - values).astype(np.float64) ** 2
+    exact = (error / (x.astype(np.float64) ** 2).sum(axis=1, keepdims=True)).sum()
+    found = channel_rounding(statistics_of(x), scale, chosen, by_token=True).sum()
+    assert found == pytest.approx(exact, rel=0.25)
+
+
 def test_a_constant_zero_activation_gets_a_positive_scale():
     """Nothing seen but zeros: the scale is positive and finite."""
     seen = statistics_of(np.zeros((5, 3), np.float32))

@@ -12,8 +12,9 @@ STATIC = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppr
 DYNAMIC = STATIC.model_copy(update={"act_quant_granularity": "per_token"})
 
 
-def statistics_of(x):
+def statistics_of(x, *, weighted=False):
     wide = x.astype(np.float64)
+    weighted_gram = (wide / (wide**2).sum(axis=1, keepdims=True)).T @ wide
     return InputStatistics(
         num_tokens=len(x),
         minimum=x.min(axis=0),
@@ -21,6 +22,7 @@ def statistics_of(x):
         sum_abs=np.abs(wide).sum(axis=0),
         sum_squares=(wide**2).sum(axis=0),
         gram=(wide.T @ wide).astype(np.float32),
+        weighted_gram=weighted_gram.astype(np.float32) if weighted else None,
     )
 
 
@@ -32,10 +34,12 @@ def problem():
     return x, weights, np.abs(np.concatenate(weights)).max(axis=0)
 
 
-def brute_force(x, weights, alpha, *, static):
-    """Squared output error of really rounding weights and tokens, in float64."""
+def brute_force(x, weights, alpha, *, static, by_token=False, energy_of=None):
+    """Squared output error of really rounding weights and tokens as a share of the output, in float64."""
     x = x.astype(np.float64)
     w_max = np.abs(np.concatenate(weights)).max(axis=0)
+    token = 1 / (x**2).sum(axis=1, keepdims=True) if by_token else 1.0
+    exact = (x if energy_of is None else energy_of) @ np.concatenate(weights).T.astype(np.float64)
     s = np.abs(x).max(axis=0) ** alpha / w_max ** (1 - alpha)
     total = 0.0
     for weight in weights:
@@ -45,14 +49,14 @@ def brute_force(x, weights, alpha, *, static):
         activation = x / s
         size = np.abs(activation).max(axis=None if static else 1, keepdims=True) / 127.5
         seen = np.clip(np.round(activation / size), -128, 127) * size
-        total += ((seen @ rounded.T - x @ weight.T.astype(np.float64)) ** 2).sum()
-    return total
+        total += (token * (seen @ rounded.T - x @ weight.T.astype(np.float64)) ** 2).sum()
+    return total / (token * exact**2).sum()
 
 
 def shifted_brute_force(x, weights, shift, alpha):
     """As above on x - shift, statically, the bias making up for the shift."""
     moved = x.astype(np.float64) - shift
-    return brute_force(moved, weights, alpha, static=True)
+    return brute_force(moved, weights, alpha, static=True, energy_of=x.astype(np.float64))
 
 
 @pytest.mark.parametrize("policy", [STATIC, DYNAMIC], ids=["static", "dynamic"])
@@ -68,6 +72,23 @@ def test_losses_agree_with_rounding_weights_and_tokens(problem, policy):
         assert np.all((ratio > 0.6) & (ratio < 1.6))  # the step of a token is an estimate
     assert exact[ALPHAS.index(found.alpha)] <= 1.1 * exact.min()
     assert found.loss == min(found.losses)
+
+
+@pytest.mark.parametrize("policy", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_tokens_of_ordinary_energy_count_beside_massive_ones(problem, policy):
+    """With a weighted Gram matrix the loss is the sum of both relative errors, of all tokens and by token."""
+    x, weights, weight_max = problem
+    x = x.copy()
+    x[7, 3] *= 100
+    seen = statistics_of(x, weighted=True)
+    found = search_exponent(weights, weight_max, seen, policy, alphas=ALPHAS, scale_dtype="float32")
+    exact = [
+        sum(brute_force(x, weights, alpha, static=policy.is_static, by_token=b) for b in (False, True))
+        for alpha in ALPHAS
+    ]
+    ratio = np.array(found.losses) / exact
+    assert np.all((ratio > 0.4) & (ratio < 2.5))  # a token's energy and step are estimates
+    assert exact[ALPHAS.index(found.alpha)] <= 1.25 * min(exact)
 
 
 def test_the_first_of_equals_wins(problem):
