@@ -199,6 +199,8 @@ class QuantDense(_QuantisedLinear):
         group_index: (in,) int32, the group of each column, GPTQ with `desc_act` and moving groups only.
         input_scale, input_offset: (1,) float32 and int8, static activations only.
         smooth_scale, smooth_shift: (in,) float32, x becomes (x - smooth_shift) / smooth_scale.
+        deq_scale: (out,) int64, static activations of float16 linears only: the bits of
+            float32(input_scale * weight_scale), as the card's kernel reads them.
         bias: (out,).
 
     A fresh one holds NaN scales and waits for `fill` or a checkpoint.
@@ -218,6 +220,10 @@ class QuantDense(_QuantisedLinear):
         self.group_index = self._parameter("group_index", np.zeros(columns, np.int32)) if moves else None
         w8a8 = self.rounds_input and policy.weight_bits == 8 and policy.weight_symmetric
         self.kernel = int8_kernel(form.dtype) if w8a8 else None
+        # Stored rather than computed, because graph mode cannot look at the bits of a float.
+        has_bits = w8a8 and policy.is_static and form.dtype == ms.float16
+        nan = scale_bits(np.full(rows, np.nan, np.float32))
+        self.deq_scale = self._parameter("deq_scale", nan) if has_bits else None
 
     def fill(self, quantised: QuantizedLinear) -> None:
         """Takes over what a solver found."""
@@ -225,6 +231,9 @@ class QuantDense(_QuantisedLinear):
         codes = pack_int4(quantised.codes) if self.packed else quantised.codes
         self.weight.set_data(ms.Tensor(codes))
         self.weight_scale.set_data(ms.Tensor(quantised.scale))
+        if self.deq_scale is not None:
+            product = np.float32(quantised.input_scale) * quantised.scale.reshape(-1)
+            self.deq_scale.set_data(ms.Tensor(scale_bits(product)))
         if self.weight_offset is not None and quantised.zero_point is not None:
             self.weight_offset.set_data(ms.Tensor(quantised.zero_point))
         if self.group_index is not None:
@@ -277,8 +286,8 @@ class QuantDense(_QuantisedLinear):
         integers = codes.astype(ms.int8)
         if self.kernel is None:
             return written_out(integers, self.weight, weight_scale, correction, per_token, self.out_dtype)
-        if per_token is None and self.out_dtype == ms.float16:
-            weight_scale = scale_bits(weight_scale)
+        if self.deq_scale is not None:
+            weight_scale = self.deq_scale
         return self.kernel(integers, self.weight, weight_scale, None, correction, per_token)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
+import numpy as np
+import numpy.typing as npt
 from mindspore import ops
 from mindspore.ops.auto_generate import QuantBatchMatmul
 
@@ -25,13 +27,13 @@ def int8_kernel(dtype: Any) -> Any:
     return QuantBatchMatmul(transpose_x1=False, transpose_x2=True, dtype=dtype)
 
 
-def scale_bits(scale: Any) -> Any:
+def scale_bits(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Bits of float32 scales as int64, the form the kernel wants for float16 outputs of static activations.
 
     For bfloat16 outputs and dynamic activations it wants float32 (golden-stick
     `AllQuantMatmulHighPerformance`, `DynamicQuantMatmul`).
     """
-    return scale.view(ms.int32).astype(ms.int64)  # positive, so that the upper half is zero
+    return scale.view(np.uint32).astype(np.int64)
 
 
 def written_out(x: Any, weight: Any, scale: Any, correction: Any, token_scale: Any, dtype: Any) -> Any:

@@ -10,7 +10,7 @@ from ptq_networks import random_dense
 
 from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
-from gs_dist.ptq.int8_matmul import scale_bits
+from gs_dist.ptq.int8_matmul import written_out
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.affine import fake_quantise_per_token, fake_quantise_static
 
@@ -127,12 +127,28 @@ def test_integer_products_equal_fake_quantisation(kind: str):
     np.testing.assert_allclose(cell.integer_product(x).asnumpy(), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_bits_of_a_scale():
-    """The kernel's int64 scale is the float32's bit pattern."""
-    scale = np.array([1.0, 0.03, 1e-30], np.float32)
-    bits = scale_bits(ms.Tensor(scale)).asnumpy()
-    assert bits.dtype == np.int64
-    np.testing.assert_array_equal(bits, scale.view(np.uint32))
+@pytest.mark.parametrize("dtype", [ms.float16, ms.float32])
+@pytest.mark.parametrize("kind", ["int8 static", "int8 static symmetric", "int8 dynamic"])
+def test_a_kernel_gets_what_it_reads(kind: str, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    """A device's kernel is called with codes, corrections and scales; static float16 scales come as bits in int64."""
+    shown = []
+
+    def kernel(x, weight, scale, offset, correction, per_token):
+        assert (x.dtype, weight.dtype, offset) == (ms.int8, ms.int8, None)
+        shown.append(scale.dtype)
+        if scale.dtype == ms.int64:
+            scale = ms.Tensor(scale.asnumpy().astype(np.uint32).view(np.float32))
+        return written_out(x, weight, scale, correction, per_token, dtype)
+
+    monkeypatch.setattr("gs_dist.ptq.cells.int8_kernel", lambda dtype: kernel)
+    form = linear_form("linear", nn.Dense(COLUMNS, ROWS, dtype=dtype))
+    fake = FakeQuantDense(form, "W", random_quantised(POLICIES[kind]))
+    x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32)).astype(dtype)
+    wanted = fake(x).asnumpy()
+    tolerance = 1e-2 if dtype == ms.float16 else 1e-5
+    found = fake.converted()(x).asnumpy()
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+    assert shown == [ms.int64 if dtype == ms.float16 and "static" in kind else ms.float32]
 
 
 @pytest.mark.npu
