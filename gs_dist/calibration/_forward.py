@@ -122,12 +122,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int
     scores_of = ops.BatchMatMul(transpose_b=True)
     weighted = ops.BatchMatMul()
     softmax = ops.Softmax(-1)
-    outputs = []
+    outputs: list[Tensor] = []
     for start in range(0, tokens, form.block):
         stop = min(start + form.block, tokens)
         rows = stop - start
         part = ops.transpose(query[:, start:stop], (0, 2, 3, 1, 4))
         part = ops.reshape(part, (batch * groups, repeat * rows, size))
+        if start > 0:
+            part = ops.depend(
+                part, outputs[-1]
+            )  # one block after the other, so that one block's scores exist at a time
         first = max(0, start - form.window + 1) if form.window else 0
         if form.window:
             # One band mask serves every block: column j stands for the key window - 1 before the block's first, plus j.

@@ -1,6 +1,6 @@
 """Makes golden_logits.safetensors: what transformers computes for the tiny models the tests build.
 
-Run it where torch and transformers are installed (the package itself is not needed):
+Run it where torch, transformers and ml_dtypes are installed (the package itself is not needed):
 
     python tests/data/make_golden_logits.py
 
