@@ -61,7 +61,8 @@ class AlgoArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    alpha: Ratio = 0.5  # SmoothQuant's migration strength
+    # SmoothQuant's migration strength; of a list, each group of linears takes the one of least output error.
+    alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = 0.5
     duo_scaling: bool = True
     smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
         i / 20 for i in range(20)
@@ -249,6 +250,7 @@ def required_statistics(
             p.precision_recovery is PrecisionRecovery.GPTQ
             or p.weight_clip
             or p.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
+            or (p.outliers_suppression is OutliersSuppressionType.SMOOTH and isinstance(p.algo_args.alpha, tuple))
             for p in readers
         )
         settings[layer_input.name] = StatisticsSettings(

@@ -48,11 +48,12 @@ def suppress(
     if policy is None or statistics is None:
         return Rescaling()
     kind = policy.outliers_suppression
-    if kind is OutliersSuppressionType.SMOOTH:
+    alpha = policy.algo_args.alpha
+    if kind is OutliersSuppressionType.SMOOTH and isinstance(alpha, float):
         scale = smoothing_scale(
             tie_max(statistics.max_abs, layer_input),
             tie_max(folded.column_max(layer_input.linears), layer_input),
-            policy.algo_args.alpha,
+            alpha,
         )
         return _fold(layer_input, folded, scale)
     if kind is OutliersSuppressionType.AWQ:
@@ -97,12 +98,13 @@ def _search(
     folded: FoldedTensors,
     scale_dtype: str,
 ) -> Rescaling:
-    """Outlier Suppression Lite and Plus: SmoothQuant's exponent by search, Plus after a shift where one fits."""
+    """SmoothQuant's exponent by search: Outlier Suppression Lite; Plus after a shift where one fits."""
     if statistics.gram is None:
         raise UserError("outlier suppression searches by Gram matrices: set gram: on")
     shift: Float32 | None = None
     notes: tuple[str, ...] = ()
-    alphas = policy.algo_args.smooth_alpha
+    smooth = policy.outliers_suppression is OutliersSuppressionType.SMOOTH
+    alphas = policy.algo_args.alpha if smooth else policy.algo_args.smooth_alpha
     if policy.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS:
         if alphas == AlgoArgs().smooth_alpha:
             alphas = outlier_suppression.PLUS_ALPHAS

@@ -238,6 +238,27 @@ def test_smoothquant_scales_are_those_of_the_formula(dtype):
             assert np.abs(o[:, columns] - expected).max() <= step.max() * 1.1
 
 
+def test_a_list_of_alphas_is_searched_group_by_group():
+    """Each group takes the exponent that leaves it the least error, and a single one is used as it is."""
+    alphas = (0.3, 0.5, 0.8)
+
+    def run(alpha):
+        problem, _, _ = make_problem(SMOOTH.model_copy(update={"algo_args": AlgoArgs(alpha=alpha)}))
+        return solve_layer(problem)
+
+    fixed, searched = [run(alpha) for alpha in alphas], run(alphas)
+    assert {row.strategy for row in searched.rows} == {"SmoothQuant-W8-perchannel-A8-pertensor"}
+    for name, linear in searched.linears.items():
+        if name in ("self_attn.v_proj", "mlp.up_proj"):
+            continue  # their rows also hold the scale of what they feed
+        assert any(np.array_equal(linear.codes, other.linears[name].codes) for other in fixed)
+
+    def total(solved):
+        return sum(row.relative_error + row.activation_error for row in solved.rows)
+
+    assert total(searched) <= min(total(solved) for solved in fixed) * 1.1
+
+
 def test_a_bfloat16_norm_is_folded_with_the_ratio_that_was_stored():
     """Columns are multiplied by old/new of the rounded norm, so that rounding the norm costs nothing."""
     problem, _, _ = make_problem(SMOOTH, dtype=ml_dtypes.bfloat16, o_proj=W8A16, down_proj=W8A16)
