@@ -39,8 +39,9 @@ ASCEND_RUNTIME_BYTES = 2 * GIB
 HIDDEN_COPIES = 5
 # Queries, keys and values before and after the rotary embedding, and the attention output before its projection.
 QUERY_COPIES, KV_COPIES = 3, 3
-# Scores, and scores after softmax; the causal mask is added into a third that the pool reuses.
-SCORE_COPIES = 3
+# Scores of one block of queries at a time: raw, masked, exponents, sums spread over them, and the quotient.
+SCORE_COPIES = 5
+SCORE_BLOCK, SCORE_BLOCKS = 128, 8  # queries of a block: an eighth of the sequence, and no fewer than 128
 # gate, its activation, up, and their product.
 MLP_COPIES = 4
 # An observer looks at float32 tokens beside one array of magnitudes; inputs are observed one after another.
@@ -169,7 +170,8 @@ def layer_set_bytes(architecture: DecoderArchitecture, settings: Mapping[str, St
 def _activation_bytes(shape: JobShape) -> int:
     """Working set of one layer on one micro-batch, and the micro-batches waiting."""
     a, tokens = shape.architecture, shape.tokens
-    scores = shape.micro_batch_size * a.num_heads * shape.sequence_length**2
+    block = min(shape.sequence_length, max(SCORE_BLOCK, -(-shape.sequence_length // SCORE_BLOCKS)))
+    scores = shape.micro_batch_size * a.num_heads * block * shape.sequence_length
     entries = tokens * (
         HIDDEN_COPIES * a.hidden_size
         + QUERY_COPIES * a.query_size

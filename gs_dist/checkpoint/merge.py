@@ -98,7 +98,8 @@ def merge_checkpoint(
     for name, content in FORMATS[format_name].extra_files(policies, kv_cache, architecture).items():
         write_json(directory / name, content)
         written.append(name)
-    source = {key: value for key, value in reader.config.items() if key != "auto_map"}  # names code to run
+    # auto_map names code to run, and _name_or_path may be a path of the machine.
+    source = {key: value for key, value in reader.config.items() if key not in ("auto_map", "_name_or_path")}
     if "dtype" not in source and "torch_dtype" not in source:
         source["torch_dtype"] = architecture.dtype
     write_json(directory / "config.json", FORMATS[format_name].config(source, policies, kv_cache, architecture))
