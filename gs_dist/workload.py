@@ -232,6 +232,15 @@ def _output_nbytes(
     return max(total, 0)
 
 
+def _check_length(config: CalibrationConfig, architecture: DecoderArchitecture) -> None:
+    length, positions = config.calibration.sequence_length, architecture.max_position_embeddings
+    if length > positions:
+        raise PlanError(
+            f"calibration.sequence_length is {length}, and config.json gives the model {positions} positions "
+            f"(max_position_embeddings), beyond which its activations mean nothing: set it to {positions} or less"
+        )
+
+
 def make_workload(
     config: CalibrationConfig, architecture: DecoderArchitecture, tensors: Mapping[str, TensorHeader]
 ) -> Workload:
@@ -241,6 +250,7 @@ def make_workload(
         CheckpointError: a tensor of the architecture has no header.
         PolicyConflictError, UserError, PlanError: policies that conflict, match nothing or do not suit a shape.
     """
+    _check_length(config, architecture)
     resolved, notes = _resolve(config, architecture)
     _check_groups(architecture, resolved)
     names = [linear.name for linear in architecture.linears]

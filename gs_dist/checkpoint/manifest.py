@@ -24,6 +24,7 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import LinearSummary, QuantizedLayer
 
 __all__ = [
+    "MANIFESTS",
     "Fingerprints",
     "LayerManifest",
     "check_fingerprints",

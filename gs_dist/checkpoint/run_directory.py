@@ -20,6 +20,7 @@ from gs_dist.checkpoint.array_file import read_arrays
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.manifest import (
+    MANIFESTS,
     Fingerprints,
     LayerManifest,
     check_fingerprints,
@@ -72,14 +73,18 @@ class RunDirectory:
         """Keeps other jobs out while the block runs; the lock goes with the process that holds it.
 
         Raises:
-            OutputError: another job is at work here, or the directory cannot be written.
+            OutputError: another job is at work here, something else lies here, or the directory cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        make_directory(self.path)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
+            self._refuse_foreign()  # before anything is written here
             descriptor = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(f"output {str(self.path)!r} cannot be written ({error.strerror})") from error
+            raise OutputError(
+                f"output {str(self.path)!r} cannot be written ({error.strerror}); set output to a directory "
+                "that can be made and written"
+            ) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +97,19 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
+    def refuse_unusable(self) -> None:
+        """Refuses at once what `prepare` would refuse later; reads manifests and no shard.
+
+        Raises:
+            OutputError: the directory is in use, cannot be written, or holds another run or something else.
+        """
+        with self.locked():
+            for path in sorted((self.path / MANIFESTS).glob("layer-*.json")):
+                number = path.stem.removeprefix("layer-")
+                manifest = read_manifest(self.path, int(number)) if number.isdecimal() else None
+                if manifest is not None:
+                    check_fingerprints(manifest, self._fingerprints)
+
     def prepare(self, num_layers: int) -> dict[int, LayerManifest]:
         """Clears what dead writers left, and returns the finished layers, their shards verified by hash.
 
@@ -102,7 +120,7 @@ class RunDirectory:
         """
         self._refuse_foreign()
         (self.path / DONE).unlink(missing_ok=True)
-        for directory in (self.path, *(self.path / name for name in (*self._formats, "manifests", STATISTICS, SOLVED))):
+        for directory in (self.path, *(self.path / name for name in (*self._formats, MANIFESTS, STATISTICS, SOLVED))):
             if directory.is_dir():
                 remove_leftovers(directory)
         finished = {}
@@ -116,7 +134,7 @@ class RunDirectory:
         return finished
 
     def _refuse_foreign(self) -> None:
-        ours = {*FORMATS, "manifests", STATISTICS, SOLVED, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
+        ours = {*FORMATS, MANIFESTS, STATISTICS, SOLVED, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
         names = sorted(path.name for path in self.path.iterdir())
         foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
         if foreign:

@@ -29,7 +29,7 @@ from gs_dist.checkpoint.run_directory import RunDirectory, StatisticsOrigin, rea
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
-from gs_dist.plan import ClusterFacts, make_plan
+from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
 from gs_dist.runtime.attempt import MakeGroup, run_attempt
@@ -117,15 +117,27 @@ def _run_on_ray(
 ) -> CalibrationSummary:
     num_cpus = None
     if address is None:
-        here = make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
+        facts = ClusterFacts.of_this_machine()
+        if config.parallel.device == "ascend" and not facts.num_npus:
+            raise ClusterError(
+                "parallel.device is ascend, and this machine has no Ascend card: set it to cpu or auto, or join a "
+                "cluster that has some with --address"
+            )
+        here = make_plan(config, reader.architecture, reader.tensors, facts)
         num_cpus = here.num_workers * here.threads_per_worker
+        _notes(config, reader, here)
+    RunDirectory(Path(config.output), formats=config.format, fingerprints=fingerprints).refuse_unusable()
     with cluster(address, num_cpus) as facts:
         plan = make_plan(config, reader.architecture, reader.tensors, facts)
-        for name in config.format:
-            for note in FORMATS[name].check_policies(plan.policies, reader.architecture):
-                progress.message(note)
+        for note in _notes(config, reader, plan):
+            progress.message(note)
         job = Job(config=config, plan=plan, fingerprints=fingerprints, statistics_from=statistics_from)
         return run_job(job, reader, make_group=_ray_workers, progress=progress)
+
+
+def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: CalibrationPlan) -> list[str]:
+    """What the formats have to say about the plan; they refuse policies that they cannot hold."""
+    return [note for name in config.format for note in FORMATS[name].check_policies(plan.policies, reader.architecture)]
 
 
 def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progress: Progress) -> CalibrationSummary:
