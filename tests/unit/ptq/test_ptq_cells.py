@@ -171,7 +171,8 @@ def test_card_multiplies_codes(kind: str, dtype: Any):
 def test_activation_function_of_the_linear_stays(activation: Any):
     """An nn.Dense with an activation function keeps it, and its parameters keep their names."""
     dense = random_dense(np.random.default_rng(0), COLUMNS, ROWS, activation=activation)
-    names = [parameter.name for parameter in dense.get_parameters()]
+    network = nn.SequentialCell(dense)
+    names = [parameter.name for parameter in network.get_parameters()]
     weight = dense.weight.asnumpy()
     scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127.5)
     quantised = QuantizedLinear(
@@ -183,7 +184,7 @@ def test_activation_function_of_the_linear_stays(activation: Any):
     cell = FakeQuantDense(linear_form("linear", dense), "W", quantised).converted()
     x = ms.Tensor(np.random.default_rng(1).standard_normal((3, COLUMNS)).astype(np.float32))
     np.testing.assert_allclose(cell(x).asnumpy(), dense(x).asnumpy(), atol=0.05)
-    assert [parameter.name for parameter in dense.get_parameters()] == names
+    assert [parameter.name for parameter in network.get_parameters()] == names
 
 
 def test_outputs_have_the_linears_dtype():

@@ -218,6 +218,7 @@ def test_static_cells_clip_what_calibration_never_saw():
 def test_checkpoint_loads_into_a_deployed_network(strategy: str, kind: str, tmp_path: Any):
     """What QUANTIZE found and saved loads into the structure DEPLOY makes, and computes alike."""
     quantize = PTQ(PTQConfig(**SCHEMES[strategy]))
+    quantize.decoder_layer_types.append(DecoderLayer)  # the head stays, and comes from the checkpoint all the same
     network = Decoder(seed=0)
     trained = quantize.convert(quantize.apply(network, datasets=batches(2)))
     path = str(tmp_path / f"quantised.{kind}")
@@ -225,6 +226,7 @@ def test_checkpoint_loads_into_a_deployed_network(strategy: str, kind: str, tmp_
     fresh = Decoder(seed=7)
     values = parameter_values(fresh)
     deploy = PTQ(PTQConfig(mode=PTQMode.DEPLOY, **SCHEMES[strategy]))
+    deploy.decoder_layer_types.append(DecoderLayer)
     skeleton = deploy.apply(fresh, network_helper=Helper())
     x = ms.Tensor(batches(1, seed=9)[0])
     assert np.isnan(skeleton(x).asnumpy()).all(), "a network without its checkpoint must not look usable"
