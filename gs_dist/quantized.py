@@ -47,7 +47,7 @@ class QuantizedLinear:
     to the checkpoint's dtype so that codes and stored scale belong together (groups is 1 per channel);
     `zero_point` (out, groups) int8 or None when symmetric; `group_index` (in,) int32 names each column's
     group where columns were taken in another order (GPTQ desc_act without static groups), else None.
-    `input_scale` and `input_zero_point` are set for static activations: q = round(x / scale) + zero_point.
+    `input_scale` and `input_zero_point` are set for static activations: q = round(x / scale + zero_point).
     `bias` (out,) float32 or None, after folding. `smooth_scale` and `smooth_shift` (in,) are set where no
     tensor before the linear could absorb a rescaling: the linear then reads (x - shift) / scale.
     """

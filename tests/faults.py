@@ -233,7 +233,7 @@ def run_with_kills(
             while not (job.ended or (manifests.look() >= moment and worker_processes(mark))):
                 check_time()
                 time.sleep(0.02)
-            pause = time.monotonic() + rng.random() * 1.5
+            pause = time.monotonic() + rng.random() * 0.5
             while time.monotonic() < pause and not job.ended:
                 manifests.look()
                 time.sleep(0.02)

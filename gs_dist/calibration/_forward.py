@@ -68,7 +68,7 @@ def _round_per_channel(x: Tensor, scale: Tensor) -> Tensor:
 
 def _round_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """int8 with one scale and zero point."""
-    codes = ops.clamp(ops.round(x / scale) + zero_point, -128.0, 127.0)
+    codes = ops.clamp(ops.round(x / scale + zero_point), -128.0, 127.0)
     return (codes - zero_point) * scale
 
 

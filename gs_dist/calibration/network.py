@@ -20,7 +20,7 @@ from gs_dist.calibration._forward import LayerForm, head_logits, layer_forward, 
 from gs_dist.calibration.device import Device
 from gs_dist.quantized import QuantizedLayer, QuantizedLinear
 
-__all__ = ["CAPTURED", "DecoderNetwork", "LayerWeights", "OuterWeights"]
+__all__ = ["CAPTURED", "DecoderNetwork", "LayerWeights", "OuterWeights", "rotary_tables"]
 
 Array = npt.NDArray[Any]
 
@@ -234,7 +234,7 @@ class DecoderNetwork:
             window = limit if limit is not None and tokens > limit else 0
             block = min(tokens, max(128, -(-tokens // 8)))
             mask = _mask(block, window)
-            rotary = ms.mutable(tuple(self._tensor(table) for table in _rotary_tables(self.architecture, tokens)))
+            rotary = ms.mutable(tuple(self._tensor(table) for table in rotary_tables(self.architecture, tokens)))
             self._tables[tokens] = (rotary, self._tensor(mask), block, window)
         return self._tables[tokens]
 
@@ -275,7 +275,7 @@ def _inverse_frequencies(architecture: DecoderArchitecture) -> npt.NDArray[np.fl
     )
 
 
-def _rotary_tables(architecture: DecoderArchitecture, tokens: int) -> list[npt.NDArray[np.float32]]:
+def rotary_tables(architecture: DecoderArchitecture, tokens: int) -> list[npt.NDArray[np.float32]]:
     """Cosine and sine for queries, times 1 / sqrt(d), then for keys; (tokens, 1, d) float32.
 
     The sine's first half carries the minus sign of transformers' `rotate_half`.

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device
-from gs_dist.calibration.network import _rotary_tables as rotary_tables  # one source of the frequencies
+from gs_dist.calibration.network import rotary_tables  # one source of the frequencies
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq.kv_cache import KVCache

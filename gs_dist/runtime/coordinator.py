@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, writ
 
 __all__ = ["cluster", "quantize", "resolve", "run_job"]
 
+_PATIENCE = 10.0  # seconds for a cluster's head to take a connection
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
 
 
@@ -248,6 +251,21 @@ def _ray_workers(job: Job, min_replicas: int) -> WorkerGroup:
     )
 
 
+def _refuse_silence(address: str) -> None:
+    """Ray tries for minutes to reach a head; whether anything listens is known in a moment."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d{1,5})", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_PATIENCE).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({reason}): start one with `ray start --head`, check --address, "
+            "or leave it out to run on this machine"
+        ) from error
+
+
 @contextmanager
 def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]:
     """Joins the Ray cluster at `address`, or starts one here; gives what it holds.
@@ -268,6 +286,7 @@ def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]
             options |= {"num_cpus": max(num_cpus or 1, len(os.sched_getaffinity(0)))}
         else:
             options |= {"address": address}
+            _refuse_silence(address)
         try:
             ray.init(**options)
         except Exception as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tiny_checkpoint
 from faults import (
     KINDS,
     NUM_LAYERS,
@@ -28,24 +29,29 @@ from faults import (
     wait_until,
     worker_processes,
 )
-from runs import run_inline, small_recipe
+from runs import run_inline, save_samples, small_recipe
 
 from gs_dist.config import CalibrationConfig
 
 pytestmark = pytest.mark.ray
 
 STAGES_BY_REPLICAS = [(2, 1), (1, 2)]
+NUM_SAMPLES = 80
 LONG_RUNS = int(os.environ.get("GS_DIST_FAULT_RUNS", "5"))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
+    """Holds a model and enough samples for a pass over them to last a while."""
+    directory = tmp_path_factory.mktemp("faults")
+    tiny_checkpoint(directory / "model", num_layers=NUM_LAYERS)
+    save_samples(directory / "samples.parquet", vocab_size=128, num_samples=NUM_SAMPLES)
+    return directory
 
 
 def recipe(directory: Path, output: str, stages: int = 2, replicas: int = 1, **parallel: Any) -> CalibrationConfig:
     spread = {"pipeline_parallel_size": stages, "data_parallel_size": replicas, "layers_per_wave": 1, "timeout": 60.0}
-    return small_recipe(directory, output, num_layers=NUM_LAYERS, parallel={**spread, **parallel})
+    return small_recipe(directory, output, calibration={"num_samples": NUM_SAMPLES}, parallel={**spread, **parallel})
 
 
 @pytest.fixture(scope="module")
