@@ -6,6 +6,7 @@ the order they are shown, so a block's statistics depend on its samples alone.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import mindspore as ms
@@ -28,7 +29,8 @@ __all__ = ["CardObserver", "HostObserver", "InputObserver", "observe"]
 Array = npt.NDArray[Any]
 
 _FLOAT32_EXPONENT_BIAS = 127
-_FLOAT32_MANTISSA_BITS = 23
+_UPPER_MANTISSA_BITS = 7  # of the 23, those in the upper half of a float32
+_UPPER_HALF = 1 if sys.byteorder == "little" else 0
 _QUARTER_BITS = 2  # log2 of HISTOGRAM_BINS_PER_OCTAVE
 _TINY_ENERGY = 1e-30
 _MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cache
@@ -136,17 +138,30 @@ def _mirror(upper: Array | None) -> Array | None:
     return upper.T
 
 
-def _count_magnitudes(tokens: Array) -> Array:
-    """Histogram (channels, 2, HISTOGRAM_BINS) of (tokens, channels): a bin is exponent and two mantissa bits."""
-    channels = tokens.shape[1]
-    bits = tokens.view(np.uint32)
-    quarters = ((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(_FLOAT32_MANTISSA_BITS - _QUARTER_BITS)).astype(np.int32)
+def _bin_of_upper_half() -> npt.NDArray[np.intp]:
+    """Sign and bin, as one index below 2 * HISTOGRAM_BINS, for each value of a float32's upper 16 bits."""
+    upper = np.arange(1 << 16, dtype=np.uint32)
+    # Seven bits of mantissa are left in the upper half; exponent and two of them make a quarter of an octave.
+    quarters = ((upper & 0x7FFF) >> (_UPPER_MANTISSA_BITS - _QUARTER_BITS)).astype(np.int64)
     quarters -= (_FLOAT32_EXPONENT_BIAS + HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE
-    np.clip(quarters, 0, HISTOGRAM_BINS - 1, out=quarters)
-    quarters += (1 - (bits >> np.uint32(31)).astype(np.int32)) * HISTOGRAM_BINS
-    flat = quarters.astype(np.intp)
-    flat += (np.arange(channels, dtype=np.intp) * (2 * HISTOGRAM_BINS))[None, :]
-    counts = np.bincount(flat.reshape(-1), minlength=channels * 2 * HISTOGRAM_BINS)
+    is_positive = 1 - (upper >> 15).astype(np.int64)
+    return (np.clip(quarters, 0, HISTOGRAM_BINS - 1) + is_positive * HISTOGRAM_BINS).astype(np.intp)
+
+
+_BIN_OF_UPPER_HALF = _bin_of_upper_half()
+_TOKENS_AT_ONCE = 128  # indices of that many tokens stay in cache between the look-up and the count
+
+
+def _count_magnitudes(tokens: Array) -> Array:
+    """Histogram (channels, 2, HISTOGRAM_BINS) of (tokens, channels) float32, by exponent and two mantissa bits."""
+    channels = tokens.shape[1]
+    upper = tokens.view(np.uint16).reshape(*tokens.shape, 2)[:, :, _UPPER_HALF]
+    first = np.arange(channels, dtype=np.intp) * (2 * HISTOGRAM_BINS)
+    counts = np.zeros(channels * 2 * HISTOGRAM_BINS, np.intp)
+    for start in range(0, len(tokens), _TOKENS_AT_ONCE):
+        index = _BIN_OF_UPPER_HALF[upper[start : start + _TOKENS_AT_ONCE]]
+        index += first
+        counts += np.bincount(index.reshape(-1), minlength=len(counts))
     return counts.reshape(channels, 2, HISTOGRAM_BINS).astype(np.int32)
 
 
