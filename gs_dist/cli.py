@@ -264,7 +264,10 @@ def _show_perplexity(found: Perplexity) -> None:
 
 
 def _record_perplexity(directory: Path, found: Perplexity) -> None:
-    """Adds what was measured to the run's summary, if the directory belongs to a run."""
+    """Adds what was measured to the summary and the model cards of the run that the directory belongs to, if any."""
+    from gs_dist.checkpoint.model_card import write_model_card
+    from gs_dist.checkpoint.reader import CheckpointReader
+
     run = _run_directory(directory)
     if not (run / JSON_NAME).exists():
         return
@@ -275,6 +278,10 @@ def _record_perplexity(directory: Path, found: Perplexity) -> None:
         float_perplexity=found.float_model if found.float_model is not None else known.float_perplexity,
     )
     write_summary(run, measured)
+    recipe = load_recipe(run / "recipe.yaml")
+    for name in known.formats:
+        architecture = CheckpointReader(run / name, quantized=True).architecture
+        write_model_card(run / name, recipe, measured, architecture)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gs_dist.architecture import LayerInput, Linear
 from gs_dist.calibration.observers import HostObserver, InputObserver
 from gs_dist.errors import LayerError
+from gs_dist.solvers.blas import one_thread
 from gs_dist.statistics import (
     LayerStatistics,
     StatisticsSettings,
@@ -105,12 +106,16 @@ class LayerLoop:
             state, captured = layer.forward(state, capture=observers is not None)
             if observers is None:
                 continue
-            shown = [(observers[name], captured[name]) for name in observers]
-            if self._pool is None:
-                for observer, activation in shown:
-                    observer.observe(activation, mask)
-            else:
-                list(self._pool.map(lambda pair: pair[0].observe(pair[1], mask), shown))
+            # The widest first, so that two threads end at about the same time.
+            shown = sorted(
+                ((observers[name], captured[name]) for name in observers), key=lambda pair: -int(pair[1].shape[-1])
+            )
+            with one_thread():
+                if self._pool is None:
+                    for observer, activation in shown:
+                        observer.observe(activation, mask)
+                else:
+                    list(self._pool.map(lambda pair: pair[0].observe(pair[1], mask), shown))
         return state
 
     def _enter_block(self, micro_batch: int) -> None:

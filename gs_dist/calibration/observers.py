@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import mint, ops
 from scipy.linalg.blas import ssyrk
-from threadpoolctl import threadpool_limits
 
+from gs_dist.solvers.blas import one_thread
 from gs_dist.statistics import (
     HISTOGRAM_BINS,
     HISTOGRAM_BINS_PER_OCTAVE,
@@ -50,8 +50,8 @@ class HostObserver:
     """Statistics by NumPy and BLAS, for activations in host memory.
 
     The Gram matrix is a symmetric rank-k update in place: half the work of a product, and no copy of a
-    matrix that has gigabytes at 28672 channels. BLAS runs on one thread, since OpenBLAS sums in another
-    order on two; a worker with more threads observes several inputs at a time instead.
+    matrix that has gigabytes at 28672 channels. The caller holds BLAS to one thread
+    (`blas.one_thread`), since OpenBLAS sums in another order on two.
     """
 
     def __init__(self, channels: int, settings: StatisticsSettings) -> None:
@@ -81,8 +81,7 @@ class HostObserver:
             tokens = tokens[mask.reshape(-1)]
         if tokens.shape[0] == 0:
             return
-        with threadpool_limits(1, user_api="blas"):
-            self._add(tokens)
+        self._add(tokens)
 
     def _add(self, tokens: Array) -> None:
         if not self._allocated:
@@ -235,5 +234,6 @@ class CardObserver:
 def observe(tokens: Array, settings: StatisticsSettings, mask: Array | None = None) -> InputStatistics:
     """Statistics of one activation (..., channels), on the host."""
     observer = HostObserver(int(tokens.shape[-1]), settings)
-    observer.observe(tokens, mask)
+    with one_thread():
+        observer.observe(tokens, mask)
     return observer.take()

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
 from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.dataset import TokenBatch, open_dataset
@@ -31,6 +30,7 @@ from gs_dist.checkpoint.solved_layer import read_solved, write_solved
 from gs_dist.config import CalibrationConfig
 from gs_dist.plan import CalibrationPlan
 from gs_dist.runtime.schedule import StageWave
+from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.statistics import LayerStatistics, TreeNode
 
@@ -216,8 +216,7 @@ class StageWorker:
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
         )
-        # OpenBLAS sums in another order on two threads, and the bytes must not depend on the machine's cores.
-        with threadpool_limits(1, user_api="blas"):
+        with one_thread():
             quantized = solve_layer(
                 problem, max_relative_error=config.max_relative_error, on_bad_layer=config.on_bad_layer
             )

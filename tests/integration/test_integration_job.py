@@ -117,6 +117,7 @@ def test_evaluate_compares_both_models_and_remembers_it(job: tuple[Path, Calibra
     assert summary.float_perplexity is not None
     assert summary.perplexity == pytest.approx(summary.float_perplexity, rel=0.02)
     assert f"{summary.perplexity:.4f}" in found.stdout
+    assert f"{summary.perplexity:.2f}" in (Path(config.output) / "compressed-tensors" / "README.md").read_text()
 
 
 def test_the_published_directory_passes_its_own_check(job: tuple[Path, CalibrationConfig]) -> None:
