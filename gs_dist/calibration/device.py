@@ -99,6 +99,9 @@ def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int
         ms.set_device("Ascend")  # Ascend only
         ms.set_deterministic(True)  # Ascend only
         return Device(kind="ascend")  # Ascend only
+    # Otherwise the calling thread hands each kernel to another and spins until it is done, which takes a core from
+    # the neighbouring worker. MindSpore reads this at its first operation (`AsyncRQueue::Push`, async_r_queue.cc).
+    os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     ms.set_device("CPU")
     if threads is not None:
         _limit_threads(threads)
