@@ -138,18 +138,21 @@ class FaultCluster:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def num_objects(self) -> int:
-        """Objects in the stores of all nodes."""
-        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+        """Objects in the stores of all living nodes."""
+        from ray._private.internal_api import node_stats
 
-        reply = get_memory_info_reply(get_state_from_address(self.address))
-        return int(reply.store_stats.num_local_objects)
+        nodes = (self._cluster.head_node, *self.nodes)
+        replies = [
+            node_stats(node.node_ip_address, node.node_manager_port, include_memory_info=False) for node in nodes
+        ]
+        return sum(int(reply.store_stats.num_local_objects) for reply in replies)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
 
 
 @contextmanager
-def fault_cluster(mark: str, num_nodes: int = 3) -> Iterator[FaultCluster]:
+def fault_cluster(mark: str, num_nodes: int) -> Iterator[FaultCluster]:
     cluster = FaultCluster(mark, num_nodes)
     try:
         yield cluster

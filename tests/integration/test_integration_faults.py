@@ -73,7 +73,7 @@ def mark() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster(mark: str) -> Iterator[FaultCluster]:
-    with fault_cluster(mark) as cluster:
+    with fault_cluster(mark, num_nodes=3) as cluster:
         yield cluster
 
 
