@@ -28,6 +28,8 @@ __all__ = [
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 
+STATIC_ALPHAS = (0.5, 0.65, 0.8, 0.9)
+
 
 class OutliersSuppressionType(str, Enum):
     """Ways to move outliers between activations and weights before rounding."""
@@ -62,7 +64,8 @@ class AlgoArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     # SmoothQuant's migration strength; of a list, each group of linears takes the one of least output error.
-    alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = 0.5
+    # SmoothQuant's migration strength: one, several to search, or None for `QuantPolicy.migration_strength`'s choice.
+    alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
     duo_scaling: bool = True
     smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
         i / 20 for i in range(20)
@@ -93,7 +96,7 @@ class QuantPolicy(BaseModel):
     outliers_suppression: Annotated[OutliersSuppressionType, Field(strict=False)] = OutliersSuppressionType.NONE
     precision_recovery: Annotated[PrecisionRecovery, Field(strict=False)] = PrecisionRecovery.NONE
     weight_clip: bool = False
-    act_range: Literal["minmax", "mse"] = "minmax"
+    act_range: Literal["minmax", "mse"] = "mse"
     algo_args: AlgoArgs = AlgoArgs()
 
     @property
@@ -105,6 +108,17 @@ class QuantPolicy(BaseModel):
     def quantises_linear(self) -> bool:
         """Whether weights or activations of the linear change at all."""
         return self.weight_quant_dtype is not None
+
+    @property
+    def migration_strength(self) -> float | tuple[float, ...]:
+        """SmoothQuant's alpha, or those it is searched among.
+
+        Unless the recipe says, static activations with a range of least error search: one token of enormous
+        energy then decides neither the range nor how much of it moves into the weights.
+        """
+        if self.algo_args.alpha is not None:
+            return self.algo_args.alpha
+        return STATIC_ALPHAS if self.is_static and self.act_range == "mse" else 0.5
 
     @property
     def is_static(self) -> bool:
@@ -250,7 +264,7 @@ def required_statistics(
             p.precision_recovery is PrecisionRecovery.GPTQ
             or p.weight_clip
             or p.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
-            or (p.outliers_suppression is OutliersSuppressionType.SMOOTH and isinstance(p.algo_args.alpha, tuple))
+            or (p.outliers_suppression is OutliersSuppressionType.SMOOTH and isinstance(p.migration_strength, tuple))
             for p in readers
         )
         settings[layer_input.name] = StatisticsSettings(

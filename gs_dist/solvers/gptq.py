@@ -23,13 +23,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
-from gs_dist.policy import QuantPolicy
+from gs_dist.policy import AlgoArgs, QuantPolicy
 from gs_dist.quantized import Float32, Int8
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantise, num_groups, quantise_weight
 from gs_dist.solvers.objective import output_error
 
-__all__ = ["GPTQResult", "quantise"]
+__all__ = ["GPTQResult", "quantise", "range_ratios"]
+
+# Shares of a group's largest weight that its range is tried at. A little beyond it pays at times: the largest
+# code is then used by more than one weight.
+_RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
 
 Float = npt.NDArray[np.floating[Any]]
 
@@ -57,6 +61,14 @@ class GPTQResult:
     loss: float
     damp_percent_used: float | None
     notes: tuple[str, ...]
+
+
+def range_ratios(policy: QuantPolicy) -> tuple[float, ...]:
+    """Candidates for `quantise`'s `search_ratios`: the recipe's `weight_clip_ratio`, or GPTQ's own if it says none."""
+    chosen = policy.algo_args.weight_clip_ratio
+    if chosen == AlgoArgs().weight_clip_ratio:
+        return _RANGE_RATIOS
+    return (chosen,) if isinstance(chosen, float) else chosen
 
 
 def quantise(

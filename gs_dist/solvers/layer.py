@@ -263,10 +263,16 @@ def _round_weight(
     weight: Float32, policy: QuantPolicy, objective: Float32 | None, scale_dtype: str
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     ratio: Float32 | None = None
-    if clips_weights(policy) and objective is not None:
+    rounds_by_gptq = policy.precision_recovery is PrecisionRecovery.GPTQ and objective is not None
+    searches_on_the_way = rounds_by_gptq and policy.group_size > 0
+    if clips_weights(policy) and objective is not None and not searches_on_the_way:
         ratio = clip.clip_weight(weight, objective, policy, scale_dtype=scale_dtype).ratio
-    if policy.precision_recovery is PrecisionRecovery.GPTQ and objective is not None:
-        result = gptq.quantise(weight, objective, policy, scale_dtype=scale_dtype, clip_ratio=ratio)
+    if rounds_by_gptq and objective is not None:
+        # A range found by plain rounding does not suit GPTQ, which makes up for what rounding does.
+        ratios = gptq.range_ratios(policy) if clips_weights(policy) and searches_on_the_way else (1.0,)
+        result = gptq.quantise(
+            weight, objective, policy, scale_dtype=scale_dtype, clip_ratio=ratio, search_ratios=ratios
+        )
         solved = QuantizedLinear(
             policy=policy,
             codes=result.codes,

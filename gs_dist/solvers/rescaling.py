@@ -14,6 +14,7 @@ from gs_dist.quantized import Float32
 from gs_dist.solvers import activation_range, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import source_channels
+from gs_dist.solvers.objective import blend
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["Rescaling", "objective_of"]
@@ -79,7 +80,7 @@ class Rescaling:
         Raises:
             UserError: no Gram matrix was taken.
         """
-        gram = objective_of(statistics)
+        gram = _mixed_gram(statistics)
         inverse = self.inverse
         if inverse is None:
             return gram
@@ -112,8 +113,15 @@ class Rescaling:
         return output_error.static_rounding(seen, step / max(energy, 1e-30))
 
 
+def _mixed_gram(statistics: InputStatistics) -> Float32:
+    """What clipping and GPTQ minimise: mostly tokens weighted alike, and a little of the plain matrix."""
+    if statistics.gram is None or statistics.weighted_gram is None:
+        return objective_of(statistics)
+    return blend(statistics.gram, statistics.weighted_gram)
+
+
 def objective_of(statistics: InputStatistics) -> Float32:
-    """The matrix weights are rounded against: tokens weighted by 1/x.x where taken, else the plain one.
+    """The matrix AWQ's scales are searched against: tokens weighted by 1/x.x where taken, else the plain one.
 
     With plain weights a few tokens of enormous energy decide, and what the other tokens need is lost.
 

@@ -17,14 +17,10 @@ _SUPPRESSION = {
 def clips_weights(policy: QuantPolicy) -> bool:
     """Whether the weight's ranges are searched.
 
-    Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds afterwards only an explicit
-    `weight_clip` does: GPTQ makes up for rounding, and a narrower range takes that room from it.
+    Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds groups, it searches their ranges itself.
     """
-    forced = policy.outliers_suppression in (
-        OutliersSuppressionType.AWQ,
-        OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
-    )
-    return policy.weight_clip or (forced and policy.precision_recovery is PrecisionRecovery.NONE)
+    forced = (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE)
+    return policy.weight_clip or policy.outliers_suppression in forced
 
 
 def strategy(policy: QuantPolicy | None) -> str:

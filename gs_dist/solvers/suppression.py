@@ -48,7 +48,7 @@ def suppress(
     if policy is None or statistics is None:
         return Rescaling()
     kind = policy.outliers_suppression
-    alpha = policy.algo_args.alpha
+    alpha = policy.migration_strength
     if kind is OutliersSuppressionType.SMOOTH and isinstance(alpha, float):
         scale = smoothing_scale(
             tie_max(statistics.max_abs, layer_input),
@@ -104,7 +104,7 @@ def _search(
     shift: Float32 | None = None
     notes: tuple[str, ...] = ()
     smooth = policy.outliers_suppression is OutliersSuppressionType.SMOOTH
-    alphas = policy.algo_args.alpha if smooth else policy.algo_args.smooth_alpha
+    alphas = policy.migration_strength if smooth else policy.algo_args.smooth_alpha
     if policy.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS:
         if alphas == AlgoArgs().smooth_alpha:
             alphas = outlier_suppression.PLUS_ALPHAS

@@ -65,7 +65,7 @@ def test_the_documented_recipe_is_read(write: Any) -> None:
     down = policies[r".*mlp\.down_proj"]
     assert down is not None
     assert (down.act_quant_granularity, down.act_quant_dtype, down.algo_args.alpha) == ("per_token", "int8", 0.7)
-    assert config.network_policy.algo_args.alpha == 0.5
+    assert config.network_policy.algo_args.alpha is None
 
 
 def test_algo_args_are_laid_over_key_by_key(write: Any) -> None:
@@ -104,7 +104,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         "calibration.reduction_blocks: found 6; write a power of two: 1, 2, 4, 8, 16 ...",
         "ptq.weight_quant_dtype: found 'int9'; write int8 or qint4x2, or null",
         "ptq.opname_blacklist: found 'lm_head'; write a list of parts of names, such as [lm_head]",
-        "ptq.algo_args.alpha: found 3; write at most 1.0",
+        "ptq.algo_args.alpha: found 3; write at most 1.0, or a list",
         "layer_policies.'.*(o': found '.*(o'; write a regular expression: this one does not compile "
         "(missing ), unterminated subpattern at position 2)",
         "layer_policies.a: found 3; write a table of options to lay over ptq, or null to leave the linears alone",
