@@ -143,8 +143,9 @@ def _planned(config: CalibrationConfig) -> tuple[CalibrationPlan, list[str]]:
     for name in config.format:
         if name not in FORMATS:
             raise UserError(f"format {name} is not served by this version: choose from {', '.join(FORMATS)}")
-        notes += FORMATS[name].check_policies(made.policies, reader.architecture)
-    return made, notes
+        for policies in made.policy_sets:
+            notes += FORMATS[name].check_policies(policies, reader.architecture)
+    return made, list(dict.fromkeys(notes))
 
 
 @app.command()
@@ -187,6 +188,9 @@ def resolve(
 def _show_result(config: CalibrationConfig, summary: CalibrationSummary) -> None:
     console = _console()
     print_summary(console, summary)
+    chosen = Path(config.output) / "layer_policies.yaml"
+    if config.bits == "auto" and chosen.is_file():
+        typer.echo(chosen.read_text(encoding="utf-8"), nl=False)
     for name in summary.formats:
         console.print(f"model: {Path(config.output) / name}", markup=False, highlight=False, soft_wrap=True)
 
@@ -196,7 +200,8 @@ def summary(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job.")],
     *,
     sort: Annotated[
-        Literal["layer", "error"] | None, typer.Option(help="Order of linears; without it, large models are grouped.")
+        Literal["layer", "error", "sensitivity"] | None,
+        typer.Option(help="Order of linears; without it, large models are grouped."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many linears to show.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,

@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from gs_dist.bits import contradictions
 from gs_dist.errors import RecipeError
 from gs_dist.policy import QuantPolicy
 from gs_dist.recipe import apply_overrides, parse_document, problems_of, report
@@ -84,6 +85,15 @@ def _size_or_auto(value: object) -> object:
         return parse_size(value)
     except ValueError:
         raise _refusal(f"auto, or {_SIZE_HELP}") from None
+
+
+def _share_or_size(value: object) -> object:
+    if value is None or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise _refusal(f"a share between 0 and 1 such as 0.30, or {_SIZE_HELP}") from None
 
 
 def _count_or_auto(value: object) -> object:
@@ -229,6 +239,10 @@ class CalibrationConfig(_Section):
     max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
     on_bad_layer: Literal["fail", "keep_float"] = "fail"
     keep_statistics: bool = False
+    bits: Literal["fixed", "auto"] = "fixed"
+    # A float is a share of what the linears of the decoder layers take in float, an int is bytes.
+    size_budget: Annotated[float | int | None, BeforeValidator(_share_or_size)] = None
+    sensitivity: bool = False
 
     @property
     def network_policy(self) -> QuantPolicy:
@@ -238,10 +252,16 @@ class CalibrationConfig(_Section):
     @property
     def resolved_layer_policies(self) -> dict[str, QuantPolicy | None]:
         """Pattern to whole policy, overrides laid over `ptq`; None leaves the linears alone."""
-        return {
-            pattern: None if override is None else _merged_policy(self.ptq, override)
-            for pattern, override in self.layer_policies.items()
-        }
+        return {pattern: self.policy_with(override) for pattern, override in self.layer_policies.items()}
+
+    @property
+    def judges_schemes(self) -> bool:
+        """Whether it is found out what W8 and W4 cost each linear."""
+        return self.sensitivity or self.bits == "auto"
+
+    def policy_with(self, override: Mapping[str, Any] | None) -> QuantPolicy | None:
+        """Policy of an entry of `layer_policies`: `override` laid over `ptq`, None for None."""
+        return None if override is None else _merged_policy(self.ptq, override)
 
     @property
     def takes_gram(self) -> bool:
@@ -265,6 +285,26 @@ class CalibrationConfig(_Section):
             raise ValidationError.from_exception_data("layer_policies", errors)
         return value
 
+    @model_validator(mode="after")
+    def _refuse_unjudgeable(self) -> CalibrationConfig:
+        problems = []
+        if self.judges_schemes and self.gram == "off":
+            asked = "bits is auto" if self.bits == "auto" else "sensitivity is true"
+            problems.append(f"{asked} while gram is off, and schemes are judged by Gram matrices: set gram: auto")
+        if self.bits == "auto":
+            problems += contradictions(
+                self.ptq,
+                size_budget=self.size_budget,
+                pinned=[pattern for pattern, override in self.layer_policies.items() if override is not None],
+                propagation=self.propagation,
+                on_bad_layer=self.on_bad_layer,
+            )
+        elif self.size_budget is not None:
+            problems.append("size_budget is set while bits is fixed: set bits: auto, or leave size_budget out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """Everything that decides the published bytes, given the checkpoint and the samples.
 
@@ -286,6 +326,7 @@ class CalibrationConfig(_Section):
             "propagation": self.propagation,
             "max_relative_error": self.max_relative_error,
             "on_bad_layer": self.on_bad_layer,
+            **({"bits": "auto", "size_budget": self.size_budget} if self.bits == "auto" else {}),
         }
 
 

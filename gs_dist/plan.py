@@ -6,14 +6,15 @@ Pure: nothing is read but the arguments. A job that cannot fit is refused here, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.bits import W4, W8, least_bytes, override_of
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
 from gs_dist.memory import MemoryPlan
 from gs_dist.policy import QuantPolicy
-from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, shares, threads_of
+from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, format_bytes, shares, threads_of
 from gs_dist.statistics import StatisticsSettings, block_bounds
 from gs_dist.workload import (
     Operations,
@@ -81,6 +82,9 @@ class CalibrationPlan:
     propagation: str
     operations: Operations
     notes: tuple[str, ...] = ()
+    # Where schemes are judged: linear's name within the layer to scheme to policy of the weight alone.
+    schemes: Mapping[str, Mapping[str, QuantPolicy]] = field(default_factory=dict)
+    size_budget: int | None = None  # bytes of all linears, where `policies` is only what they start from
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -96,6 +100,24 @@ class CalibrationPlan:
     def blocks(self) -> list[tuple[int, int]]:
         """First and past-the-last micro-batch of each reduction block."""
         return block_bounds(self.num_micro_batches, self.num_blocks)
+
+    @property
+    def policy_sets(self) -> tuple[Mapping[str, QuantPolicy | None], ...]:
+        """`policies`, or where they are chosen later, each scheme everywhere: what formats must be able to hold."""
+        if self.size_budget is None:
+            return (self.policies,)
+        inputs = {
+            self.architecture.layer_prefix(layer) + linear.name: linear.name
+            for layer in range(self.architecture.num_layers)
+            for linear in self.architecture.linears
+        }
+        return tuple(
+            {
+                name: None if policy is None else _weight_as(policy, self.schemes[inputs[name]][scheme])
+                for name, policy in self.policies.items()
+            }
+            for scheme in (W4, W8)
+        )
 
     def stage_of(self, layer: int) -> StagePlan:
         """The stage that holds a layer."""
@@ -122,8 +144,16 @@ class CalibrationPlan:
     def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is observed of each activation of a layer."""
         return layer_settings(
-            self.architecture, self.layer_policies(layer), gram=self.gram, everything=self.keep_statistics
+            self.architecture,
+            self.layer_policies(layer),
+            gram=self.gram,
+            everything=self.keep_statistics,
+            judged=bool(self.schemes),
         )
+
+
+def _weight_as(policy: QuantPolicy, scheme: QuantPolicy) -> QuantPolicy:
+    return QuantPolicy.model_validate({**dict(policy), **(override_of(scheme) or {})})
 
 
 def make_plan(
@@ -192,7 +222,22 @@ def _plan_of(config: CalibrationConfig, workload: Workload, available: ClusterFa
         keep_statistics=config.keep_statistics,
         propagation=config.propagation,
         operations=count_operations(workload, data.num_samples, data.sequence_length),
-        notes=workload.notes,
+        notes=workload.notes + _budget_notes(workload),
+        schemes=workload.schemes,
+        size_budget=workload.size_budget,
+    )
+
+
+def _budget_notes(workload: Workload) -> tuple[str, ...]:
+    if workload.size_budget is None:
+        return ()
+    fixed = {name for name, policy in workload.resolved.items() if policy is None}
+    least = least_bytes(workload.architecture, workload.schemes, fixed)
+    full = least_bytes(workload.architecture, {})
+    return (
+        f"bits are chosen so that the linears take {format_bytes(workload.size_budget)} at most: in float they take "
+        f"{format_bytes(full)}, with the fewest bits {format_bytes(least)}",
+        f"until the end, statistics of {format_bytes(sum(workload.set_bytes))} are kept in the output",
     )
 
 

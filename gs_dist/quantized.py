@@ -24,7 +24,9 @@ class LinearSummary:
     `relative_error` is |Q(W)x - Wx|^2 / |Wx|^2 over all calibration tokens, None for a linear that stays
     as it is; `error_source` says whether it came from the Gram matrix (exact for the weights) or from
     its diagonal alone (channels taken as uncorrelated). `activation_error` estimates, on the same scale,
-    what rounding x adds (None where activations stay). `notes` records fallbacks and gates.
+    what rounding x adds (None where activations stay). `scheme_errors` says, on that scale too, what plainly
+    rounding the weight to W8 and to W4 would cost, where the recipe asked for it. `notes` records fallbacks
+    and gates.
     """
 
     layer: int
@@ -37,6 +39,7 @@ class LinearSummary:
     num_tokens: int
     notes: tuple[str, ...] = ()
     activation_error: float | None = None
+    scheme_errors: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,7 +351,7 @@ def _ways_out(config: CalibrationConfig, workload: Workload, available: ClusterF
                 yield f"{section}.{setting}: {shown}"
                 break
     without = config.model_copy(update={"gram": "off"})
-    if config.takes_gram and _would_fit(without, without_gram(workload), available):
+    if config.takes_gram and not config.judges_schemes and _would_fit(without, without_gram(workload), available):
         yield "gram: off (errors are then estimated from the diagonal)"
 
 

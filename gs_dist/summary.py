@@ -79,12 +79,20 @@ class CalibrationSummary:
         return dict(Counter(row.strategy for row in self.rows).most_common())
 
     def sorted_rows(self, order: str = "layer") -> list[LinearSummary]:
-        """Rows in model order (`layer`), or the largest relative error first (`error`; without error last)."""
+        """Rows in model order (`layer`), or the largest first: relative error (`error`), or what 4 bits cost (`sensitivity`).
+
+        Rows without that number come last.
+
+        Raises:
+            ValueError: another order.
+        """
         if order == "layer":
             return list(self.rows)
         if order == "error":
             return sorted(self.rows, key=lambda row: math.inf if row.relative_error is None else -row.relative_error)
-        raise ValueError(f"rows cannot be sorted by {order!r}: ask for 'layer' or 'error'")
+        if order == "sensitivity":
+            return sorted(self.rows, key=lambda row: -max((row.scheme_errors or {}).values(), default=-math.inf))
+        raise ValueError(f"rows cannot be sorted by {order!r}: ask for 'layer', 'error' or 'sensitivity'")
 
     def to_json(self) -> str:
         """As JSON text, keys in a fixed order; numbers that are not finite become null."""
@@ -174,11 +182,17 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("num_tokens", pa.int64(), nullable=False),
             pa.field("notes", pa.list_(pa.string())),
             pa.field("activation_error", pa.float64()),
+            pa.field("scheme_errors", pa.map_(pa.string(), pa.float64())),
         ],
         metadata={"model": summary.model, "propagation": summary.propagation, "gs_dist_summary": str(SUMMARY_VERSION)},
     )
-    rows = [{**_finite(dataclasses.asdict(row)), "notes": list(row.notes)} for row in summary.rows]
+    rows = [_parquet_row(row) for row in summary.rows]
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), path)
+
+
+def _parquet_row(row: LinearSummary) -> dict[str, Any]:
+    errors = None if row.scheme_errors is None else list(row.scheme_errors.items())
+    return {**_finite(dataclasses.asdict(row)), "notes": list(row.notes), "scheme_errors": errors}
 
 
 def _publish(path: Path, write: Callable[[Path], object]) -> None:

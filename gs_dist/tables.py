@@ -81,7 +81,7 @@ def _number(value: float | None, *, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def _linear_row(row: LinearSummary) -> list[str]:
+def _linear_row(row: LinearSummary, *, judged: bool = False) -> list[str]:
     scales = "" if row.scale_min is None else f"{_number(row.scale_min)} .. {_number(row.scale_max)}"
     source = row.error_source if row.relative_error is not None else ""
     error = _number(row.relative_error)
@@ -94,10 +94,22 @@ def _linear_row(row: LinearSummary) -> list[str]:
         _number(row.activation_error),
         scales,
         str(row.num_tokens),
+        *([_scheme_errors(row)] if judged else []),
     ]
 
 
+def _scheme_errors(row: LinearSummary) -> str:
+    """`W8 2e-05, W4 0.0071`."""
+    return ", ".join(f"{scheme} {_number(error)}" for scheme, error in (row.scheme_errors or {}).items())
+
+
 _LINEAR_COLUMNS = ("linear", "strategy", "notes", "relative error", "from", "activations", "scales", "tokens")
+
+
+def _linear_table(title: str, rows: Sequence[LinearSummary]) -> Table:
+    judged = any(row.scheme_errors for row in rows)
+    columns = (*_LINEAR_COLUMNS, "plain rounding would cost") if judged else _LINEAR_COLUMNS
+    return _table(title, columns, (_linear_row(row, judged=judged) for row in rows), left=3)
 
 
 def _role(row: LinearSummary) -> str:
@@ -150,7 +162,7 @@ def print_summary(
     Args:
         console: where to print.
         summary: what to print.
-        sort: "layer" or "error"; None groups the linears of a large model by role.
+        sort: "layer", "error" or "sensitivity"; None groups the linears of a large model by role.
         limit: how many linears at most.
 
     Raises:
@@ -162,11 +174,11 @@ def print_summary(
         console.print(_table(title, columns, _role_rows(summary.rows), left=2))
         worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:WORST_ROWS]
         if worst:
-            console.print(_table("Largest errors", _LINEAR_COLUMNS, map(_linear_row, worst), left=3))
+            console.print(_linear_table("Largest errors", worst))
     else:
         rows = summary.sorted_rows(sort or "layer")
         shown = rows if limit is None else rows[:limit]
-        console.print(_table(title, _LINEAR_COLUMNS, map(_linear_row, shown), left=3))
+        console.print(_linear_table(title, shown))
         if len(shown) < len(rows):
             console.print(f"{len(rows) - len(shown)} more linears are not shown", markup=False, highlight=False)
     if summary.stages:

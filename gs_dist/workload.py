@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Protocol
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.bits import budget_bytes, schemes_of
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
@@ -82,6 +83,8 @@ class Workload:
     embedding_nbytes: int
     outer_nbytes: int
     notes: tuple[str, ...]
+    schemes: Mapping[str, Mapping[str, QuantPolicy]]  # by name within the layer, where schemes are judged
+    size_budget: int | None  # bytes of all linears, where they are chosen
 
     def shape(self, *, device: str, micro_batch_size: int, sequence_length: int, max_in_flight: int) -> JobShape:
         """What memory depends on. The CPU has no bfloat16 product and computes in float32."""
@@ -133,16 +136,20 @@ def layer_settings(
     *,
     gram: bool,
     everything: bool = False,
+    judged: bool = False,
 ) -> dict[str, StatisticsSettings]:
     """What is observed of a layer; keys and values only where their cache gets one scale per channel.
 
-    With `everything`, all that any recipe could need, for statistics that are kept.
+    With `everything`, all that any recipe could need, for statistics that are kept. With `judged`, Gram
+    matrices of linears that stay in float, too.
     """
     if everything:
         full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True)
         kept = {layer_input.name: full for layer_input in architecture.inputs}
         return kept | dict.fromkeys(("key", "value"), StatisticsSettings(gram=False))
     settings = required_statistics(architecture.inputs, policies, gram=gram)
+    if judged:
+        settings = {name: replace(taken, gram=True) for name, taken in settings.items()}
     for name, linear in (("key", "self_attn.k_proj"), ("value", "self_attn.v_proj")):
         policy = policies.get(linear)
         if policy and policy.kvcache_quant_dtype and policy.kvcache_quant_granularity == "per_channel":
@@ -261,6 +268,16 @@ def make_workload(
         policies.append({name: resolved[prefix + name] for name in names})
         _check_shared(architecture, layer, policies[-1])
         layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors()]))
+    schemes: dict[str, Mapping[str, QuantPolicy]] = {}
+    if config.judges_schemes:
+        schemes = {
+            linear.name: schemes_of(config.network_policy, linear.in_features) for linear in architecture.linears
+        }
+    size_budget = None
+    if config.bits == "auto":
+        assert config.size_budget is not None
+        fixed = {name for name, policy in resolved.items() if policy is None}
+        size_budget = budget_bytes(config.size_budget, architecture, schemes, fixed)
     nbytes = tuple(sum(header.nbytes for header in headers) for headers in layer_headers)
     embedding = _headers(tensors, ["model.embed_tokens.weight"])[0]
     return Workload(
@@ -268,18 +285,30 @@ def make_workload(
         resolved=resolved,
         policies=tuple(policies),
         settings=tuple(
-            layer_settings(architecture, p, gram=config.takes_gram, everything=config.keep_statistics) for p in policies
+            layer_settings(
+                architecture,
+                p,
+                gram=config.takes_gram,
+                everything=config.keep_statistics,
+                judged=config.judges_schemes,
+            )
+            for p in policies
         ),
         layer_nbytes=nbytes,
         layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
         layer_output_nbytes=tuple(
-            _output_nbytes(architecture, layer, policies[layer], nbytes[layer])
+            # Which linears stay in float is not known before they are judged.
+            nbytes[layer]
+            if config.bits == "auto"
+            else _output_nbytes(architecture, layer, policies[layer], nbytes[layer])
             for layer in range(architecture.num_layers)
         ),
         embedding_elements=math.prod(embedding.shape),
         embedding_nbytes=embedding.nbytes,
         outer_nbytes=sum(header.nbytes for header in _headers(tensors, list(architecture.outer_tensors()))),
         notes=notes,
+        schemes=schemes,
+        size_budget=size_budget,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from gs_dist.checkpoint.array_file import read_arrays
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.layer_costs import SENSITIVITY
 from gs_dist.checkpoint.manifest import (
     MANIFESTS,
     Fingerprints,
@@ -38,11 +40,14 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.statistics import InputStatistics, LayerStatistics
 
 __all__ = [
+    "LAYER_POLICIES",
     "RunDirectory",
     "StatisticsOrigin",
     "find_model",
+    "holds_statistics",
     "read_origin",
     "read_statistics",
+    "remove_statistics",
     "write_origin",
     "write_statistics",
 ]
@@ -50,6 +55,8 @@ __all__ = [
 DONE = "done"
 LOCK = ".lock"
 STATISTICS = "statistics"
+LAYER_POLICIES = "layer_policies.yaml"
+_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
 # Files by which a model directory of a format is known.
 _MARKERS = {"ascend": "quant_model_description.json", "golden-stick": "quantization_description.json"}
 
@@ -120,7 +127,10 @@ class RunDirectory:
         """
         self._refuse_foreign()
         (self.path / DONE).unlink(missing_ok=True)
-        for directory in (self.path, *(self.path / name for name in (*self._formats, MANIFESTS, STATISTICS, SOLVED))):
+        for directory in (
+            self.path,
+            *(self.path / name for name in (*self._formats, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED)),
+        ):
             if directory.is_dir():
                 remove_leftovers(directory)
         finished = {}
@@ -134,7 +144,7 @@ class RunDirectory:
         return finished
 
     def _refuse_foreign(self) -> None:
-        ours = {*FORMATS, MANIFESTS, STATISTICS, SOLVED, DONE, LOCK, "recipe.yaml", "summary.json", "summary.parquet"}
+        ours = {*FORMATS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
         names = sorted(path.name for path in self.path.iterdir())
         foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
         if foreign:
@@ -170,6 +180,17 @@ def write_statistics(output: Path, layer: int, statistics: LayerStatistics) -> N
     """Keeps a layer's merged statistics, `statistics/layer-00017.safetensors`, for another recipe to be solved from."""
     arrays = {f"{name}/{key}": array for name, seen in statistics.items() for key, array in seen.to_arrays().items()}
     write_safetensors(make_directory(output / STATISTICS) / f"{part_stem(layer)}.safetensors", arrays)
+
+
+def holds_statistics(output: Path, layer: int) -> bool:
+    """Whether a layer's statistics are on disk."""
+    return (output / STATISTICS / f"{part_stem(layer)}.safetensors").is_file()
+
+
+def remove_statistics(output: Path) -> None:
+    """Deletes statistics that were kept for the job itself; those that `write_origin` declared stay."""
+    if not (output / STATISTICS / "origin.json").is_file():
+        shutil.rmtree(output / STATISTICS, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)

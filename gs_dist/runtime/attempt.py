@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gs_dist.bits import LayerCosts
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.errors import WorkerLostError
 from gs_dist.plan import CalibrationPlan
@@ -25,12 +26,14 @@ MakeGroup = Callable[[Job, int], WorkerGroup]
 
 def run_attempt(
     job: Job,
-    finished: dict[int, LayerManifest],
+    finished: dict[int, Any],
     make_group: MakeGroup,
     progress: Progress,
     stages: dict[WorkerKey, StageSummary],
 ) -> None:
     """Observes and solves what is not in `finished`; fills `finished` as layers are published, `stages` at the end.
+
+    Of a job that judges, `finished` holds the `LayerCosts` of layers, otherwise their `LayerManifest`.
 
     Raises:
         WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
@@ -46,21 +49,22 @@ def run_attempt(
         _reports(group, plan, config.parallel.timeout)  # answered once a worker is up
         began = time.monotonic()
 
-        def on_solved(manifest: LayerManifest) -> None:
-            assert manifest.layer is not None
-            finished[manifest.layer] = manifest
-            progress.layer_finished(manifest.layer, len(finished), plan.architecture.num_layers)
+        def on_solved(outcome: LayerManifest | LayerCosts) -> None:
+            assert outcome.layer is not None
+            finished[outcome.layer] = outcome
+            if not job.judges:
+                progress.layer_finished(outcome.layer, len(finished), plan.architecture.num_layers)
 
         streams, deal = _work(job, plan, finished)
         run_streams(group, streams, plan, deal, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
         seconds = time.monotonic() - began
         for key, report in _reports(group, plan, config.parallel.timeout).items():
-            stages[key] = _stage_summary(plan, report, seconds)
+            stages[key] = _together(stages.get(key), _stage_summary(plan, report, seconds))
     finally:
         group.close()
 
 
-def _work(job: Job, plan: CalibrationPlan, finished: dict[int, LayerManifest]) -> tuple[list[Stream], list[range]]:
+def _work(job: Job, plan: CalibrationPlan, finished: dict[int, Any]) -> tuple[list[Stream], list[range]]:
     """Streams, and the micro-batches of each replica."""
     if job.statistics_from is not None:
         return plan_solves(plan.stages, set(finished)), [range(0)] * plan.data_parallel_size
@@ -93,4 +97,19 @@ def _stage_summary(plan: CalibrationPlan, report: StageReport, seconds: float) -
         idle_share=max(0.0, 1.0 - report.busy_seconds / seconds),
         peak_memory_planned=stage.memory.peak,
         peak_memory_measured=report.peak_memory,
+    )
+
+
+def _together(before: StageSummary | None, now: StageSummary) -> StageSummary:
+    """A worker's summary over phases that followed each other, such as judging and solving."""
+    if before is None:
+        return now
+    wall = sum(s.seconds / max(1.0 - s.idle_share, 1e-9) for s in (before, now))
+    seconds = before.seconds + now.seconds
+    measured = [s.peak_memory_measured for s in (before, now) if s.peak_memory_measured is not None]
+    return dataclasses.replace(
+        now,
+        seconds=seconds,
+        idle_share=max(0.0, 1.0 - seconds / wall),
+        peak_memory_measured=max(measured, default=None),
     )

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,13 +22,23 @@ from typing import Any
 import ray
 
 from gs_dist import __version__
+from gs_dist.bits import LayerCosts
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
 from gs_dist.checkpoint.model_card import write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import RunDirectory, StatisticsOrigin, read_origin, write_origin
+from gs_dist.checkpoint.run_directory import (
+    LAYER_POLICIES,
+    RunDirectory,
+    StatisticsOrigin,
+    holds_statistics,
+    read_origin,
+    remove_statistics,
+    write_origin,
+)
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
@@ -35,6 +46,7 @@ from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
 from gs_dist.runtime.attempt import MakeGroup, run_attempt
+from gs_dist.runtime.choice import chosen_policies, render_layer_policies, with_scheme_errors
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
 from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
@@ -140,7 +152,13 @@ def _run_on_ray(
 
 def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: CalibrationPlan) -> list[str]:
     """What the formats have to say about the plan; they refuse policies that they cannot hold."""
-    return [note for name in config.format for note in FORMATS[name].check_policies(plan.policies, reader.architecture)]
+    notes = [
+        note
+        for name in config.format
+        for policies in plan.policy_sets
+        for note in FORMATS[name].check_policies(policies, reader.architecture)
+    ]
+    return list(dict.fromkeys(notes))
 
 
 def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progress: Progress) -> CalibrationSummary:
@@ -153,6 +171,8 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
         if finished:
             progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
         stages: dict[WorkerKey, StageSummary] = {}
+        if config.bits == "auto":
+            job = _choose_bits(job, finished, make_group, progress, stages)
         _calibrate(job, finished, make_group, progress, stages)
         progress.message("merging")
         run.merge(reader, finished, job.plan.policies)
@@ -169,9 +189,42 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
             write_model_card(run.path / name, config, summary, reader.architecture)
         if config.keep_statistics:
             write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
+        elif config.bits == "auto":
+            remove_statistics(run.path)
         write_bytes(run.path / "recipe.yaml", published_recipe(config).encode())
         run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
     return summary
+
+
+def _choose_bits(
+    job: Job,
+    finished: Mapping[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    stages: dict[WorkerKey, StageSummary],
+) -> Job:
+    """Has every layer observed and judged, and chooses under the budget; the job that solves the choice.
+
+    What was judged before a crash counts, unless the layer is still to be solved and its statistics are gone.
+    """
+    output = Path(job.config.output)
+    num_layers = job.plan.architecture.num_layers
+    judged: dict[int, LayerCosts] = {}
+    for layer in range(num_layers):
+        costs = read_costs(output, layer, job.fingerprints)
+        solvable = layer in finished or job.statistics_from is not None or holds_statistics(output, layer)
+        if costs is not None and solvable:
+            judged[layer] = costs
+    if len(judged) < num_layers:
+        progress.message("finding out what each scheme costs each linear")
+        _calibrate(dataclasses.replace(job, judges=True), judged, make_group, progress, stages)
+    plan, layer_policies = chosen_policies(job.config, job.plan, judged)
+    write_bytes(output / LAYER_POLICIES, render_layer_policies(layer_policies, job.fingerprints.recipe).encode())
+    counts = Counter(
+        policy.weight_bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
+    )
+    progress.message(f"chosen: {counts[4]} linears of 4 bits, {counts[8]} of 8, {counts[16]} in float")
+    return dataclasses.replace(job, plan=plan, statistics_from=job.statistics_from or job.config.output)
 
 
 def _check_published(run: RunDirectory, config: CalibrationConfig) -> None:
@@ -184,12 +237,13 @@ def _check_published(run: RunDirectory, config: CalibrationConfig) -> None:
 
 def _calibrate(
     job: Job,
-    finished: dict[int, LayerManifest],
+    finished: dict[int, Any],
     make_group: MakeGroup,
     progress: Progress,
     stages: dict[WorkerKey, StageSummary],
 ) -> None:
     """Runs passes until every layer is finished; `finished` and `stages` are filled in."""
+    what = "judged" if job.judges else "published"
     config, num_layers = job.config, job.plan.architecture.num_layers
     failures = 0
     while len(finished) < num_layers:
@@ -202,7 +256,7 @@ def _calibrate(
             if failures > config.parallel.max_restarts:
                 raise WorkerLostError(
                     f"{error}; {failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers "
-                    "are published: submit the same recipe again to go on from there"
+                    f"are {what}: submit the same recipe again to go on from there"
                 ) from error
             progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
 
@@ -224,7 +278,10 @@ def _summarise(
         scale_max=None,
         num_tokens=0,
     )
-    rows = tuple(row for layer in sorted(finished) for row in finished[layer].rows)
+    rows = []
+    for layer in sorted(finished):
+        costs = read_costs(Path(job.config.output), layer, job.fingerprints) if job.config.judges_schemes else None
+        rows += [with_scheme_errors(row, costs) for row in finished[layer].rows]
     return CalibrationSummary(
         model=reader.directory.resolve().name,
         formats=job.config.format,

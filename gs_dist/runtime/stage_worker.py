@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.bits import LayerCosts
 from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.dataset import TokenBatch, open_dataset
 from gs_dist.calibration.decoder_layer import DecoderLayer
@@ -23,6 +24,7 @@ from gs_dist.calibration.device import open_device
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.calibration.observers import CardObserver, HostObserver
+from gs_dist.checkpoint.layer_costs import remove_costs, write_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import read_statistics, write_statistics
@@ -32,6 +34,7 @@ from gs_dist.plan import CalibrationPlan
 from gs_dist.runtime.schedule import StageWave
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
+from gs_dist.solvers.sensitivity import layer_costs
 from gs_dist.statistics import LayerStatistics, TreeNode
 
 __all__ = ["Job", "StageReport", "StageWorker"]
@@ -43,12 +46,17 @@ Payload = tuple[npt.NDArray[Any], Mask]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker of a job is told; `statistics_from` is an output whose kept statistics are solved from."""
+    """What every worker of a job is told.
+
+    `statistics_from` is an output whose kept statistics are solved from. With `judges`, layers are not solved:
+    what each scheme costs their linears is found out, and their statistics are kept for the solve to come.
+    """
 
     config: CalibrationConfig
     plan: CalibrationPlan
     fingerprints: Fingerprints
     statistics_from: str | None = None
+    judges: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +191,8 @@ class StageWorker:
     def _loop_of(self, layer: int) -> LayerLoop:
         return next(loop for loop in self._loops if loop.observes(layer))
 
-    def solve(self, layer: int, *others: list[TreeNode]) -> LayerManifest:
-        """Merges a layer's partial sums, quantises the layer and publishes its shard and manifest.
+    def solve(self, layer: int, *others: list[TreeNode]) -> LayerManifest | LayerCosts:
+        """Merges a layer's partial sums, quantises the layer and publishes its shard and manifest; or judges it.
 
         Args:
             layer: one that this worker observed and owns.
@@ -200,13 +208,13 @@ class StageWorker:
             loop = self._loop_of(layer)
             statistics = loop.merged(layer, itertools.chain.from_iterable(others))
             loop.forget(layer)
-        manifest = self._solve(layer, statistics)
+        outcome = self._judge(layer, statistics) if self._job.judges else self._solve(layer, statistics)
         self._seconds["solve"] += time.perf_counter() - began
-        return manifest
+        return outcome
 
-    def _solve(self, layer: int, statistics: LayerStatistics) -> LayerManifest:
-        architecture, config = self._reader.architecture, self._job.config
-        problem = LayerProblem(
+    def _problem(self, layer: int, statistics: LayerStatistics) -> LayerProblem:
+        architecture = self._reader.architecture
+        return LayerProblem(
             layer=layer,
             prefix=architecture.layer_prefix(layer),
             inputs=architecture.inputs,
@@ -216,11 +224,30 @@ class StageWorker:
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
         )
+
+    def _judge(self, layer: int, statistics: LayerStatistics) -> LayerCosts:
+        """Publishes what schemes cost, after the statistics that the layer will be solved from."""
+        if self._job.statistics_from is None:
+            remove_costs(self._output, layer)  # they vouch for the statistics beside them
+            write_statistics(self._output, layer, statistics)
+        return self._publish_costs(self._problem(layer, statistics))
+
+    def _publish_costs(self, problem: LayerProblem) -> LayerCosts:
+        with one_thread():
+            found = LayerCosts(layer=problem.layer, costs=layer_costs(problem, self._job.plan.schemes))
+        write_costs(self._output, found, self._job.fingerprints)
+        return found
+
+    def _solve(self, layer: int, statistics: LayerStatistics) -> LayerManifest:
+        architecture, config = self._reader.architecture, self._job.config
+        problem = self._problem(layer, statistics)
         with one_thread():
             quantized = solve_layer(
                 problem, max_relative_error=config.max_relative_error, on_bad_layer=config.on_bad_layer
             )
-        if config.keep_statistics:
+        if config.bits == "fixed" and config.sensitivity:
+            self._publish_costs(problem)
+        if config.keep_statistics and self._job.statistics_from != config.output:
             write_statistics(self._output, layer, statistics)
         if config.propagation == "quantized":
             write_solved(self._output, quantized)

@@ -8,68 +8,36 @@ the linears stays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from math import gcd, isfinite
 from typing import Literal
 
 import numpy as np
 
-from gs_dist.errors import UserError
+from gs_dist.bits import FLOAT, SchemeCost, stored_bytes
+from gs_dist.errors import LayerError, UserError
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers import affine, output_error
 from gs_dist.solvers.folding import FoldedTensors
 from gs_dist.solvers.layer import LayerProblem
 
-__all__ = ["FLOAT", "SchemeCost", "choose_schemes", "layer_costs", "layer_patterns", "stored_bytes"]
+__all__ = ["choose_schemes", "layer_costs", "layer_patterns"]
 
-FLOAT = "float"
 Measure = Literal["relative", "absolute"]
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Sizes are counted in shares of the budget; 1/16384 of it per item is the most that rounding them up may waste.
-_BUDGET_UNITS = 1 << 14
+# The most sizes that the choice tells apart; beyond that, sizes are rounded up to this share of the room.
+_MAX_UNITS = 1 << 15
 
 
-@dataclass(frozen=True, kw_only=True)
-class SchemeCost:
-    """What one scheme does to one linear.
-
-    Attributes:
-        name: full dotted name of the linear.
-        group: names the linears that read one input; serving engines fuse them, so they share a scheme.
-        scheme: key of the scheme, `FLOAT` for leaving the linear as it is.
-        num_bytes: what the linear takes on storage, scales included.
-        error: tr(D G DT), the squared output error over all tokens.
-        relative_error: that as a share of the squared output.
-    """
-
-    name: str
-    group: str
-    scheme: str
-    num_bytes: int
-    error: float
-    relative_error: float
-
-
-def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype: str) -> int:
-    """Bytes of a weight (out, in) with its scales and zero points; `None` is the weight in `scale_dtype`."""
-    rows, columns = shape
-    if policy is None or not policy.quantises_linear:
-        return rows * columns * _DTYPE_BYTES[scale_dtype]
-    groups = affine.num_groups(columns, policy.group_size)
-    zero_bits = 0 if policy.weight_symmetric else policy.weight_bits
-    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * _DTYPE_BYTES[scale_dtype])
-    return -(-bits // 8)
-
-
-def layer_costs(problem: LayerProblem, schemes: Mapping[str, QuantPolicy]) -> tuple[SchemeCost, ...]:
+def layer_costs(problem: LayerProblem, schemes: Mapping[str, Mapping[str, QuantPolicy]]) -> tuple[SchemeCost, ...]:
     """Costs of every scheme and of `FLOAT` for each linear of a layer, in the layer's order.
 
     Args:
         problem: weights and statistics; its policies are not looked at.
-        schemes: name to policy; bits, group_size and weight_symmetric count.
+        schemes: linear's name within the layer to scheme to policy; bits, group_size and weight_symmetric count.
 
     Raises:
+        LayerError: weights or statistics are not finite.
         UserError: a linear's input channels do not divide into a scheme's groups, or no statistics.
     """
     folded = FoldedTensors(problem.tensors)
@@ -82,11 +50,16 @@ def layer_costs(problem: LayerProblem, schemes: Mapping[str, QuantPolicy]) -> tu
         for name in layer_input.linears:
             weight = folded.weight(name)
             energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares)
-            for scheme, policy in (*schemes.items(), (FLOAT, None)):
+            for scheme, policy in (*schemes[name].items(), (FLOAT, None)):
                 error = 0.0
                 if policy is not None:
                     change = _plain_change(weight, policy, problem.scale_dtype)
                     error = output_error.output_energy(change, statistics.gram, statistics.sum_squares)
+                if not (isfinite(error) and isfinite(energy)):
+                    raise LayerError(
+                        f"layer {problem.layer}: the output of {problem.prefix}{name} is not finite; the activation "
+                        "overflowed or a weight is damaged"
+                    )
                 costs.append(
                     SchemeCost(
                         name=problem.prefix + name,
@@ -116,9 +89,10 @@ def _plain_change(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Flo
 def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure = "relative") -> dict[str, str]:
     """Scheme of each linear so that the summed cost is least and all linears fit into `budget` bytes.
 
-    A multiple-choice knapsack, solved by dynamic programming over sizes that are rounded up to 1/16384 of
-    the room above the smallest choice; what rounding wasted is then spent where it buys most. The first
-    of equally good choices wins, so that the same costs give the same choice.
+    A multiple-choice knapsack, solved by dynamic programming over sizes. All sizes of a model are multiples of
+    one number, and where that leaves no more than 32768 of them above the smallest choice, the choice is the
+    best there is. Beyond that, sizes are rounded up, and what rounding wasted is then spent where it buys most.
+    The first of equally good choices wins, so that the same costs give the same choice.
 
     Args:
         costs: of every linear and scheme.
@@ -134,7 +108,10 @@ def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure
     room = budget - sum(least)
     if room < 0:
         raise UserError(f"the smallest choice takes {sum(least)} bytes and the budget is {budget}: raise the budget")
-    unit = max(1, -(-room // _BUDGET_UNITS))
+    steps = [size - low for options, low in zip(sizes.values(), least, strict=True) for size in options.values()]
+    unit = max(gcd(*steps), 1)
+    if room // unit > _MAX_UNITS:
+        unit = -(-room // _MAX_UNITS)
     units = room // unit
     best = np.zeros(units + 1)  # least error with at most that many units spent
     picks: list[np.ndarray[tuple[int], np.dtype[np.int8]]] = []

@@ -147,7 +147,7 @@ def test_rows_sort_by_error_with_unquantised_linears_last() -> None:
     """The worst linear comes first."""
     names = [r.name.removeprefix("model.layers.") for r in SMALL.sorted_rows("error")]
     assert names == ["0.mlp.down_proj", "1.self_attn.q_proj", "0.self_attn.q_proj", "lm_head"]
-    with pytest.raises(ValueError, match="ask for 'layer' or 'error'"):
+    with pytest.raises(ValueError, match="ask for 'layer', 'error' or 'sensitivity'"):
         SMALL.sorted_rows("size")
 
 
@@ -201,3 +201,22 @@ def test_text_from_outside_is_not_taken_for_markup() -> None:
     text = shown(make(row("a[bold]b", 0.1, notes=("[red]x",))))
     assert "a[bold]b" in text
     assert "[red]x" in text
+
+
+JUDGED = make(
+    row("model.layers.0.self_attn.q_proj", 1e-4),
+    replace(row("model.layers.0.mlp.up_proj", 1e-4), scheme_errors={"W8": 1e-5, "W4": 2e-3}),
+    replace(row("model.layers.0.mlp.down_proj", None), scheme_errors={"W8": 2e-5, "W4": 7e-3}),
+)
+
+
+def test_what_schemes_would_cost_is_kept_ranked_and_shown(tmp_path: Path) -> None:
+    """Costs of schemes come back from JSON, are a map in Parquet, rank linears and have a column of their own."""
+    write_summary(tmp_path, JUDGED)
+    assert read_summary(tmp_path) == JUDGED
+    column = pq.read_table(tmp_path / "summary.parquet").column("scheme_errors").to_pylist()
+    assert column == [None, [("W8", 1e-5), ("W4", 2e-3)], [("W8", 2e-5), ("W4", 7e-3)]]
+    names = [r.name.rpartition(".")[2] for r in JUDGED.sorted_rows("sensitivity")]
+    assert names == ["down_proj", "up_proj", "q_proj"], "those that were not judged come last"
+    assert "W8 2e-05, W4 0.007" in shown(JUDGED, sort="sensitivity")
+    assert "would cost" not in shown(SMALL, sort="layer")

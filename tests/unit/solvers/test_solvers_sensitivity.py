@@ -9,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.architecture import LayerInput, Linear
+from gs_dist.bits import FLOAT, SchemeCost, stored_bytes
 from gs_dist.errors import UserError
 from gs_dist.policy import QuantPolicy
 from gs_dist.solvers.layer import LayerProblem
-from gs_dist.solvers.sensitivity import FLOAT, SchemeCost, choose_schemes, layer_costs, layer_patterns, stored_bytes
+from gs_dist.solvers.sensitivity import choose_schemes, layer_costs, layer_patterns
 from gs_dist.statistics import InputStatistics
 
 SCHEMES = {
     "W8": QuantPolicy(),
     "W4": QuantPolicy(weight_quant_dtype="qint4x2", weight_quant_granularity="per_group", group_size=64),
 }
+BY_LINEAR = {"q": SCHEMES, "k": SCHEMES}
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def problem():
 def test_costs_are_the_output_error_of_rounding_the_weight(problem):
     """Each scheme's error is that of running the tokens through weights rounded by plain arithmetic."""
     x, solved = problem
-    costs = {(c.name, c.scheme): c for c in layer_costs(solved, SCHEMES)}
+    costs = {(c.name, c.scheme): c for c in layer_costs(solved, BY_LINEAR)}
     assert len(costs) == 6
     for name in ("q", "k"):
         weight = solved.tensors[f"{name}.weight"].astype(np.float64)
@@ -132,7 +134,7 @@ def test_large_models_stay_within_a_budget_of_gigabytes():
 
 def test_linears_of_one_group_get_one_scheme(problem):
     """What an engine fuses stays together."""
-    costs = layer_costs(problem[1], SCHEMES)
+    costs = layer_costs(problem[1], BY_LINEAR)
     for budget in (1500, 2500, 5000):
         assert len(set(choose_schemes(costs, budget).values())) == 1
 
@@ -140,7 +142,7 @@ def test_linears_of_one_group_get_one_scheme(problem):
 def test_a_budget_below_the_smallest_choice_is_refused(problem):
     """The message gives both sizes."""
     with pytest.raises(UserError, match="1088 bytes and the budget is 100"):
-        choose_schemes(layer_costs(problem[1], SCHEMES), 100)
+        choose_schemes(layer_costs(problem[1], BY_LINEAR), 100)
 
 
 def test_patterns_match_each_linear_once():

@@ -1,0 +1,86 @@
+"""The choice that `bits: auto` makes: from what schemes cost each linear to the policies of the job."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from gs_dist.bits import FLOAT, LayerCosts, SchemeCost, override_of
+from gs_dist.config import CalibrationConfig
+from gs_dist.plan import CalibrationPlan
+from gs_dist.policy import QuantPolicy
+from gs_dist.quantized import LinearSummary
+from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
+
+__all__ = ["chosen_policies", "render_layer_policies", "with_scheme_errors"]
+
+_SIMPLE_KEY = 1000  # characters; YAML takes 1024 at most without a question mark
+
+
+def chosen_policies(
+    config: CalibrationConfig, plan: CalibrationPlan, costs: Mapping[int, LayerCosts]
+) -> tuple[CalibrationPlan, dict[str, dict[str, Any] | None]]:
+    """The plan with the policies of least total error within the size budget, and these as layer policies.
+
+    Args:
+        config: a recipe with `bits: auto`.
+        plan: made of it; linears without a policy stay in float.
+        costs: of every decoder layer.
+
+    Raises:
+        UserError: the budget is too small.
+    """
+    assert plan.size_budget is not None
+    free = {name for name, policy in plan.policies.items() if policy is not None}
+    candidates = [_candidate(cost, free) for layer in sorted(costs) for cost in costs[layer].costs]
+    offered = [cost for cost in candidates if cost.scheme == FLOAT or cost.name in free]
+    chosen = choose_schemes(offered, plan.size_budget)
+    schemes = {name: scheme for name, scheme in chosen.items() if name in free}
+    overrides = {name: override_of(_weight_policy(plan, name, scheme)) for name, scheme in schemes.items()}
+    policies: dict[str, QuantPolicy | None] = dict.fromkeys(plan.policies)
+    policies |= {name: config.policy_with(override) for name, override in overrides.items()}
+    layer_policies: dict[str, dict[str, Any] | None] = dict(config.layer_policies)
+    for pattern in layer_patterns(schemes):
+        layer_policies[pattern] = next(o for name, o in overrides.items() if re.match(pattern, name))
+    return dataclasses.replace(plan, policies=policies, size_budget=None), layer_policies
+
+
+def _candidate(cost: SchemeCost, free: set[str]) -> SchemeCost:
+    """A linear that stays in float binds none of those that read the same input."""
+    return cost if cost.name in free else dataclasses.replace(cost, group=cost.name)
+
+
+def _weight_policy(plan: CalibrationPlan, name: str, scheme: str) -> QuantPolicy | None:
+    within = re.sub(r"^model\.layers\.\d+\.", "", name)
+    return None if scheme == FLOAT else plan.schemes[within][scheme]
+
+
+def render_layer_policies(layer_policies: Mapping[str, Mapping[str, Any] | None], fingerprint: str) -> str:
+    """A choice as YAML to paste into a recipe, one line a pattern, in place of `layer_policies` and `bits`.
+
+    Args:
+        layer_policies: pattern to what is laid over `ptq`, None for a linear that stays.
+        fingerprint: of the recipe that was asked to choose.
+    """
+    lines = [
+        f"# Chosen by bits: auto for recipe {fingerprint[:12]}. With bits: fixed it gives the same model.",
+        "layer_policies:",
+    ]
+    for pattern, override in layer_policies.items():
+        key = yaml.safe_dump(pattern, default_style="'", width=1 << 30).strip()
+        value = "null"
+        if override is not None:
+            value = yaml.safe_dump(dict(override), default_flow_style=True, sort_keys=False, width=1 << 30).strip()
+        lines.append(f"  {key}: {value}" if len(key) <= _SIMPLE_KEY else f"  ? {key}\n  : {value}")
+    return "\n".join(lines) + "\n"
+
+
+def with_scheme_errors(row: LinearSummary, costs: LayerCosts | None) -> LinearSummary:
+    """A row with what each scheme would cost its linear, where that was found out."""
+    found = {c.scheme: c.relative_error for c in (costs.costs if costs else ()) if c.name == row.name}
+    found.pop(FLOAT, None)
+    return dataclasses.replace(row, scheme_errors=found) if found else row
