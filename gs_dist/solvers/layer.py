@@ -20,6 +20,7 @@ from gs_dist.quantized import Float32, LinearSummary, QuantizedKVCache, Quantize
 from gs_dist.solvers import affine, clip, gptq, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
+from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.strategy import clips_weights, strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
@@ -249,7 +250,12 @@ def _solve_linear(
         scale_min=float(solved.scale.min()),
         scale_max=float(solved.scale.max()),
         num_tokens=statistics.num_tokens,
-        notes=(*rescaling.notes, *notes),
+        notes=(
+            *rescaling.notes,
+            *notes,
+            *overflow_notes(statistics, problem.scale_dtype),
+            *lost_channels_notes(statistics, rescaling, solved),
+        ),
     )
     return solved, row
 
@@ -304,6 +310,7 @@ def _untouched_row(problem: LayerProblem, name: str) -> LinearSummary:
         scale_min=None,
         scale_max=None,
         num_tokens=seen.num_tokens if seen else 0,
+        notes=overflow_notes(seen, problem.scale_dtype) if seen and seen.num_tokens else (),
     )
 
 

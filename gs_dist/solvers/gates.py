@@ -1,0 +1,45 @@
+"""What the summary says of an activation that no number of the layer's own shows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gs_dist.quantized import QuantizedLinear
+from gs_dist.solvers.rescaling import Rescaling
+from gs_dist.statistics import InputStatistics
+
+__all__ = ["lost_channels_notes", "overflow_notes"]
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+_NOTED_SHARE = 0.5  # of the channels
+
+
+def overflow_notes(statistics: InputStatistics, dtype: str) -> tuple[str, ...]:
+    """A note where a checkpoint of dtype "float16" has an activation that float16 cannot hold.
+
+    Calibration computes in more than float16, so that it sees what a server would turn into infinity.
+    """
+    largest = float(statistics.max_abs.max(initial=0.0))
+    if dtype != "float16" or largest <= _FLOAT16_MAX:
+        return ()
+    return (f"the input reaches {largest:.3g}, beyond float16's {_FLOAT16_MAX:.0f}: serve the model in bfloat16",)
+
+
+def lost_channels_notes(statistics: InputStatistics, rescaling: Rescaling, solved: QuantizedLinear) -> tuple[str, ...]:
+    """A note where a static step is so wide that most channels are rounded to zero nearly always.
+
+    One enormous value does that. The relative output error can stay small all the same, because it is
+    relative to an energy that the same value makes up.
+    """
+    if solved.input_scale is None or not statistics.num_tokens:
+        return ()
+    seen = rescaling.ranges_of(statistics)
+    typical = np.sqrt(seen.sum_squares / seen.num_tokens)
+    share = float(np.mean(typical < solved.input_scale / 2))
+    if share < _NOTED_SHARE:
+        return ()
+    return (
+        f"{share:.0%} of the input's channels are mostly rounded to 0: one step is {solved.input_scale:.3g}, because "
+        f"a value of {float(seen.max_abs.max()):.3g} was seen (channel {int(np.argmax(seen.max_abs))}); leave out "
+        "that sample, or set outliers_suppression or act_quant_granularity: per_token",
+    )
