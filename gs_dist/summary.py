@@ -79,9 +79,9 @@ class CalibrationSummary:
         return dict(Counter(row.strategy for row in self.rows).most_common())
 
     def sorted_rows(self, order: str = "layer") -> list[LinearSummary]:
-        """Rows in model order (`layer`), or the largest first: relative error (`error`), or what 4 bits cost (`sensitivity`).
+        """Rows in model order (`layer`), or the largest number first; rows without one come last.
 
-        Rows without that number come last.
+        `error` sorts by relative error, `sensitivity` by what the costliest scheme would cost.
 
         Raises:
             ValueError: another order.
