@@ -172,6 +172,10 @@ def _command(*args: str) -> Change:
     return change
 
 
+def _address(address: str) -> Change:
+    return lambda p: p.options.extend(["--address", address])
+
+
 def _all(*changes: Change) -> Change:
     def change(p: Place) -> None:
         for each in changes:
@@ -511,6 +515,10 @@ CASES = [
     ),
     # The cluster.
     Case("cluster", "no NPU", _set("parallel.device", "ascend"), "NPU|ascend"),
+    Case("cluster", "no one listens", _address("127.0.0.1:1"), r"answers at '127.0.0.1:1' \(Connection refused\)"),
+    Case("cluster", "no client server", _address("ray://127.0.0.1:1"), r"answers at 'ray://127.0.0.1:1' \("),
+    Case("cluster", "a port that is none", _address("127.0.0.1:99999"), r"answers at '127.0.0.1:99999' \("),
+    Case("cluster", "a name that is none", _address("nowhere.invalid:6379"), r"answers at 'nowhere.invalid:6379' \("),
     # The output.
     Case("output", "holds something else", _foreign, "holds 'thesis.tex'"),
     Case("output", "is a file", _output_is_a_file, "out.*(not a directory|cannot be)"),

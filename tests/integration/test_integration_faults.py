@@ -17,14 +17,17 @@ import pytest
 from checkpoints import tiny_checkpoint
 from faults import (
     KINDS,
+    LIMIT,
     NUM_LAYERS,
     FaultCluster,
+    Submission,
     done,
     fault_cluster,
     leftovers,
     marked_processes,
     published_files,
     run_with_kills,
+    save_recipe,
     shared_memory,
     wait_until,
     worker_processes,
@@ -113,6 +116,46 @@ def test_a_whole_job_killed_with_its_cluster_goes_on_when_submitted_again(
     assert [kind for kind, _ in outcome.kills] == ["job"]
     check(config, undisturbed, mark, None)
     assert outcome.repeated <= 2
+
+
+def _lose_a_node_for_good(directory: Path, output: str, min_replicas: int) -> tuple[CalibrationConfig, Submission]:
+    """A job of two replicas on two nodes, of which one goes once two layers are published; the job as it ended."""
+    mark = secrets.token_hex(8)
+    spread = {"min_data_parallel_size": min_replicas, "timeout": 20.0, "max_restarts": 2}
+    config = recipe(directory, output, stages=1, replicas=2, **spread)
+    with fault_cluster(mark, num_nodes=2) as cluster:
+        job = Submission.start(
+            save_recipe(config, directory / f"{output}.yaml"), directory / f"{output}.log", mark, cluster.address
+        )
+        try:
+            manifests = Path(config.output) / "manifests"
+            wait_until("two layers are awaited", lambda: job.ended or len(list(manifests.glob("layer-*"))) >= 2, LIMIT)
+            assert not job.ended, job.said()
+            cluster.kill_node(cluster.nodes[0])
+            wait_until("the job goes on", lambda: job.ended, LIMIT)
+        finally:
+            job.kill_group()
+    return config, job
+
+
+def test_a_node_that_leaves_for_good_leaves_its_samples_to_the_others(
+    directory: Path, undisturbed: dict[str, str]
+) -> None:
+    """Where one replica may do, the job goes on with those that stay, and publishes the same bytes."""
+    config, job = _lose_a_node_for_good(directory, "fewer", min_replicas=1)
+    assert job.process.returncode == 0, job.said()
+    assert "room for 1 of 2 replicas" in job.said()
+    assert published_files(config) == undisturbed
+
+
+def test_a_node_without_which_the_job_may_not_go_on_is_waited_for_and_named(directory: Path) -> None:
+    """Where all replicas are asked for, the job ends after parallel.timeout and says what the cluster lacks."""
+    config, job = _lose_a_node_for_good(directory, "all-or-none", min_replicas=2)
+    assert job.process.returncode == 2, job.said()
+    said = job.said().splitlines()[-1]
+    assert said.startswith("gs-dist: the cluster has no room for 1 stages x 2 replicas of 1 CPU each: it holds 1 CPU")
+    assert "parallel.data_parallel_size" in said
+    assert not (Path(config.output) / "done").exists()
 
 
 @pytest.mark.slow
