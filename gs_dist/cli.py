@@ -283,6 +283,8 @@ def _record_perplexity(directory: Path, found: Perplexity) -> None:
         float_perplexity=found.float_model if found.float_model is not None else known.float_perplexity,
     )
     write_summary(run, measured)
+    if not (run / "recipe.yaml").is_file():
+        return
     recipe = load_recipe(run / "recipe.yaml")
     for name in known.formats:
         architecture = CheckpointReader(run / name, quantized=True).architecture

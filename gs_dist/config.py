@@ -305,6 +305,17 @@ class CalibrationConfig(_Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def anchored(self) -> CalibrationConfig:
+        """The same with relative paths made absolute, for workers whose working directory is another; URIs stay."""
+        data = tuple(entry if "://" in entry else os.path.abspath(entry) for entry in self.calibration.data)
+        return self.model_copy(
+            update={
+                "model": os.path.abspath(self.model),
+                "output": os.path.abspath(self.output),
+                "calibration": self.calibration.model_copy(update={"data": data}),
+            }
+        )
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """Everything that decides the published bytes, given the checkpoint and the samples.
 

@@ -146,7 +146,8 @@ def _run_on_ray(
         plan = make_plan(config, reader.architecture, reader.tensors, facts)
         for note in _notes(config, reader, plan):
             progress.message(note)
-        job = Job(config=config, plan=plan, fingerprints=fingerprints, statistics_from=statistics_from)
+        kept = None if statistics_from is None else os.path.abspath(statistics_from)
+        job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, statistics_from=kept)
         return run_job(job, reader, make_group=_ray_workers, progress=progress)
 
 

@@ -400,3 +400,15 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     path.write_bytes(content)
     with pytest.raises(RecipeError):
         load_recipe(path)
+
+
+def test_anchored_paths_are_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers get absolute paths, since their working directory may be another; a URI is no path."""
+    monkeypatch.chdir(tmp_path)
+    config = CalibrationConfig.model_validate(
+        {"model": "m", "output": "o", "calibration": {"data": ["d/*.parquet", "s3://bucket/d", "/abs"]}}
+    )
+    anchored = config.anchored()
+    assert (anchored.model, anchored.output) == (str(tmp_path / "m"), str(tmp_path / "o"))
+    assert anchored.calibration.data == (str(tmp_path / "d/*.parquet"), "s3://bucket/d", "/abs")
+    assert anchored.fingerprint_fields() == config.fingerprint_fields()
