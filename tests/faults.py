@@ -79,11 +79,11 @@ def marked_processes(mark: str, title: str = "") -> list[int]:
         if not entry.name.isdigit():
             continue
         with suppress(OSError):
-            if needle not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            # The command line first: of the many processes of a machine, few need a second look.
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if state != "Z" and command.startswith(title):
+            if not command.startswith(title) or needle not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -97,7 +97,7 @@ def wait_until(what: str, holds: Any, limit: float = 30.0) -> None:
     deadline = time.monotonic() + limit
     while not holds():
         assert time.monotonic() < deadline, f"{what} for {limit:g} s"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 class FaultCluster:
@@ -235,7 +235,7 @@ def run_with_kills(
         for kind, moment in zip(kinds, moments, strict=True):
             while not (job.ended or (manifests.look() >= moment and worker_processes(mark))):
                 check_time()
-                time.sleep(0.02)
+                time.sleep(0.1)
             pause = time.monotonic() + rng.random() * 0.5
             while time.monotonic() < pause and not job.ended:
                 manifests.look()
@@ -249,7 +249,7 @@ def run_with_kills(
             while not job.ended:
                 check_time()
                 manifests.look()
-                time.sleep(0.02)
+                time.sleep(0.1)
             if job.process.returncode == 0:
                 break
             # A node may have held the raylet that the coordinator spoke to; then the job is submitted again.
