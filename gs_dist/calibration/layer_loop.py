@@ -162,6 +162,6 @@ def _refuse_non_finite(prefix: str, statistics: LayerStatistics, block: tuple[in
             channel = int(np.flatnonzero(~finite)[0])
             raise LayerError(
                 f"{prefix}: the {name} is not finite (channel {channel}, micro-batches {block[0]} to {block[1] - 1}); "
-                "the checkpoint's weights overflow or hold NaN at or before this layer: run `gs-dist check` on the "
-                "model, or leave the samples out"
+                "the checkpoint's weights overflow or hold NaN at or before this layer: download it again if they do, "
+                "or leave these samples out"
             )
