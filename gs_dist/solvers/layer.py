@@ -74,12 +74,14 @@ def solve_layer(
             the linears that read the same input, because serving engines fuse those and take one scheme
             for all; the rows say so.
 
+    An input that float16 cannot hold, in a checkpoint of float16, is treated like a linear above the ceiling.
+
     Raises:
-        LayerError: statistics are missing, empty or not finite, or a linear is above the ceiling.
+        LayerError: statistics are missing, empty or not finite, an input overflows float16, or a linear is above
+            the ceiling.
         UserError: weights are not finite, do not divide into groups, or policies within one group differ.
     """
-    notes: dict[str, tuple[str, ...]] = {}
-    current = problem
+    current, notes = _without_overflow(problem, on_bad_layer)
     while True:
         try:
             solved = _solve(current)
@@ -107,6 +109,25 @@ def solve_layer(
                     f"kept in float: relative error above max_relative_error {max_relative_error:g} ({worst})",
                 )
         current = replace(current, policies=kept)
+
+
+def _without_overflow(
+    problem: LayerProblem, on_bad_layer: Literal["fail", "keep_float"]
+) -> tuple[LayerProblem, dict[str, tuple[str, ...]]]:
+    """The problem less the linears whose input overflows float16, and what their rows say of it."""
+    kept, notes = dict(problem.policies), dict[str, tuple[str, ...]]()
+    for layer_input in problem.inputs:
+        readers, seen = problem.quantised(layer_input), problem.statistics.get(layer_input.name)
+        overflow = overflow_notes(seen, problem.scale_dtype) if readers and seen is not None else ()
+        if overflow and on_bad_layer == "fail":
+            raise LayerError(
+                f"layer {problem.layer}: {', '.join(problem.prefix + name for name in readers)}: {overflow[0]} "
+                "(convert the checkpoint first), leave out the samples that do it, or set on_bad_layer: keep_float"
+            )
+        for name in layer_input.linears if overflow else ():
+            kept[name] = _without_weight(kept.get(name))
+            notes[problem.prefix + name] = ("kept in float: its input overflows float16",)
+    return replace(problem, policies=kept), notes
 
 
 def _without_weight(policy: QuantPolicy | None) -> QuantPolicy | None:

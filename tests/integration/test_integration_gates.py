@@ -113,12 +113,19 @@ def test_one_huge_outlier_in_the_calibration_is_named_in_the_summary(tmp_path: P
     assert note in json.dumps(written, ensure_ascii=False)
 
 
-def test_an_activation_that_overflows_float16_is_named_in_the_summary(tmp_path: Path) -> None:
-    """A float16 checkpoint whose server would compute infinity says so, even where the rounding is good."""
+def test_an_activation_that_overflows_float16_stops_the_job_or_stays_in_float(tmp_path: Path) -> None:
+    """A float16 checkpoint whose server would compute infinity is handled as on_bad_layer says."""
     _model_with_outlier(tmp_path, "float16", 3e4)
-    rows = {row.name: row for row in run_inline(small_recipe(tmp_path, ptq=W8A8)).rows}
-    assert any("beyond float16's 65504" in note for note in rows["model.layers.0.self_attn.v_proj"].notes)
-    assert not any("float16" in note for note in rows["model.layers.1.self_attn.v_proj"].notes)
+    with pytest.raises(LayerError, match=r"layer 0: .*q_proj.*beyond float16's 65504.*on_bad_layer: keep_float"):
+        run_inline(small_recipe(tmp_path, ptq=W8A8))
+    assert not (tmp_path / "out" / "done").exists()
+    kept = small_recipe(tmp_path, "kept", ptq=W8A8, on_bad_layer="keep_float")
+    rows = {row.name: row for row in run_inline(kept).rows}
+    row = rows["model.layers.0.self_attn.v_proj"]
+    assert row.strategy == "NA"
+    assert "kept in float: its input overflows float16" in row.notes
+    assert rows["model.layers.1.self_attn.v_proj"].strategy != "NA"
+    assert (tmp_path / "kept" / "done").exists()
 
 
 HOLDER = (
