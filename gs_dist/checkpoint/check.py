@@ -13,8 +13,9 @@ from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
-from gs_dist.checkpoint.manifest import MANIFESTS, LayerManifest, read_manifest
+from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.problems import CheckReport, Problem
+from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
 from gs_dist.checkpoint.values import check_static_linears, check_tensors
 from gs_dist.errors import OutputError, UserError
 
@@ -26,7 +27,8 @@ _CHUNK = 16 << 20  # bytes hashed at a time
 def check(directory: Path | str, engine: str | None = None) -> CheckReport:
     """Checks a model directory against its own format, and against an engine's loader if one is named.
 
-    Where the directory lies in a job's output, its files are compared with the manifests' hashes as well.
+    Shards are compared with the hashes that provenance.json holds and, where the directory lies in a job's
+    output, with those of the manifests.
 
     Args:
         directory: holds config.json and the weights; or a job's output with one format in it.
@@ -48,7 +50,7 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
         check_static_linears(inventory, layout, sound)
         if engine is not None:
             ENGINES[engine](inventory, layout)
-        _check_manifests(inventory, architecture)
+        _check_hashes(inventory, architecture)
     problems = sorted(set(inventory.problems), key=lambda p: (p.file, p.tensor, p.rule))
     return CheckReport(
         format=dialect, engine=engine, problems=tuple(problems), facts=_facts(inventory, layout, architecture)
@@ -66,12 +68,35 @@ def _model_directory(directory: Path) -> Path:
     return inner[0] if inner else directory
 
 
-def _check_manifests(inventory: Inventory, architecture: DecoderArchitecture) -> None:
-    """Sizes and hashes of the shards against what was noted when they were written."""
+def _check_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> None:
+    """The shards against what was noted when they were written; each is read once."""
+    try:
+        noted = {PROVENANCE_FILE: read_hashes(inventory.directory)}
+    except OutputError as error:
+        inventory.report(PROVENANCE_FILE, "provenance-valid", error, "the file as a job wrote it")
+        noted = {}
+    noted |= _manifest_hashes(inventory, architecture)
+    expected: dict[str, dict[str, str]] = {}
+    for source, hashes in noted.items():
+        for file, sha256 in hashes.items():
+            expected.setdefault(file, {})[source] = sha256
+    for file, sources in expected.items():
+        path = inventory.files.get(file)
+        if path is None:
+            if PROVENANCE_FILE in sources:
+                inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
+            continue  # of a manifest: another format's, or a file that was reported already
+        found = _sha256(path)
+        for source, sha256 in sources.items():
+            if sha256 != found:
+                inventory.report(file, "shard-hash", f"sha256 {found[:12]}...", f"{sha256[:12]}... of {source}")
+
+
+def _manifest_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> dict[str, dict[str, str]]:
+    """Manifest to file and hash of the shard it vouches for here; faults of manifests are reported."""
     run = inventory.directory.resolve().parent
-    if not (run / MANIFESTS).is_dir():
-        return
-    for layer in (None, *range(architecture.num_layers)):
+    hashes: dict[str, dict[str, str]] = {}
+    for layer in (None, *range(architecture.num_layers)) if (run / MANIFESTS).is_dir() else ():
         label = f"{MANIFESTS}/{'outer' if layer is None else f'layer-{layer:05d}'}.json"
         try:
             manifest = read_manifest(run, layer)
@@ -81,21 +106,18 @@ def _check_manifests(inventory: Inventory, architecture: DecoderArchitecture) ->
         if manifest is None:
             inventory.report(label, "manifest-present", "no such file", "a manifest for every shard")
             continue
-        _compare_shard(inventory, manifest)
+        record = manifest.shards.get(inventory.directory.resolve().name)
+        if record is not None:
+            hashes[label] = {record.file: record.sha256}
+    return hashes
 
 
-def _compare_shard(inventory: Inventory, manifest: LayerManifest) -> None:
-    record = manifest.shards.get(inventory.directory.resolve().name)
-    path = inventory.files.get(record.file) if record is not None else None
-    if record is None or path is None:
-        return  # another format's directory, or a file that was reported already
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != record.sha256:
-        expected = f"{record.sha256[:12]}... of manifests/{manifest.stem}.json"
-        inventory.report(record.file, "shard-hash", f"sha256 {digest.hexdigest()[:12]}...", expected)
+    return digest.hexdigest()
 
 
 def _facts(inventory: Inventory, layout: Layout, architecture: DecoderArchitecture | None) -> dict[str, str]:

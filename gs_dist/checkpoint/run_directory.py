@@ -32,6 +32,7 @@ from gs_dist.checkpoint.manifest import (
     shard_faults,
 )
 from gs_dist.checkpoint.merge import merge_checkpoint
+from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
@@ -158,8 +159,18 @@ class RunDirectory:
         reader: CheckpointReader,
         finished: Mapping[int, LayerManifest],
         policies: Mapping[str, QuantPolicy | None],
+        *,
+        recipe: Mapping[str, Any],
+        versions: Mapping[str, str],
     ) -> None:
-        """Makes each format's directory a model: carries the outer tensors over, writes config and index.
+        """Makes each format's directory a model: carries the outer tensors over, writes config, index and provenance.
+
+        Args:
+            reader: the source checkpoint.
+            finished: manifests of all layers.
+            policies: what the recipe asked for, by full name of linear.
+            recipe: as published, for `provenance.json`.
+            versions: package to version, for the same.
 
         Raises:
             JobFailure: a tensor of the source is unaccounted for.
@@ -169,6 +180,7 @@ class RunDirectory:
             outer = publish_outer(self.path, reader, self._formats, self._fingerprints)
         for name in self._formats:
             merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
+            write_provenance(self.path / name, (*finished.values(), outer), recipe=recipe, versions=versions)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Writes `done`: the job is complete and what it published was checked."""

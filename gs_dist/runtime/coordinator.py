@@ -40,7 +40,7 @@ from gs_dist.checkpoint.run_directory import (
     write_origin,
 )
 from gs_dist.checkpoint.writer import write_bytes
-from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
+from gs_dist.config import CalibrationConfig, published_fields, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import Progress
@@ -176,7 +176,7 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
             job = _choose_bits(job, finished, make_group, progress, stages)
         _calibrate(job, finished, make_group, progress, stages)
         progress.message("merging")
-        run.merge(reader, finished, job.plan.policies)
+        run.merge(reader, finished, job.plan.policies, recipe=published_fields(config), versions=_versions())
         _check_published(run, config)
         summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
         if not stages and (run.path / "summary.json").is_file():
@@ -262,6 +262,10 @@ def _calibrate(
             progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
 
 
+def _versions() -> dict[str, str]:
+    return {"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
 def _summarise(
     job: Job,
     reader: CheckpointReader,
@@ -290,7 +294,7 @@ def _summarise(
         num_samples=job.plan.num_samples,
         num_tokens=max((row.num_tokens for row in rows), default=0),
         seconds=seconds,
-        versions={"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
+        versions=_versions(),
         fingerprints=dataclasses.asdict(job.fingerprints),
         rows=(*rows, head),
         stages=tuple(stages[key] for key in sorted(stages)),

@@ -80,7 +80,15 @@ def test_a_finished_job_leaves_what_it_promises(job: tuple[Path, CalibrationConf
     assert len(quantised) == 28
     assert all(row.relative_error is not None and 0 < row.relative_error < 0.01 for row in quantised)
     assert summary.rows[-1].name == "lm_head"
-    for path in (*output.glob("*.json"), output / "recipe.yaml", output / "done", *output.rglob("README.md")):
+    provenance = json.loads((output / "compressed-tensors" / "provenance.json").read_text())
+    assert provenance["fingerprints"] == summary.fingerprints
+    assert provenance["versions"] == summary.versions
+    assert {f"compressed-tensors/{file}": shard["sha256"] for file, shard in provenance["shards"].items()} == (
+        published_hashes(config)
+    )
+    assert [row["name"] for row in provenance["linears"]] == [row.name for row in summary.rows[:-1]]
+    texts = (output / "recipe.yaml", output / "done", *output.rglob("README.md"), *output.rglob("provenance.json"))
+    for path in (*output.glob("*.json"), *texts):
         text = path.read_text()
         assert str(output.parent.parent) not in text, path
         assert os.uname().nodename not in text, path

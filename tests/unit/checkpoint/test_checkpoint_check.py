@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +23,9 @@ from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
-from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
+from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer, read_manifest
 from gs_dist.checkpoint.merge import merge_checkpoint
+from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import UserError
 
@@ -541,6 +544,42 @@ def test_a_changed_code_is_caught_by_the_manifests_hash(run: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     assert {problem.rule for problem in check(run / "golden-stick").problems} == {"shard-hash"}
+
+
+@pytest.fixture
+def alone(run: Path, tmp_path: Path) -> Path:
+    """A model directory taken out of the run, with its provenance."""
+    made_from = Fingerprints(recipe="r", source="s", data="d")
+    parts = [read_manifest(run, layer) for layer in (0, 1, None)]
+    directory = run / "golden-stick"
+    write_provenance(directory, [part for part in parts if part], recipe={"model": "m"}, versions={"numpy": "1"})
+    content = json.loads((directory / "provenance.json").read_text())
+    assert content["fingerprints"] == dataclasses.asdict(made_from)
+    assert {file for file, _ in content["shards"].items()} == {path.name for path in directory.glob("*.safetensors")}
+    return Path(shutil.move(directory, tmp_path / "elsewhere"))
+
+
+def test_a_directory_on_its_own_is_compared_with_its_provenance(alone: Path) -> None:
+    """A model that was copied out of its run still tells a flipped byte and a shard that was left behind."""
+    assert check(alone).problems == ()
+    path = alone / LAYER
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    (problem,) = check(alone).problems
+    assert (problem.file, problem.rule) == (LAYER, "shard-hash")
+    assert "provenance.json" in problem.expected
+    path.unlink()
+    assert "shard-present" in {problem.rule for problem in check(alone).problems}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "shards": []}', "[" * 100_000])
+def test_a_damaged_provenance_is_named(alone: Path, content: str) -> None:
+    """Whatever the file holds, it is a problem of its own and no crash."""
+    (alone / "provenance.json").write_text(content)
+    assert {(problem.file, problem.rule) for problem in check(alone).problems} == {
+        ("provenance.json", "provenance-valid")
+    }
 
 
 def test_missing_and_damaged_manifests_are_named(run: Path) -> None:
