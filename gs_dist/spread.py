@@ -41,6 +41,11 @@ class ClusterFacts:
         num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(num_cpus=num_cpus, num_npus=len(cards), memory_bytes=memory)
 
+    def lacking(self, *, cpus: int, npus: int) -> str:
+        """`2 of 8 NPU` for what there is too little of, "" where there is enough."""
+        asked = (("CPU", self.num_cpus, cpus), ("NPU", self.num_npus, npus))
+        return ", ".join(f"{held} of {wanted} {name}" for name, held, wanted in asked if held < wanted)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:

@@ -146,6 +146,11 @@ def _run_on_ray(
         plan = make_plan(config, reader.architecture, reader.tensors, facts)
         for note in _notes(config, reader, plan):
             progress.message(note)
+        lacking = facts.lacking(
+            cpus=plan.num_workers * plan.threads_per_worker, npus=plan.num_workers if plan.device == "ascend" else 0
+        )
+        if lacking:
+            progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")
         kept = None if statistics_from is None else os.path.abspath(statistics_from)
         job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, statistics_from=kept)
         return run_job(job, reader, make_group=_ray_workers, progress=progress)

@@ -380,3 +380,11 @@ def test_bytes_are_printed_near_their_size(size: int) -> None:
     number, unit = format_bytes(size).split()
     scale = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert abs(float(number) * scale - size) <= 0.051 * scale
+
+
+def test_a_cluster_says_what_it_lacks() -> None:
+    """What a job will have to wait for is known before it waits."""
+    cluster = ClusterFacts(num_cpus=8, num_npus=2, memory_bytes=GIB)
+    assert cluster.lacking(cpus=8, npus=2) == ""
+    assert cluster.lacking(cpus=4, npus=8) == "2 of 8 NPU"
+    assert cluster.lacking(cpus=16, npus=8) == "8 of 16 CPU, 2 of 8 NPU"
