@@ -83,10 +83,12 @@ def main() -> None:
     (corpus / "seed").write_bytes(seed)
 
     def read(data: bytes) -> None:
+        said = "read"
         try:
             target(data)
         except UserError as error:
-            assert 0 < len(str(error)) < 20_000
+            said = str(error)
+        assert 0 < len(said) < 20_000
 
     atheris.Setup([*sys.argv, str(corpus), "-timeout=5"], read)
     atheris.Fuzz()
