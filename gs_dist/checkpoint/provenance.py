@@ -1,7 +1,7 @@
 """What a model directory was made from, told by a file that travels with it: `provenance.json`.
 
-A run keeps manifests beside its model directories; whoever is handed such a directory alone still finds the
-recipe, the versions, the fingerprints, every linear's row and the hash of each shard.
+A run keeps manifests beside its model directories; whoever is handed such a directory alone still finds what
+of the recipe decides the bytes, the versions, the fingerprints, every linear's row and the hash of each shard.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_provenance(
     Args:
         directory: of the model; its name is that of its format.
         parts: manifests of all layers and of the outer part, all made from the same.
-        recipe: as published, without paths.
+        recipe: what of it decides the bytes, so that the file is the same however the job was spread.
         versions: package to version.
     """
     ordered = sorted(parts, key=lambda part: part.stem)

@@ -169,7 +169,7 @@ class RunDirectory:
             reader: the source checkpoint.
             finished: manifests of all layers.
             policies: what the recipe asked for, by full name of linear.
-            recipe: as published, for `provenance.json`.
+            recipe: what of it decides the bytes, for `provenance.json`.
             versions: package to version, for the same.
 
         Raises:

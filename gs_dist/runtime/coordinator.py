@@ -40,7 +40,7 @@ from gs_dist.checkpoint.run_directory import (
     write_origin,
 )
 from gs_dist.checkpoint.writer import write_bytes
-from gs_dist.config import CalibrationConfig, published_fields, published_recipe, recipe_fingerprint
+from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import Progress
@@ -181,7 +181,7 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
             job = _choose_bits(job, finished, make_group, progress, stages)
         _calibrate(job, finished, make_group, progress, stages)
         progress.message("merging")
-        run.merge(reader, finished, job.plan.policies, recipe=published_fields(config), versions=_versions())
+        run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=_versions())
         _check_published(run, config)
         summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
         if not stages and (run.path / "summary.json").is_file():

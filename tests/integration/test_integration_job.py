@@ -83,6 +83,7 @@ def test_a_finished_job_leaves_what_it_promises(job: tuple[Path, CalibrationConf
     provenance = json.loads((output / "compressed-tensors" / "provenance.json").read_text())
     assert provenance["fingerprints"] == summary.fingerprints
     assert provenance["versions"] == summary.versions
+    assert provenance["recipe"] == json.loads(json.dumps(config.fingerprint_fields()))
     assert {f"compressed-tensors/{file}": shard["sha256"] for file, shard in provenance["shards"].items()} == (
         published_hashes(config)
     )
