@@ -39,6 +39,7 @@ __all__ = [
     "CalibrationData",
     "PTQSection",
     "ParallelConfig",
+    "ProbeConfig",
     "load_recipe",
     "parse_size",
     "published_fields",
@@ -115,6 +116,13 @@ def _one_or_more(value: object) -> object:
     if isinstance(entries, (list, tuple)) and entries and all(isinstance(e, str) and e.strip() for e in entries):
         return tuple(entries)
     raise _refusal("a text, or a list of texts")
+
+
+def _none_or_more(value: object) -> object:
+    try:
+        return None if value is None else _one_or_more(value)
+    except PydanticCustomError:
+        raise _refusal("a text, a list of texts, or null for the calibration data") from None
 
 
 def _list_of_names(value: object) -> object:
@@ -200,6 +208,18 @@ class ParallelConfig(_Section):
         return self
 
 
+class ProbeConfig(_Section):
+    """What float and published model are compared on where `max_perplexity_increase` is set; decides no byte.
+
+    `data` is as in `calibration`, None for the calibration data; the first `num_samples` samples are taken, or
+    as many as there are, and `max_new_tokens` tokens are generated after the beginning of the first.
+    """
+
+    data: Annotated[tuple[str, ...] | None, BeforeValidator(_none_or_more)] = None
+    num_samples: Count = 8
+    max_new_tokens: Count = 16
+
+
 class PTQSection(QuantPolicy):
     """The policy of linears that no layer policy matches, and parts of names that stay as they are."""
 
@@ -239,6 +259,9 @@ class CalibrationConfig(_Section):
     # A relative error of 1 is what a linear that returns zeros has: past a half, rounding has destroyed the layer.
     max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
     on_bad_layer: Literal["fail", "keep_float"] = "fail"
+    # A share: 0.05 lets the published model's perplexity be 5 % above the float model's.
+    max_perplexity_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    probe: ProbeConfig = ProbeConfig()
     keep_statistics: bool = False
     bits: Literal["fixed", "auto"] = "fixed"
     # A float is a share of what the linears of the decoder layers take in float, an int is bytes.
@@ -259,6 +282,14 @@ class CalibrationConfig(_Section):
     def judges_schemes(self) -> bool:
         """Whether it is found out what W8 and W4 cost each linear."""
         return self.sensitivity or self.bits == "auto"
+
+    @property
+    def probe_data(self) -> CalibrationData:
+        """The probe's samples, cut like the calibration's and in micro-batches no larger than its."""
+        data, own = self.calibration, self.probe.data
+        count = self.probe.num_samples if own else min(self.probe.num_samples, data.num_samples)
+        batch = data.samples_per_micro_batch
+        return data.model_copy(update={"data": own or data.data, "num_samples": count, "micro_batch_size": batch})
 
     def policy_with(self, override: Mapping[str, Any] | None) -> QuantPolicy | None:
         """Policy of an entry of `layer_policies`: `override` laid over `ptq`, None for None."""
@@ -287,8 +318,13 @@ class CalibrationConfig(_Section):
         return value
 
     @model_validator(mode="after")
-    def _refuse_unjudgeable(self) -> CalibrationConfig:
+    def _refuse_contradictions(self) -> CalibrationConfig:
         problems = []
+        if self.max_perplexity_increase is None and self.probe != ProbeConfig():
+            problems.append(
+                "probe is set while max_perplexity_increase is null, so that nothing is probed: set "
+                "max_perplexity_increase: 0.05 or another share, or leave probe out"
+            )
         if self.judges_schemes and self.gram == "off":
             asked = "bits is auto" if self.bits == "auto" else "sensitivity is true"
             problems.append(f"{asked} while gram is off, and schemes are judged by Gram matrices: set gram: auto")
@@ -308,20 +344,21 @@ class CalibrationConfig(_Section):
 
     def anchored(self) -> CalibrationConfig:
         """The same with relative paths made absolute, for workers whose working directory is another; URIs stay."""
-        data = tuple(entry if "://" in entry else os.path.abspath(entry) for entry in self.calibration.data)
+        data, own = _anchored(self.calibration.data), self.probe.data
         return self.model_copy(
             update={
                 "model": os.path.abspath(self.model),
                 "output": os.path.abspath(self.output),
                 "calibration": self.calibration.model_copy(update={"data": data}),
+                "probe": self.probe.model_copy(update={"data": None if own is None else _anchored(own)}),
             }
         )
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Everything that decides the published bytes, given the checkpoint and the samples.
 
-        Where data, model and output lie and how the job is spread is left out; `auto` is resolved, and
-        the order of layer policies does not count.
+        Where data, model and output lie, how the job is spread and how the result is probed is left out; `auto`
+        is resolved, and the order of layer policies does not count.
         """
         data = self.calibration.model_dump(mode="json", exclude={"data", "micro_batch_size"})
         policies = {
@@ -340,6 +377,10 @@ class CalibrationConfig(_Section):
             "on_bad_layer": self.on_bad_layer,
             **({"bits": "auto", "size_budget": self.size_budget} if self.bits == "auto" else {}),
         }
+
+
+def _anchored(data: Sequence[str]) -> tuple[str, ...]:
+    return tuple(entry if "://" in entry else os.path.abspath(entry) for entry in data)
 
 
 def _policy_errors(policies: Mapping[Any, Any], ptq: PTQSection | None) -> list[InitErrorDetails]:
@@ -397,6 +438,8 @@ def published_fields(config: CalibrationConfig) -> dict[str, Any]:
     document["model"] = _base_name(config.model)
     document["output"] = _base_name(config.output)
     document["calibration"]["data"] = [_base_name(path) for path in config.calibration.data]
+    if config.probe.data is not None:
+        document["probe"]["data"] = [_base_name(path) for path in config.probe.data]
     return document
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "channels_of",
     "largest_gram_bytes",
     "layer_set_bytes",
+    "probe_memory",
     "solver_bytes",
     "stage_memory",
 ]
@@ -53,6 +54,12 @@ HISTOGRAM_BYTES_PER_CHANNEL = 2 * HISTOGRAM_BINS * 4
 
 # On a card a block's Gram matrix is `sum + x xT`: the product and the new sum stand beside the old sum.
 CARD_GRAM_WORKSPACES = 2
+
+# While a model is evaluated logits exist for this many bytes of positions at a time, and 16 positions at least; raw,
+# shifted, and their exponents.
+LOGITS_BYTES, LOGITS_ROWS, LOGITS_COPIES = 64 << 20, 16, 3
+# A layer being loaded: its tensors as read or decoded, and dequantised in float32, beside what is on the device.
+LOADING_COPIES = 2
 
 # Of the largest Gram matrix while a layer is solved, in bytes per entry: the rescaled float32 copy with its one-sided
 # intermediate; a search adds one float64 copy; GPTQ works on the damped float64 matrix, its inverse and a factor.
@@ -236,3 +243,25 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
         items=dict(zip(ITEMS, card, strict=True)),
         host_items=dict(zip(ITEMS, host, strict=True)),
     )
+
+
+def probe_memory(shape: JobShape, layers: Sequence[int], *, embeds: bool, last: bool) -> MemoryPlan:
+    """Peak memory of a worker that holds `layers` of a model under evaluation, all of them at once.
+
+    Args:
+        shape: of the evaluation's micro-batches.
+        layers: the stage's.
+        embeds: whether it is the first stage.
+        last: whether it is the last one, which holds the head (as large as the embedding) and makes logits.
+    """
+    stage = StageShape(layers=layers, wave=(), resident=True, embeds=embeds, live_sets=0, kept_micro_batches=0)
+    held = stage_memory(shape, stage)
+    rows = max(LOGITS_ROWS * 4 * shape.architecture.vocab_size, LOGITS_BYTES)
+    logits = LOGITS_COPIES * min(rows, shape.tokens * 4 * shape.architecture.vocab_size) if last else 0
+    loading = LOADING_COPIES * max(shape.layer_weight_bytes[i] for i in layers)
+    head = shape.embedding_bytes if last else 0
+    items, host = dict(held.items), dict(held.host_items)
+    items["weights"] += head
+    items["activations"] += logits
+    (host or items)["write buffers"] += loading
+    return MemoryPlan(items=items, host_items=host)

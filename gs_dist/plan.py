@@ -14,6 +14,7 @@ from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
 from gs_dist.memory import MemoryPlan
 from gs_dist.policy import QuantPolicy
+from gs_dist.probe_memory import check_probe
 from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, format_bytes, shares, threads_of
 from gs_dist.statistics import StatisticsSettings, block_bounds
 from gs_dist.workload import (
@@ -177,10 +178,18 @@ def make_plan(
         CheckpointError: a tensor that config.json implies has no header.
     """
     workload = make_workload(config, architecture, tensors)
-    return _plan_of(config, workload, available, choose_spread(config, workload, available))
+    spread = choose_spread(config, workload, available)
+    probe_notes = check_probe(config, workload, available, spread)
+    return _plan_of(config, workload, available, spread, probe_notes)
 
 
-def _plan_of(config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread) -> CalibrationPlan:
+def _plan_of(
+    config: CalibrationConfig,
+    workload: Workload,
+    available: ClusterFacts,
+    spread: Spread,
+    probe_notes: tuple[str, ...],
+) -> CalibrationPlan:
     data, architecture = config.calibration, workload.architecture
     if spread.data_parallel_size < config.parallel.min_data_parallel_size:
         raise PlanError(
@@ -222,7 +231,7 @@ def _plan_of(config: CalibrationConfig, workload: Workload, available: ClusterFa
         keep_statistics=config.keep_statistics,
         propagation=config.propagation,
         operations=count_operations(workload, data.num_samples, data.sequence_length),
-        notes=workload.notes + _budget_notes(workload),
+        notes=workload.notes + _budget_notes(workload) + probe_notes,
         schemes=workload.schemes,
         size_budget=workload.size_budget,
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from gs_dist.errors import OutputError
 from gs_dist.quantized import LinearSummary
 
-__all__ = ["CalibrationSummary", "StageSummary", "read_summary", "write_summary"]
+__all__ = ["CalibrationSummary", "ProbeSummary", "StageSummary", "read_summary", "write_summary"]
 
 SUMMARY_VERSION = 1
 JSON_NAME = "summary.json"
@@ -42,6 +42,43 @@ class StageSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeSummary:
+    """A published model beside the float model, before the job counted as done.
+
+    Attributes:
+        format: the dialect.
+        perplexity, float_perplexity: of the two models.
+        num_samples, num_tokens: samples, and tokens predicted in them.
+        calibration_data: whether the samples are of the calibration data.
+        num_new_tokens: tokens that both models generated, each taking the most likely one.
+        num_equal_tokens: how many of them are the same before the first that differs.
+    """
+
+    format: str
+    perplexity: float
+    float_perplexity: float
+    num_samples: int
+    num_tokens: int
+    calibration_data: bool
+    num_new_tokens: int
+    num_equal_tokens: int
+
+    @property
+    def increase(self) -> float:
+        """Of the perplexity, as a share of the float model's."""
+        return self.perplexity / self.float_perplexity - 1
+
+    def sentence(self) -> str:
+        """The figures in words, without the format."""
+        source = "the calibration data" if self.calibration_data else "other data"
+        return (
+            f"perplexity {self.perplexity:.4g}, of the float model {self.float_perplexity:.4g} ({self.increase:+.2%}), "
+            f"over {self.num_samples} samples of {source} ({self.num_tokens} predicted tokens); "
+            f"{self.num_equal_tokens} of {self.num_new_tokens} generated tokens equal before the first difference"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSummary:
     """A job's summary.
 
@@ -57,6 +94,7 @@ class CalibrationSummary:
         stages: one a worker.
         perplexity, float_perplexity: of the published and of the float model, where they were measured.
         notes: what a person should know of the run as a whole.
+        probes: one a format, where the job was to compare what it published with the float model.
     """
 
     model: str
@@ -72,6 +110,7 @@ class CalibrationSummary:
     perplexity: float | None = None
     float_perplexity: float | None = None
     notes: tuple[str, ...] = field(default=())
+    probes: tuple[ProbeSummary, ...] = ()
 
     @property
     def strategies(self) -> dict[str, int]:
@@ -116,7 +155,8 @@ class CalibrationSummary:
                 )
             rows = tuple(_rebuilt(LinearSummary, row) for row in document.pop("rows"))
             stages = tuple(_rebuilt(StageSummary, stage) for stage in document.pop("stages"))
-            return _rebuilt(cls, {**document, "rows": rows, "stages": stages})
+            probes = tuple(_rebuilt(ProbeSummary, probe) for probe in document.pop("probes", ()))
+            return _rebuilt(cls, {**document, "rows": rows, "stages": stages, "probes": probes})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, OutputError):
                 raise
@@ -184,10 +224,20 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("activation_error", pa.float64()),
             pa.field("scheme_errors", pa.map_(pa.string(), pa.float64())),
         ],
-        metadata={"model": summary.model, "propagation": summary.propagation, "gs_dist_summary": str(SUMMARY_VERSION)},
+        metadata=_parquet_metadata(summary),
     )
     rows = [_parquet_row(row) for row in summary.rows]
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), path)
+
+
+def _parquet_metadata(summary: CalibrationSummary) -> dict[str, str]:
+    """What is said of the run as a whole; perplexities only where they were measured."""
+    texts = {"model": summary.model, "propagation": summary.propagation, "gs_dist_summary": str(SUMMARY_VERSION)}
+    measured = {"perplexity": summary.perplexity, "float_perplexity": summary.float_perplexity}
+    texts |= {name: repr(value) for name, value in measured.items() if value is not None}
+    if summary.probes:
+        texts["probes"] = json.dumps(_finite([dataclasses.asdict(probe) for probe in summary.probes]))
+    return texts
 
 
 def _parquet_row(row: LinearSummary) -> dict[str, Any]:

@@ -198,4 +198,5 @@ def _totals(summary: CalibrationSummary) -> list[str]:
     if summary.perplexity is not None:
         float_part = "" if summary.float_perplexity is None else f", of the float model {summary.float_perplexity:.4g}"
         lines.append(f"perplexity {summary.perplexity:.4g}{float_part}")
+    lines += [f"probe of {probe.format}: {probe.sentence()}" for probe in summary.probes]
     return [*lines, *(f"note: {note}" for note in summary.notes)]

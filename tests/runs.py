@@ -20,6 +20,8 @@ from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.progress import SilentProgress
 from gs_dist.runtime.attempt import MakeGroup
 from gs_dist.runtime.coordinator import run_job
+from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
+from gs_dist.runtime.probe import MakeEvaluationGroup
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.summary import CalibrationSummary
 
@@ -70,13 +72,26 @@ def inline_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
     )
 
 
+def inline_evaluation_group(evaluation: Evaluation, timeout: float) -> InlineWorkerGroup:
+    return InlineWorkerGroup(partial(EvaluationWorker, evaluation), num_stages=len(evaluation.stages), num_replicas=1)
+
+
 def run_inline(
-    config: CalibrationConfig, make_group: MakeGroup = inline_group, statistics_from: str | None = None
+    config: CalibrationConfig,
+    make_group: MakeGroup = inline_group,
+    statistics_from: str | None = None,
+    make_evaluation_group: MakeEvaluationGroup = inline_evaluation_group,
 ) -> CalibrationSummary:
     """The whole job with workers in this process."""
     prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
     job = Job(config=config, plan=plan_of(config), fingerprints=prints, statistics_from=statistics_from)
-    return run_job(job, CheckpointReader(Path(config.model)), make_group=make_group, progress=SilentProgress())
+    return run_job(
+        job,
+        CheckpointReader(Path(config.model)),
+        make_group=make_group,
+        make_evaluation_group=make_evaluation_group,
+        progress=SilentProgress(),
+    )
 
 
 def published_hashes(config: CalibrationConfig) -> dict[str, str]:

@@ -52,7 +52,7 @@ def render_model_card(
         _front_matter(summary, format_name),
         f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, format_name)}",
         f"## Linears\n\n{_strategies(summary)}",
-        f"## Quality\n\n{_quality(summary)}",
+        f"## Quality\n\n{_quality(summary, format_name)}",
         f"## How it was made\n\n{_recipe(config, summary)}",
         f"## How to serve it\n\n{_serving(config, summary, architecture, format_name)}",
         f"## Origin\n\n{_origin(summary)}",
@@ -100,7 +100,7 @@ def _strategies(summary: CalibrationSummary) -> str:
     )
 
 
-def _quality(summary: CalibrationSummary) -> str:
+def _quality(summary: CalibrationSummary, format_name: str) -> str:
     worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:_WORST]
     parts = []
     if summary.perplexity is not None:
@@ -111,6 +111,8 @@ def _quality(summary: CalibrationSummary) -> str:
         parts.append(_table(("model", "perplexity"), rows))
     else:
         parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
+    probed = [probe.sentence() for probe in summary.probes if probe.format == format_name]
+    parts += [f"Before it was published: {sentence}." for sentence in probed]
     if worst:
         lines = [(f"`{row.name}`", f"`{row.strategy}`", f"{row.relative_error:.2e}") for row in worst]
         table = _table(("linear", "strategy", "relative error"), lines)

@@ -47,11 +47,13 @@ from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
 from gs_dist.runtime.attempt import MakeGroup, run_attempt
 from gs_dist.runtime.choice import chosen_policies, render_layer_policies, with_scheme_errors
+from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
+from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
 from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
 
-__all__ = ["cluster", "quantize", "resolve", "run_job"]
+__all__ = ["cluster", "evaluation_workers", "quantize", "resolve", "run_job"]
 
 _PATIENCE = 10.0  # seconds for a cluster's head to take a connection
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
@@ -153,7 +155,9 @@ def _run_on_ray(
             progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")
         kept = None if statistics_from is None else os.path.abspath(statistics_from)
         job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, statistics_from=kept)
-        return run_job(job, reader, make_group=_ray_workers, progress=progress)
+        return run_job(
+            job, reader, make_group=_ray_workers, make_evaluation_group=evaluation_workers, progress=progress
+        )
 
 
 def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: CalibrationPlan) -> list[str]:
@@ -167,11 +171,27 @@ def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: Calibratio
     return list(dict.fromkeys(notes))
 
 
-def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progress: Progress) -> CalibrationSummary:
-    """Observes and solves what is unfinished, then merges; workers come from `make_group`."""
+def run_job(
+    job: Job,
+    reader: CheckpointReader,
+    *,
+    make_group: MakeGroup,
+    make_evaluation_group: MakeEvaluationGroup,
+    progress: Progress,
+) -> CalibrationSummary:
+    """Observes and solves what is unfinished, merges, and probes the result if the recipe says so.
+
+    Args:
+        job: recipe and plan.
+        reader: of the float checkpoint.
+        make_group: makes the workers that observe and solve.
+        make_evaluation_group: makes the workers of the probe.
+        progress: told what is going on.
+    """
     began = time.monotonic()
     config = job.config
     run = RunDirectory(Path(config.output), formats=config.format, fingerprints=job.fingerprints)
+    probe = Probe.open(job, reader)
     with run.locked():
         finished = run.prepare(reader.architecture.num_layers)
         if finished:
@@ -190,13 +210,16 @@ def run_job(job: Job, reader: CheckpointReader, *, make_group: MakeGroup, progre
             summary = dataclasses.replace(
                 earlier, rows=summary.rows, fingerprints=summary.fingerprints, formats=summary.formats
             )
-        write_summary(run.path, summary)
-        for name in config.format:
-            write_model_card(run.path / name, config, summary, reader.architecture)
+        write_summary(run.path, summary)  # of use where the probe fails, too
         if config.keep_statistics:
             write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
         elif config.bits == "auto":
             remove_statistics(run.path)
+        if probe is not None:
+            summary = probe.run(summary, make_evaluation_group, progress)
+            write_summary(run.path, summary)
+        for name in config.format:
+            write_model_card(run.path / name, config, summary, reader.architecture)
         write_bytes(run.path / "recipe.yaml", published_recipe(config).encode())
         run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
     return summary
@@ -315,6 +338,23 @@ def _ray_workers(job: Job, min_replicas: int) -> WorkerGroup:
         num_threads=job.plan.threads_per_worker,
         npus=1 if job.plan.device == "ascend" else 0,
         timeout=job.config.parallel.timeout,
+    )
+
+
+def evaluation_workers(evaluation: Evaluation, timeout: float) -> WorkerGroup:
+    """One replica of an evaluation's stages, on Ray.
+
+    Raises:
+        ClusterError: there is no room for it.
+    """
+    return RayWorkerGroup(
+        partial(EvaluationWorker, evaluation),
+        num_stages=len(evaluation.stages),
+        num_replicas=1,
+        min_replicas=1,
+        num_threads=evaluation.threads_per_worker,
+        npus=1 if evaluation.device == "ascend" else 0,
+        timeout=timeout,
     )
 
 

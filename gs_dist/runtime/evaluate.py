@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
 import os
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from gs_dist.calibration.dataset import open_dataset
@@ -15,22 +13,11 @@ from gs_dist.checkpoint.run_directory import find_model
 from gs_dist.config import CalibrationData
 from gs_dist.errors import CheckpointError
 from gs_dist.progress import Progress
-from gs_dist.runtime.coordinator import cluster
-from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
-from gs_dist.runtime.pipeline import stream_results
-from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup
+from gs_dist.runtime.coordinator import cluster, evaluation_workers
+from gs_dist.runtime.evaluation_worker import Evaluation
+from gs_dist.runtime.perplexity import Perplexity, measure
 
-__all__ = ["Perplexity", "evaluate", "measure"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """Perplexity over `num_tokens` predicted tokens of `num_samples` samples; `float_model` None if not asked for."""
-
-    quantized: float
-    float_model: float | None
-    num_samples: int
-    num_tokens: int
+__all__ = ["Perplexity", "evaluate"]
 
 
 def evaluate(
@@ -76,55 +63,17 @@ def evaluate(
     edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     evaluation = Evaluation(
         model=model,
-        quantized=str(model_directory),
-        format=format_name,
+        published={format_name: str(model_directory)},
         data=data,
         stages=tuple(itertools.pairwise(edges)),
+        max_in_flight=2 * num_stages,
         threads_per_worker=max(1, threads // num_stages),
     )
     with cluster(address, num_stages * evaluation.threads_per_worker) as facts:
-        group = RayWorkerGroup(
-            partial(EvaluationWorker, evaluation),
-            num_stages=num_stages,
-            num_replicas=1,
-            min_replicas=1,
-            num_threads=evaluation.threads_per_worker,
-            npus=1 if facts.num_npus else 0,
-            timeout=timeout,
-        )
+        if facts.num_npus:
+            evaluation = dataclasses.replace(evaluation, device="ascend")
+        group = evaluation_workers(evaluation, timeout)
         try:
             return measure(group, evaluation, dataset.num_samples, dataset.num_micro_batches, timeout, progress)
         finally:
             group.close()
-
-
-def measure(
-    group: WorkerGroup,
-    evaluation: Evaluation,
-    num_samples: int,
-    num_micro_batches: int,
-    timeout: float,
-    progress: Progress,
-) -> Perplexity:
-    """Runs the float model, if any, then the published one, over all micro-batches."""
-    perplexities: dict[str, float] = {}
-    num_tokens = 0
-    for which in ("float", "quantized") if evaluation.model is not None else ("quantized",):
-        losses = stream_results(
-            group,
-            which,
-            [range(num_micro_batches)],
-            num_stages=len(evaluation.stages),
-            max_in_flight=2 * len(evaluation.stages),
-            timeout=timeout,
-            progress=progress,
-        )
-        num_tokens = sum(tokens for _, tokens in losses)
-        mean = sum(loss for loss, _ in losses) / max(num_tokens, 1)
-        perplexities[which] = math.exp(min(mean, 700.0))  # past this a float64 overflows
-    return Perplexity(
-        quantized=perplexities["quantized"],
-        float_model=perplexities.get("float"),
-        num_samples=num_samples,
-        num_tokens=num_tokens,
-    )

@@ -17,7 +17,10 @@ from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationData
 
-__all__ = ["Evaluation", "EvaluationWorker"]
+__all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]
+
+FLOAT = "float"
+"""Names the float model where a format's name would name a published one."""
 
 Payload = tuple[npt.NDArray[Any], TokenBatch]
 
@@ -28,18 +31,18 @@ class Evaluation:
 
     Attributes:
         model: directory of the float model, None to leave it out.
-        quantized: directory of the published model.
-        format: the format it was published in.
+        published: format's name to directory of what was published in it.
         data: what perplexity is taken on.
         stages: bounds of each stage's layers.
+        max_in_flight: micro-batches between the first and the last stage.
         device, threads_per_worker: as in the recipe.
     """
 
     model: str | None
-    quantized: str
-    format: str
+    published: Mapping[str, str]
     data: CalibrationData
     stages: tuple[tuple[int, int], ...]
+    max_in_flight: int
     device: Literal["auto", "cpu", "ascend"] = "auto"
     threads_per_worker: int = 1
 
@@ -55,21 +58,21 @@ class EvaluationWorker:
         self._layers: list[LayerWeights] = []
         self._batches: Any = None
 
-    def begin(self, which: Literal["float", "quantized"], start: int, stop: int) -> None:
-        """Loads the float or the published layers and gets ready for micro-batches [start, stop)."""
+    def begin(self, which: str, start: int, stop: int) -> None:
+        """Loads the float layers (`FLOAT`) or those of a format, and gets ready for micro-batches [start, stop)."""
         evaluation = self._evaluation
         self._layers.clear()
-        if which == "float":
+        if which == FLOAT:
             assert evaluation.model is not None
             reader = CheckpointReader(Path(evaluation.model))
         else:
-            reader = CheckpointReader(Path(evaluation.quantized), quantized=True)
+            reader = CheckpointReader(Path(evaluation.published[which]), quantized=True)
         self._network = DecoderNetwork(reader.architecture, self._device)
         for index in range(self._first, self._end):
-            if which == "float":
+            if which == FLOAT:
                 self._layers.append(self._network.layer_weights(reader.read_layer(index)))
             else:
-                layer = FORMATS[evaluation.format].decode_layer(reader, index)
+                layer = FORMATS[which].decode_layer(reader, index)
                 self._layers.append(self._network.layer_weights({}, quantized=layer))
         self._outer = self._network.outer_weights(self._outer_tensors(reader))
         if self._is_first:
@@ -97,9 +100,29 @@ class EvaluationWorker:
             hidden = self._network.embed(self._outer, batch.input_ids)
         else:
             hidden, batch = self._device.to_tensor(payload[0]), payload[1]
-        for weights in self._layers:
-            hidden, _ = self._network.forward_layer(weights, hidden, capture=False)
+        hidden = self._forward(hidden)
         if not self._is_last:
             return self._device.to_numpy(hidden), batch
         losses, tokens = self._network.token_losses(self._outer, hidden, batch.input_ids, batch.mask)
         return float(np.sum(losses)), int(np.sum(tokens))
+
+    def next_token(self, input_ids: npt.NDArray[np.int32], num_tokens: int, payload: npt.NDArray[Any] | None) -> Any:
+        """The token of largest logit after the first `num_tokens` of `input_ids` (1, t), by a full forward pass.
+
+        What stands behind them is not seen, so that one shape serves a whole continuation.
+
+        Returns:
+            Hidden states (1, t, h), or at the last stage (token, whether all its logits are finite).
+        """
+        hidden = self._network.embed(self._outer, input_ids) if payload is None else self._device.to_tensor(payload)
+        states = self._device.to_numpy(self._forward(hidden))
+        if not self._is_last:
+            return states
+        row = self._device.to_tensor(states[:, num_tokens - 1 : num_tokens])
+        logits = self._device.to_numpy(self._network.logits(self._outer, row)).astype(np.float32).ravel()
+        return int(np.argmax(logits)), bool(np.isfinite(logits).all())
+
+    def _forward(self, hidden: Any) -> Any:
+        for weights in self._layers:
+            hidden, _ = self._network.forward_layer(weights, hidden, capture=False)
+        return hidden

@@ -355,6 +355,7 @@ CASES = [
     Case("recipe", "size without unit", _set("parallel.memory_per_worker", "60 gigs"), "such as 60GiB"),
     Case("recipe", "endless wait", _set("parallel.timeout", float("inf")), "timeout"),
     Case("recipe", "ceiling below zero", _set("max_relative_error", -1.0), "max_relative_error: found -1.0"),
+    Case("recipe", "a probe without a limit", _set("probe.num_samples", 4), "max_perplexity_increase is null"),
     Case("recipe", "override without value", _override("calibration.num_samples"), "write key.path=value"),
     Case("recipe", "override of nothing", _override("calibration.nun_samples=3"), "num_samples if that is meant"),
     # What the plan refuses.

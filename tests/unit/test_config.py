@@ -199,6 +199,45 @@ def test_yaml_switches_and_exponents_are_read_as_meant(write: Any) -> None:
     assert (config.gram, config.takes_gram, config.max_relative_error) == ("off", False, 0.01)
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("max_perplexity_increase=-0.1", "max_perplexity_increase: found -0.1; write at least 0.0"),
+        ("max_perplexity_increase=5%", "max_perplexity_increase: found '5%'; write a number"),
+        ("max_perplexity_increase=.inf", "max_perplexity_increase: found inf; write a finite number"),
+        ("probe.num_samples=0", "probe.num_samples: found 0; write at least 1"),
+        ("probe.max_new_tokens=no", "probe.max_new_tokens: found False; write a whole number"),
+        ("probe.data=[]", "probe.data: found []; write a text, a list of texts, or null for the calibration data"),
+        ("probe.samples=4", "probe.samples: found an unknown key; write num_samples if that is meant"),
+    ],
+)
+def test_a_probe_that_cannot_be_meant_is_refused(write: Any, override: str, problem: str) -> None:
+    """Shares, counts and data of the probe are as strict as the rest."""
+    assert problem in refusal(write(MINIMAL + "max_perplexity_increase: 0.05\n"), override)
+
+
+def test_a_probe_without_a_limit_is_refused(write: Any) -> None:
+    """Settings of a probe that does not happen would be forgotten in silence."""
+    (problem,) = refusal(write(MINIMAL), "probe.num_samples=4")
+    assert problem.startswith("probe is set while max_perplexity_increase is null, so that nothing is probed: set ")
+
+
+def test_the_probe_takes_the_calibration_data_unless_it_has_its_own(write: Any) -> None:
+    """Never more samples than the calibration has of the same data, and no larger micro-batches."""
+    config = load_recipe(write(MINIMAL), ["max_perplexity_increase=0.05", "calibration.sequence_length=512"])
+    data = config.probe_data
+    assert (data.data, data.num_samples, data.samples_per_micro_batch) == (("d.parquet",), 8, 4)
+    few = load_recipe(write(MINIMAL), ["max_perplexity_increase=0.05", "calibration.num_samples=3"])
+    assert (few.probe_data.num_samples, few.probe_data.samples_per_micro_batch) == (3, 1)
+    own = load_recipe(
+        write(MINIMAL), ["max_perplexity_increase=0", "calibration.num_samples=3", "probe.data=/x/e.parquet"]
+    )
+    assert (own.probe_data.data, own.probe_data.num_samples) == (("/x/e.parquet",), 8)
+    assert yaml.safe_load(published_recipe(own))["probe"]["data"] == ["e.parquet"]
+    relative = load_recipe(write(MINIMAL), ["max_perplexity_increase=0", "probe.data=[e.parquet, 's3://b/e']"])
+    assert relative.anchored().probe.data == (str(Path("e.parquet").absolute()), "s3://b/e")
+
+
 def test_overrides_are_laid_over_the_recipe_in_order(write: Any) -> None:
     """Values are YAML; keys with dots stand in quotes; the last one wins."""
     config = load_recipe(
@@ -294,6 +333,7 @@ def test_the_micro_batch_follows_from_the_data_alone(write: Any, length: int, sa
         "keep_statistics=true",
         "gram=on",  # what auto comes to
         "format=compressed-tensors",
+        "max_perplexity_increase=0.05",
     ],
 )
 def test_the_fingerprint_ignores_where_and_how_wide(write: Any, override: str) -> None:

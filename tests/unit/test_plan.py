@@ -44,7 +44,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
 
 def recipe(*, ptq: dict[str, Any] | None = None, calibration: dict[str, Any] | None = None, **rest: Any) -> Any:
     """A recipe; `parallel`'s keys and those of the top level are told apart by name."""
-    top = {k: rest.pop(k) for k in ("gram", "propagation", "layer_policies", "format") if k in rest}
+    names = ("gram", "propagation", "layer_policies", "format", "max_perplexity_increase", "probe")
+    top = {k: rest.pop(k) for k in names if k in rest}
     return CalibrationConfig.model_validate(
         {
             "model": "m",
@@ -388,3 +389,38 @@ def test_a_cluster_says_what_it_lacks() -> None:
     assert cluster.lacking(cpus=8, npus=2) == ""
     assert cluster.lacking(cpus=4, npus=8) == "2 of 8 NPU"
     assert cluster.lacking(cpus=16, npus=8) == "8 of 16 CPU, 2 of 8 NPU"
+
+
+def probing(**changes: Any) -> Any:
+    return recipe(**{"device": "ascend", "data_parallel_size": 1, "max_perplexity_increase": 0.05, **changes})
+
+
+def test_the_plan_says_what_a_probe_needs(large: CheckpointReader) -> None:
+    """Weights of ten layers, the head, one micro-batch's logits at a time; nothing is said where nothing is probed."""
+    settings = {"pipeline_parallel_size": 8, "memory_per_worker": "60GiB"}
+    (note,) = [note for note in planned(large, probing(**settings)).notes if "probed" in note]
+    assert "probed on 8 samples: " in note
+    size = float(note.split(": ")[1].split(" GiB")[0])
+    layer = 2 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192)
+    head = 2 * 128256 * 8192
+    assert (10 * layer + head) / GIB < size < (10 * layer + head) / GIB + 6
+    plain = planned(large, probing(**settings, max_perplexity_increase=None))
+    assert not [note for note in plain.notes if "probed" in note]
+
+
+def test_a_probe_that_does_not_fit_is_refused_before_a_weight_is_read(large: CheckpointReader) -> None:
+    """One-layer waves take the model through a small card, a probe does not; each value named would do."""
+    settings: dict[str, Any] = {"pipeline_parallel_size": 2, "memory_per_worker": "30GiB"}
+    planned(large, probing(**settings, max_perplexity_increase=None))
+    with pytest.raises(PlanError) as refused:
+        planned(large, probing(**settings))
+    text = str(refused.value)
+    assert "stage 0 of 2 (layers 0 to 39) holds all its weights at once" in text or "stage 1 of 2" in text
+    assert "memory_per_worker is 30.0 GiB" in text
+    (size,) = re.findall(r"parallel\.memory_per_worker: (\d+GiB)", text)
+    (stages,) = re.findall(r"parallel\.pipeline_parallel_size: (\d+)", text)
+    planned(large, probing(**{**settings, "memory_per_worker": size}))
+    planned(large, probing(**{**settings, "pipeline_parallel_size": int(stages)}))
+    with pytest.raises(PlanError):
+        planned(large, probing(**{**settings, "pipeline_parallel_size": int(stages) - 1}))
+    assert "max_perplexity_increase: null" in text

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gs_dist.errors import OutputError
 from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
+from gs_dist.summary import CalibrationSummary, ProbeSummary, StageSummary, read_summary, write_summary
 from gs_dist.tables import print_summary
 
 W8A8 = "SmoothQuant-W8-perchannel-A8-pertensor"
@@ -69,6 +69,18 @@ SMALL = make(
 )
 
 
+PROBE = ProbeSummary(
+    format="ascend",
+    perplexity=31.5,
+    float_perplexity=30.0,
+    num_samples=8,
+    num_tokens=4088,
+    calibration_data=False,
+    num_new_tokens=16,
+    num_equal_tokens=11,
+)
+
+
 def shown(summary: CalibrationSummary, **options: object) -> str:
     stream = io.StringIO()
     print_summary(Console(file=stream, width=200), summary, **options)  # type: ignore[arg-type]  # passed on as they come
@@ -77,7 +89,7 @@ def shown(summary: CalibrationSummary, **options: object) -> str:
 
 def test_a_summary_survives_json(tmp_path: Path) -> None:
     """What is written is what is read, field by field."""
-    full = replace(SMALL, perplexity=31.5, float_perplexity=30.28, notes=("resumed",))
+    full = replace(SMALL, perplexity=31.5, float_perplexity=30.28, notes=("resumed",), probes=(PROBE,))
     write_summary(tmp_path, full)
     assert read_summary(tmp_path) == full
 
@@ -220,3 +232,18 @@ def test_what_schemes_would_cost_is_kept_ranked_and_shown(tmp_path: Path) -> Non
     assert names == ["down_proj", "up_proj", "q_proj"], "those that were not judged come last"
     assert "W8 2e-05, W4 0.007" in shown(JUDGED, sort="sensitivity")
     assert "would cost" not in shown(SMALL, sort="layer")
+
+
+def test_a_probe_is_shown_with_its_increase() -> None:
+    """Perplexities, what they were taken on, and how long both models said the same."""
+    assert (
+        "probe of ascend: perplexity 31.5, of the float model 30 (+5.00%), over 8 samples of other data "
+        "(4088 predicted tokens); 11 of 16 generated tokens equal before the first difference\n"
+    ) in shown(replace(SMALL, probes=(PROBE,)))
+
+
+def test_a_summary_without_probes_is_still_read(tmp_path: Path) -> None:
+    """Summaries written before there were probes have no such key."""
+    document = json.loads(SMALL.to_json())
+    del document["probes"]
+    assert CalibrationSummary.from_json(json.dumps(document)) == SMALL

@@ -1,0 +1,217 @@
+"""Before a job counts as done: what it published against the float model, in perplexity and in generated tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.calibration.dataset import CalibrationDataset, open_dataset
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.errors import JobFailure, WorkerLostError
+from gs_dist.progress import Progress
+from gs_dist.quantized import LinearSummary
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
+from gs_dist.runtime.perplexity import perplexity_of
+from gs_dist.runtime.stage_worker import Job
+from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.summary import CalibrationSummary, ProbeSummary
+
+__all__ = ["MakeEvaluationGroup", "Probe"]
+
+MakeEvaluationGroup = Callable[[Evaluation, float], WorkerGroup]
+"""Makes one replica of the workers of an evaluation; the number is the timeout in seconds."""
+
+PROMPT_TOKENS = 32  # enough of a context that a sound model is sure of what follows
+_WORST = 3  # linears named where the probe fails
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Findings:
+    """Of one model: perplexity over `num_tokens` predicted tokens, the tokens it generated, whether it overflowed."""
+
+    perplexity: float
+    num_tokens: int
+    tokens: tuple[int, ...]
+    finite: bool
+
+
+class Probe:
+    """What a recipe's `max_perplexity_increase` and `probe` ask for; `open` looks at the data before any work.
+
+    Args:
+        job: plan and recipe; the probe's stages are the plan's.
+        dataset: the samples.
+    """
+
+    def __init__(self, job: Job, dataset: CalibrationDataset) -> None:
+        config, plan = job.config, job.plan
+        assert config.max_perplexity_increase is not None
+        self._limit = config.max_perplexity_increase
+        self._config = config
+        self._dataset = dataset
+        device: Literal["cpu", "ascend"] = "ascend" if plan.device == "ascend" else "cpu"
+        self._evaluation = Evaluation(
+            model=config.model,
+            published={name: str(Path(config.output) / name) for name in config.format},
+            data=config.probe_data,
+            stages=tuple((stage.first_layer, stage.end_layer) for stage in plan.stages),
+            max_in_flight=plan.max_in_flight,
+            device=device,
+            threads_per_worker=plan.threads_per_worker,
+        )
+
+    @classmethod
+    def open(cls, job: Job, reader: CheckpointReader) -> Probe | None:
+        """The probe of a job, None where its recipe asks for none.
+
+        Raises:
+            DatasetError: the probe's data cannot be used.
+        """
+        if job.config.max_perplexity_increase is None:
+            return None
+        architecture = reader.architecture
+        dataset = open_dataset(
+            job.config.probe_data,
+            architecture.vocab_size,
+            reader.tokenizer_file,
+            eos_token_id=architecture.end_of_text_id,
+            fewer_samples=True,
+        )
+        return cls(job, dataset)
+
+    def run(
+        self, summary: CalibrationSummary, make_group: MakeEvaluationGroup, progress: Progress
+    ) -> CalibrationSummary:
+        """Compares every published format with the float model.
+
+        Args:
+            summary: of the job; its worst linears are named where the probe fails.
+            make_group: makes the workers.
+            progress: told what is going on.
+
+        Returns:
+            The summary with what was found; its perplexity is that of the worst format.
+
+        Raises:
+            JobFailure: perplexity rises by more than the recipe allows, or logits are not finite.
+            WorkerLostError: workers died more often in a row than `parallel.max_restarts`.
+        """
+        progress.message(f"probing float and published model on {self._dataset.num_samples} samples")
+        findings = self._all_findings(make_group, progress)
+        reference = findings.pop(FLOAT)
+        if not _sound(reference):
+            raise JobFailure(
+                f"the float model itself {_unsound(reference)} on the samples of the probe: check that "
+                f"{summary.model} is a trained model and that the data are of its tokenizer"
+            )
+        probes = []
+        for name, found in findings.items():
+            if not _sound(found):
+                raise JobFailure(f"{name}: the published model {_unsound(found)}{self._advice(summary)}")
+            probes.append(self._compared(name, found, reference))
+        for probe in probes:
+            if probe.increase > self._limit:
+                raise JobFailure(
+                    f"{probe.format}: {probe.sentence()}; that is above max_perplexity_increase "
+                    f"{self._limit:g} ({self._limit:.4%}){self._advice(summary)}"
+                )
+        worst = max(probes, key=lambda probe: probe.perplexity)
+        return dataclasses.replace(
+            summary,
+            perplexity=worst.perplexity,
+            float_perplexity=worst.float_perplexity,
+            probes=tuple(probes),
+        )
+
+    def _all_findings(self, make_group: MakeEvaluationGroup, progress: Progress) -> dict[str, _Findings]:
+        """By model; workers that were lost are started again."""
+        parallel = self._config.parallel
+        for failures in range(parallel.max_restarts + 1):
+            try:
+                group = make_group(self._evaluation, parallel.timeout)
+                try:
+                    names = (FLOAT, *self._evaluation.published)
+                    return {name: self._findings(name, group, progress) for name in names}
+                finally:
+                    group.close()
+            except WorkerLostError as error:
+                if failures == parallel.max_restarts:
+                    raise WorkerLostError(
+                        f"{error}; all layers are published: submit the same recipe again to probe them"
+                    ) from error
+                progress.message(f"{error}; starting the workers of the probe again")
+        raise AssertionError("the loop returns or raises")
+
+    def _findings(self, which: str, group: WorkerGroup, progress: Progress) -> _Findings:
+        timeout = self._config.parallel.timeout
+        batches = self._dataset.num_micro_batches
+        perplexity, num_tokens = perplexity_of(which, group, self._evaluation, batches, timeout, progress)
+        tokens, finite = self._continuation(group, timeout)
+        return _Findings(perplexity=perplexity, num_tokens=num_tokens, tokens=tokens, finite=finite)
+
+    def _continuation(self, group: WorkerGroup, timeout: float) -> tuple[tuple[int, ...], bool]:
+        """Tokens after the prompt, each the most likely one; ends early where logits are not finite."""
+        prompt = self._prompt()
+        count = self._config.probe.max_new_tokens
+        ids = np.zeros((1, prompt.size + count), np.int32)
+        ids[0, : prompt.size] = prompt
+        for end in range(prompt.size, prompt.size + count):
+            reference = None
+            for stage in range(len(self._evaluation.stages)):
+                reference = group.call(WorkerKey(stage, 0), "next_token", ids.copy(), end, reference)
+            if not group.wait([reference], timeout):
+                raise WorkerLostError(f"no token was generated for {timeout:g} s")
+            token, finite = group.get(reference)
+            if not finite:
+                return tuple(ids[0, prompt.size : end].tolist()), False
+            ids[0, end] = token
+        return tuple(ids[0, prompt.size :].tolist()), True
+
+    def _prompt(self) -> npt.NDArray[np.int32]:
+        first = next(iter(self._dataset.batches(0, 1)))
+        prompt: npt.NDArray[np.int32] = first.input_ids[0][first.mask[0]][:PROMPT_TOKENS]
+        return prompt
+
+    def _compared(self, name: str, found: _Findings, reference: _Findings) -> ProbeSummary:
+        pairs = list(zip(found.tokens, reference.tokens, strict=True))
+        return ProbeSummary(
+            format=name,
+            perplexity=found.perplexity,
+            float_perplexity=reference.perplexity,
+            num_samples=self._dataset.num_samples,
+            num_tokens=found.num_tokens,
+            calibration_data=self._config.probe.data is None,
+            num_new_tokens=len(pairs),
+            num_equal_tokens=next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs)),
+        )
+
+    def _advice(self, summary: CalibrationSummary) -> str:
+        """Which linears to look at, and what to change."""
+        worst = _worst_rows(summary.sorted_rows("error"))
+        named = ", ".join(f"{row.name} {row.relative_error:.3g}" for row in worst)
+        largest = f"; the largest relative errors are {named}" if named else ""
+        return (
+            f"{largest}. Raise max_perplexity_increase and run the same recipe again, which only probes again; or "
+            "quantise anew into another output, with more calibration.num_samples or another policy in layer_policies "
+            "for these linears"
+        )
+
+
+def _worst_rows(rows: Sequence[LinearSummary]) -> list[LinearSummary]:
+    return [row for row in rows if row.relative_error is not None][:_WORST]
+
+
+def _sound(found: _Findings) -> bool:
+    return found.finite and math.isfinite(found.perplexity)
+
+
+def _unsound(found: _Findings) -> str:
+    if not math.isfinite(found.perplexity):
+        return f"has a perplexity of {found.perplexity}"
+    return f"gives logits that are not finite after {len(found.tokens)} generated tokens"
