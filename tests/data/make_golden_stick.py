@@ -326,7 +326,11 @@ def main() -> None:
     recorder = Recorder()
     assert LinearClipper in PTQ.pipeline
     arrays: dict[str, np.ndarray] = {}
-    runs = {"solo": ["w4a16", "awq", "osl"], "positive": ["w8a8"], "layer": ["w8a16", "w8a8", "smoothquant", "w4a16"]}
+    runs = {
+        "solo": ["w4a16", "awq", "osl"],
+        "positive": ["w8a8"],
+        "layer": ["w8a16", "w8a8", "smoothquant", "osl", "w4a16"],
+    }
     for network_name, schemes in runs.items():
         weights, norms, samples = problem(network_name)
         arrays.update({f"{network_name}/weight/{name}": w.astype(np.float16) for name, w in weights.items()})

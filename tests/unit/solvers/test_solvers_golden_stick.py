@@ -68,20 +68,28 @@ INPUTS = {
 }
 READS = [(layer_input, linear) for layer_input in INPUTS["layer"] for linear in layer_input.linears]
 
-SEARCHED_NETWORKS = ("solo",)
-SEARCHED = [(network, i, linear) for network in SEARCHED_NETWORKS for i in INPUTS[network] for linear in i.linears]
+SEARCHES = {"osl": ("solo", "layer"), "awq": ("solo",)}  # networks
+CLIPPED = [
+    (scheme, network, layer_input, linear)
+    for scheme, networks in SEARCHES.items()
+    for network in networks
+    for layer_input in INPUTS[network]
+    for linear in layer_input.linears
+]
 
 each_input = pytest.mark.parametrize("layer_input", INPUTS["layer"], ids=lambda i: i.name)
 each_linear = pytest.mark.parametrize(("layer_input", "linear"), READS, ids=[linear for _, linear in READS])
 
-each_searched_input = pytest.mark.parametrize(
-    ("network", "layer_input"),
-    [(network, i) for network in SEARCHED_NETWORKS for i in INPUTS[network]],
-    ids=lambda value: getattr(value, "name", value),
+each_clipped_linear = pytest.mark.parametrize(
+    ("scheme", "network", "layer_input", "linear"),
+    CLIPPED,
+    ids=[f"{scheme}-{linear}" for scheme, *_, linear in CLIPPED],
 )
-each_searched_linear = pytest.mark.parametrize(
-    ("network", "layer_input", "linear"), SEARCHED, ids=[linear for *_, linear in SEARCHED]
-)
+
+
+def searched_inputs(scheme: str) -> pytest.MarkDecorator:
+    cases = [(network, layer_input) for network in SEARCHES[scheme] for layer_input in INPUTS[network]]
+    return pytest.mark.parametrize(("network", "layer_input"), cases, ids=[i.name for _, i in cases])
 
 
 def statistics_of(x: Array) -> InputStatistics:
@@ -267,7 +275,7 @@ def test_smoothquant_as_a_whole_differs_by_float32_rounding_alone(golden: Golden
     assert different <= total / 5000
 
 
-@each_searched_input
+@searched_inputs("osl")
 def test_osl_scale_at_golden_sticks_exponent(golden: Golden, network: str, layer_input: LayerInput) -> None:
     """At the exponent Golden Stick chose the scale is its own.
 
@@ -282,7 +290,7 @@ def test_osl_scale_at_golden_sticks_exponent(golden: Golden, network: str, layer
     np.testing.assert_allclose(scale, golden.scale("osl", layer_input, network), rtol=5e-6)
 
 
-@each_searched_input
+@searched_inputs("awq")
 def test_awq_scale_at_golden_sticks_exponent(golden: Golden, network: str, layer_input: LayerInput) -> None:
     """At the exponent Golden Stick chose the scale is its own, from the same means of inputs and weights.
 
@@ -367,7 +375,7 @@ def test_osl_losses_from_statistics_are_those_of_forward_passes(golden: Golden) 
     assert found.alpha == golden.get("solo", "osl", "proj", "alpha")
 
 
-@each_searched_input
+@searched_inputs("awq")
 def test_awq_choice_is_no_worse_than_golden_sticks_at_the_linears(
     golden: Golden, network: str, layer_input: LayerInput
 ) -> None:
@@ -403,8 +411,7 @@ def clip_problem(
     return golden.smoothed_weight(scheme, linear, network), gram, golden.get(network, scheme, linear, "clip")
 
 
-@each_searched_linear
-@pytest.mark.parametrize("scheme", ["awq", "osl"])
+@each_clipped_linear
 def test_clipped_weights_round_to_golden_sticks_codes(
     golden: Golden, scheme: str, network: str, layer_input: LayerInput, linear: str
 ) -> None:
@@ -414,8 +421,7 @@ def test_clipped_weights_round_to_golden_sticks_codes(
     golden.expect_quantised(scheme, linear, cut, network)
 
 
-@each_searched_linear
-@pytest.mark.parametrize("scheme", ["awq", "osl"])
+@each_clipped_linear
 def test_rounding_with_a_clip_ratio_differs_only_at_the_lower_limit(
     golden: Golden, scheme: str, network: str, layer_input: LayerInput, linear: str
 ) -> None:
@@ -435,8 +441,7 @@ def test_rounding_with_a_clip_ratio_differs_only_at_the_lower_limit(
     assert not apart[~at_limit].any()
 
 
-@each_searched_linear
-@pytest.mark.parametrize("scheme", ["awq", "osl"])
+@each_clipped_linear
 def test_clip_ranges_are_golden_sticks_or_better(
     golden: Golden, scheme: str, network: str, layer_input: LayerInput, linear: str
 ) -> None:
@@ -463,7 +468,7 @@ def test_clip_ranges_are_golden_sticks_or_better(
 @pytest.mark.parametrize("scheme", POLICIES)
 def test_summary_is_golden_sticks_without_underscores(golden: Golden, scheme: str) -> None:
     """The scheme is named as in Golden Stick's summary, but `perchannel` for `per_channel`, as documented."""
-    network = "solo" if scheme in ("awq", "osl") else "layer"
+    network = SEARCHES.get(scheme, ("layer",))[-1]
     rows = golden.get(network, scheme, "summary")
     assert len(rows) == sum(len(layer_input.linears) for layer_input in INPUTS[network])
     assert {text.replace("_", "") for _, text in rows} == {strategy(POLICIES[scheme])}
