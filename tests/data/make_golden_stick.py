@@ -11,7 +11,8 @@ Only its MindOne path runs without an Ascend card. GPTQ fails there, and is left
 
 Three networks are quantised. `layer` is a decoder layer with grouped-query attention. `solo` is a norm and one
 linear: the output of the "decoder layer" that Golden Stick's searches compare is then the linear's own, so that
-its losses can be held against those of a search by Gram matrix. `positive` is `solo` with an input far from 0.
+its losses can be held against those of a search by Gram matrix. `positive` is `solo` with an input far from 0, of
+which only the input and its range are kept.
 
 Names of the arrays, all without pickle:
 
@@ -329,7 +330,7 @@ def main() -> None:
     runs = {
         "solo": ["w4a16", "awq", "osl"],
         "positive": ["w8a8"],
-        "layer": ["w8a16", "w8a8", "smoothquant", "osl", "w4a16"],
+        "layer": list(SCHEMES),
     }
     for network_name, schemes in runs.items():
         weights, norms, samples = problem(network_name)
@@ -344,6 +345,8 @@ def main() -> None:
         for scheme in schemes:
             arrays.update(quantise(network_name, scheme, recorder))
             print(network_name, scheme, flush=True)
+    # Of `positive` only the input and its range are of interest.
+    arrays = {name: array for name, array in arrays.items() if not name.startswith("positive/") or "/input" in name}
     np.savez_compressed(HERE / "golden_stick_1.4.1.npz", **arrays)
 
 
