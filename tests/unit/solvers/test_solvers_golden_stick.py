@@ -382,7 +382,7 @@ def test_awq_choice_is_no_worse_than_golden_sticks_at_the_linears(
     """Measured by rounding and multiplying, our scale leaves no more error at the linears than Golden Stick's.
 
     Golden Stick minimises the error of the decoder layer's output instead, so its choice may be another. At
-    the same exponent the last bit of a scale decides how a weight half way between two codes is rounded: 2 % are allowed.
+    the same exponent the last bit of a scale decides how a weight half way between two codes is rounded: 2 % pass.
     """
     statistics = golden.statistics(layer_input, network)
     weights = [golden.weight(linear, network) for linear in layer_input.linears]
