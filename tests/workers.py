@@ -17,7 +17,10 @@ class _Reference:
 
 
 class InlineWorkerGroup:
-    """Runs each call at once. `fails` may name calls (a running number) at which a worker is lost."""
+    """Runs each call at once.
+
+    `loses_worker_at` may say of a call that its worker is lost, `room` how many more replicas there is room for.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class InlineWorkerGroup:
         num_stages: int,
         num_replicas: int,
         loses_worker_at: Callable[[WorkerKey, str], bool] = lambda key, method: False,
+        room: Callable[[], int] = lambda: 0,
     ) -> None:
         self._workers = {
             WorkerKey(stage, replica): make(stage, replica)
@@ -33,8 +37,12 @@ class InlineWorkerGroup:
             for replica in range(num_replicas)
         }
         self._loses_worker_at = loses_worker_at
+        self._room = room
         self.num_replicas = num_replicas
         self.calls: list[tuple[WorkerKey, str]] = []
+
+    def room_for(self, limit: int) -> int:
+        return min(limit, self._room())
 
     def call(self, key: WorkerKey, method: str, *args: Any) -> _Reference:
         self.calls.append((key, method))

@@ -20,6 +20,8 @@ from gs_dist.summary import StageSummary
 
 __all__ = ["MakeGroup", "run_attempt"]
 
+_LOOK_INTERVAL = 2.0  # seconds between two looks for room
+
 MakeGroup = Callable[[Job, int], WorkerGroup]
 """Makes the workers of a job; the number says how many replicas suffice."""
 
@@ -33,7 +35,9 @@ def run_attempt(
 ) -> None:
     """Observes and solves what is not in `finished`; fills `finished` as layers are published, `stages` at the end.
 
-    Of a job that judges, `finished` holds the `LayerCosts` of layers, otherwise their `LayerManifest`.
+    Of a job that judges, `finished` holds the `LayerCosts` of layers, otherwise their `LayerManifest`. Where fewer
+    replicas run than planned and room for more appears, the attempt ends after the passes under way: the next
+    one has them. It has finished a layer by then, so that attempts cannot go on for ever.
 
     Raises:
         WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
@@ -48,6 +52,8 @@ def run_attempt(
             plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
         _reports(group, plan, config.parallel.timeout)  # answered once a worker is up
         began = time.monotonic()
+        room = _Room(group, job.plan.data_parallel_size - group.num_replicas)
+        before = len(finished)
 
         def on_solved(outcome: LayerManifest | LayerCosts) -> None:
             assert outcome.layer is not None
@@ -56,12 +62,41 @@ def run_attempt(
                 progress.layer_finished(outcome.layer, len(finished), plan.architecture.num_layers)
 
         streams, deal = _work(job, plan, finished)
-        run_streams(group, streams, plan, deal, timeout=config.parallel.timeout, progress=progress, on_solved=on_solved)
+        complete = run_streams(
+            group,
+            streams,
+            plan,
+            deal,
+            timeout=config.parallel.timeout,
+            progress=progress,
+            on_solved=on_solved,
+            pause=lambda: len(finished) > before and room.appeared(),
+        )
+        if not complete:
+            progress.message(f"room for {room.found} more replicas: they join from the next wave on")
         seconds = time.monotonic() - began
         for key, report in _reports(group, plan, config.parallel.timeout).items():
             stages[key] = _together(stages.get(key), _stage_summary(plan, report, seconds))
     finally:
         group.close()
+
+
+class _Room:
+    """Looks, not too often, whether the cluster has room for replicas that are missing."""
+
+    def __init__(self, group: WorkerGroup, missing: int) -> None:
+        self._group = group
+        self._missing = missing
+        self._looked = float("-inf")
+        self.found = 0
+
+    def appeared(self) -> bool:
+        now = time.monotonic()
+        if not self._missing or now - self._looked < _LOOK_INTERVAL:
+            return False
+        self._looked = now
+        self.found = self._group.room_for(self._missing)
+        return self.found > 0
 
 
 def _work(job: Job, plan: CalibrationPlan, finished: dict[int, Any]) -> tuple[list[Stream], list[range]]:

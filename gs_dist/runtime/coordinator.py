@@ -288,6 +288,8 @@ def _calibrate(
                     f"are {what}: submit the same recipe again to go on from there"
                 ) from error
             progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
+        else:
+            failures = 0  # all is done, or layers were finished and more replicas go on from there
 
 
 def _versions() -> dict[str, str]:

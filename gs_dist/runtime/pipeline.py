@@ -53,7 +53,8 @@ def run_streams(
     timeout: float,
     progress: Progress,
     on_solved: Callable[[Any], None],
-) -> None:
+    pause: Callable[[], bool] = lambda: False,
+) -> bool:
     """Runs all streams; those that share no stage run at the same time.
 
     Args:
@@ -64,22 +65,25 @@ def run_streams(
         timeout: seconds without any progress after which the workers count as lost.
         progress: told of finished micro-batches and layers.
         on_solved: called with what `StageWorker.solve` gave, layer by layer.
+        pause: asked whenever streams could be started; once it says so none is started any more, and those
+            under way are run and solved to their end.
+
+    Returns:
+        Whether all streams ran.
 
     Raises:
         WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
     """
     waiting = list(streams)
     active: list[_Active] = []
-    while waiting or active:
-        busy = {wave.stage for run in active for wave in run.stream.waves}
-        for stream in list(waiting):
-            stages = {wave.stage for wave in stream.waves}
-            if stages & busy:
-                busy |= stages  # later streams of these stages must not overtake
-                continue
+    paused = False
+    while active or (waiting and not paused):
+        ready = [] if paused else _ready(waiting, active)
+        if ready and pause():
+            paused, ready = True, []
+        for stream in ready:
             waiting.remove(stream)
             active.append(_start(group, stream, deal))
-            busy |= stages
         for run in active:
             _submit(group, run, plan.max_in_flight)
         references = [r for run in active for lane in run.lanes for r in lane.in_flight]
@@ -96,6 +100,19 @@ def run_streams(
                 run.solves = _solve(group, run.stream, plan)
                 if not run.solves:
                     active.remove(run)
+    return not waiting
+
+
+def _ready(waiting: Sequence[Stream], active: Sequence[_Active]) -> list[Stream]:
+    """Streams whose stages are all free."""
+    busy = {wave.stage for run in active for wave in run.stream.waves}
+    ready = []
+    for stream in waiting:
+        stages = {wave.stage for wave in stream.waves}
+        if not stages & busy:
+            ready.append(stream)
+        busy |= stages  # later streams of these stages must not overtake
+    return ready
 
 
 def _start(group: WorkerGroup, stream: Stream, deal: Sequence[range]) -> _Active:

@@ -20,6 +20,9 @@ from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 __all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
 
 
+_TRIAL_PATIENCE = 2.0  # seconds for places that are free to be reserved; it takes a tenth of one
+
+
 class WorkerKey(NamedTuple):
     """Which worker: a stage of a replica."""
 
@@ -36,6 +39,9 @@ class WorkerGroup(Protocol):
     @property
     def num_replicas(self) -> int:
         """Replicas held; may be fewer than asked for."""
+
+    def room_for(self, limit: int) -> int:
+        """How many more replicas, `limit` at most, there would be room for now beside those held."""
 
     def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
         """Starts `method` on a worker, after everything called on it before; returns a reference."""
@@ -84,6 +90,7 @@ class RayWorkerGroup:
         self._groups: list[PlacementGroup] = []
         self._actors: dict[WorkerKey, Any] = {}
         bundle = {"CPU": float(num_threads)} | ({"NPU": float(npus)} if npus else {})
+        self._bundles = [bundle] * num_stages
         try:
             self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
             environment = {"env_vars": _thread_environment(num_threads)}
@@ -123,6 +130,23 @@ class RayWorkerGroup:
     def num_replicas(self) -> int:
         """Replicas that the cluster had room for."""
         return len(self._groups)
+
+    def room_for(self, limit: int) -> int:
+        """How many more replicas, `limit` at most, there would be room for now beside those held.
+
+        Where the sum of what is free would do, places are reserved for a moment: only the scheduler knows whether
+        it lies so on the nodes that a worker's share fits.
+        """
+        free = ray.available_resources()
+        needed = {name: len(self._bundles) * count for name, count in self._bundles[0].items()}
+        limit = min([limit, *(int(free.get(name, 0.0) / count) for name, count in needed.items())])
+        trials = [placement_group([dict(bundle) for bundle in self._bundles], strategy="PACK") for _ in range(limit)]
+        try:
+            deadline = time.monotonic() + _TRIAL_PATIENCE
+            return sum(trial.wait(max(0.1, deadline - time.monotonic())) for trial in trials)
+        finally:
+            for trial in trials:
+                remove_placement_group(trial)
 
     def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
         """Starts `method` on a worker, after everything called on it before; returns a reference."""
