@@ -286,10 +286,16 @@ def _kill(kind: str, rng: random.Random, job: Submission, mark: str, cluster: Fa
 
 
 def published_files(config: CalibrationConfig) -> dict[str, str]:
-    """Relative name to sha256 of all that a loader reads: weights, index, configuration."""
+    """Relative name to sha256 of all that a loader reads: weights, index, configuration.
+
+    No loader reads provenance.json, and a run in the test's own process has made-up fingerprints in it.
+    """
     output = Path(config.output)
     files = sorted(
-        p for name in config.format for p in (output / name).iterdir() if p.suffix in (".safetensors", ".json")
+        p
+        for name in config.format
+        for p in (output / name).iterdir()
+        if p.suffix in (".safetensors", ".json") and p.name != "provenance.json"
     )
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
