@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from gs_dist.bits import LayerCosts
 from gs_dist.checkpoint.manifest import LayerManifest
@@ -14,11 +14,14 @@ from gs_dist.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
+from gs_dist.runtime.software import Software, check_versions, kernel_note
 from gs_dist.runtime.stage_worker import Job, StageReport
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
 from gs_dist.summary import StageSummary
 
 __all__ = ["MakeGroup", "run_attempt"]
+
+T = TypeVar("T")
 
 _LOOK_INTERVAL = 2.0  # seconds between two looks for room
 
@@ -41,6 +44,7 @@ def run_attempt(
 
     Raises:
         WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
+        ClusterError: a worker runs on other versions than this process.
     """
     config = job.config
     progress.message(f"starting {job.plan.num_workers} workers")
@@ -50,7 +54,11 @@ def run_attempt(
         if group.num_replicas != plan.data_parallel_size:
             progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
             plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
-        _reports(group, plan, config.parallel.timeout)  # answered once a worker is up
+        software = _ask_all(group, plan, "software", Software, config.parallel.timeout)  # told once a worker is up
+        check_versions(Software.here(), software)
+        note = kernel_note(software)
+        if note:
+            progress.message(note)
         began = time.monotonic()
         room = _Room(group, job.plan.data_parallel_size - group.num_replicas)
         before = len(finished)
@@ -75,7 +83,7 @@ def run_attempt(
         if not complete:
             progress.message(f"room for {room.found} more replicas: they join from the next wave on")
         seconds = time.monotonic() - began
-        for key, report in _reports(group, plan, config.parallel.timeout).items():
+        for key, report in _ask_all(group, plan, "report", StageReport, config.parallel.timeout).items():
             stages[key] = _together(stages.get(key), _stage_summary(plan, report, seconds))
     finally:
         group.close()
@@ -108,17 +116,22 @@ def _work(job: Job, plan: CalibrationPlan, finished: dict[int, Any]) -> tuple[li
     return streams, [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
 
 
-def _reports(group: WorkerGroup, plan: CalibrationPlan, timeout: float) -> dict[WorkerKey, StageReport]:
+def _ask_all(
+    group: WorkerGroup, plan: CalibrationPlan, method: str, kind: type[T], timeout: float
+) -> dict[WorkerKey, T]:
+    """What `method`, which gives a `kind`, says on every worker."""
     keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
-    references: dict[Any, WorkerKey] = {group.call(key, "report"): key for key in keys}
-    reports: dict[WorkerKey, StageReport] = {}
+    references: dict[Any, WorkerKey] = {group.call(key, method): key for key in keys}
+    answers: dict[WorkerKey, T] = {}
     while references:
         ready = group.wait(list(references), timeout)
         if not ready:
             raise WorkerLostError(f"{next(iter(references.values()))} did not answer for {timeout:g} s")
         for reference in ready:
-            reports[references.pop(reference)] = group.get(reference)
-    return reports
+            answer = group.get(reference)
+            assert isinstance(answer, kind)
+            answers[references.pop(reference)] = answer
+    return {key: answers[key] for key in keys}
 
 
 def _stage_summary(plan: CalibrationPlan, report: StageReport, seconds: float) -> StageSummary:

@@ -31,11 +31,13 @@ from gs_dist.checkpoint.run_directory import read_statistics, write_statistics
 from gs_dist.checkpoint.solved_layer import read_solved, write_solved
 from gs_dist.config import CalibrationConfig
 from gs_dist.plan import CalibrationPlan
+from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums, tensors_checksum
 from gs_dist.runtime.schedule import StageWave
+from gs_dist.runtime.software import Software
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.sensitivity import layer_costs
-from gs_dist.statistics import LayerStatistics, TreeNode
+from gs_dist.statistics import LayerStatistics
 
 __all__ = ["Job", "StageReport", "StageWorker"]
 
@@ -93,20 +95,29 @@ class StageWorker:
         self._store = ActivationStore()
         self._masks: dict[int, Mask] = {}
         self._wave: StageWave | None = None
+        self._ran = range(0)  # micro-batches of the wave
+        self._checksums: dict[int, int] = {}  # of the source tensors of layers that were loaded
         self._loops: list[LayerLoop] = []
         self._batches: Iterator[TokenBatch] = iter(())
         self._seconds = {"forward": 0.0, "solve": 0.0}
+
+    def software(self) -> Software:
+        """Versions and CPU of the worker's process."""
+        return Software.here()
 
     def begin(self, wave: StageWave, start: int, stop: int) -> None:
         """Gets ready for a pass over micro-batches [start, stop): loads weights, makes observers."""
         began = time.perf_counter()
         self._wave = wave
+        self._ran = range(start, start)
         if wave.frees_layers:
             self._layers.clear()
         boundaries = [wave.first_layer, *([] if wave.keep_at is None else [wave.keep_at]), wave.end_layer]
         self._loops = [self._make_loop(wave, range(*bounds)) for bounds in itertools.pairwise(boundaries)]
         for index in range(wave.first_layer, wave.end_layer):
             self._layer(index, quantised=wave.quantised).load()
+            if not wave.quantised and len(range(start, stop)) < self._job.plan.num_micro_batches:
+                self._checksum(index)  # now, while it is read; a replica with all micro-batches is hardly ever asked
         if wave.stage == 0 and not wave.from_store:
             self._batches = self._open_batches(start, stop)
             if self._outer is None:
@@ -119,6 +130,11 @@ class StageWorker:
             published = read_solved(self._output, index) if quantised else None
             layer = self._layers[(index, quantised)] = DecoderLayer(self._network, self._reader, index, published)
         return layer
+
+    def _checksum(self, index: int) -> int:
+        if index not in self._checksums:
+            self._checksums[index] = tensors_checksum(self._reader.read_layer(index))
+        return self._checksums[index]
 
     def _open_batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
         architecture = self._reader.architecture
@@ -157,6 +173,8 @@ class StageWorker:
         wave = self._wave
         assert wave is not None
         began = time.perf_counter()
+        assert micro_batch == self._ran.stop, (micro_batch, self._ran)
+        self._ran = range(self._ran.start, micro_batch + 1)
         hidden, mask = self._input(micro_batch, payload)
         for number, loop in enumerate(self._loops):
             if number:  # the boundary between the two loops is where hidden states are kept
@@ -179,19 +197,33 @@ class StageWorker:
         mask = None if batch.mask.all() else batch.mask
         return self._network.embed(self._outer, batch.input_ids), mask
 
-    def partial_sums(self, layer: int) -> list[TreeNode]:
-        """This replica's partial sums of an observed layer, for the layer's owner; they are freed here."""
+    def partial_sums(self, layer: int) -> PartialSums | None:
+        """This replica's partial sums of an observed layer, for the layer's owner; they are freed here.
+
+        None where layers are solved from kept statistics.
+        """
         if self._job.statistics_from is not None:
-            return []
-        loop = self._loop_of(layer)
-        nodes = loop.nodes(layer)
-        loop.forget(layer)
-        return nodes
+            return None
+        sums = self._own_sums(layer, compared=True).sealed()
+        self._loop_of(layer).forget(layer)
+        return sums
+
+    def _own_sums(self, layer: int, *, compared: bool) -> PartialSums:
+        if compared:
+            self._checksum(layer)
+        return PartialSums(
+            layer=layer,
+            replica=self._replica,
+            start=self._ran.start,
+            stop=self._ran.stop,
+            weights={i: checksum for i, checksum in self._checksums.items() if i <= layer},
+            nodes=self._loop_of(layer).nodes(layer),
+        )
 
     def _loop_of(self, layer: int) -> LayerLoop:
         return next(loop for loop in self._loops if loop.observes(layer))
 
-    def solve(self, layer: int, *others: list[TreeNode]) -> LayerManifest | LayerCosts:
+    def solve(self, layer: int, *others: PartialSums | None) -> LayerManifest | LayerCosts:
         """Merges a layer's partial sums, quantises the layer and publishes its shard and manifest; or judges it.
 
         Args:
@@ -199,18 +231,26 @@ class StageWorker:
             others: partial sums of the other replicas.
 
         Raises:
-            LayerError: the layer cannot be quantised as its policies say.
+            LayerError: the layer cannot be quantised as its policies say, or the partial sums are not whole.
+            CheckpointError: another replica observed other weights.
         """
         began = time.perf_counter()
         if self._job.statistics_from is not None:
             statistics = read_statistics(Path(self._job.statistics_from), layer)
         else:
-            loop = self._loop_of(layer)
-            statistics = loop.merged(layer, itertools.chain.from_iterable(others))
-            loop.forget(layer)
+            statistics = self._merged(layer, [sums for sums in others if sums is not None])
         outcome = self._judge(layer, statistics) if self._job.judges else self._solve(layer, statistics)
         self._seconds["solve"] += time.perf_counter() - began
         return outcome
+
+    def _merged(self, layer: int, others: list[PartialSums]) -> LayerStatistics:
+        prefix = self._reader.architecture.layer_prefix(layer).rstrip(".")
+        own = self._own_sums(layer, compared=bool(others))
+        check_partial_sums(own, others, self._job.plan.blocks, prefix=prefix)
+        loop = self._loop_of(layer)
+        statistics = loop.merged(layer, itertools.chain.from_iterable(sums.nodes for sums in others))
+        loop.forget(layer)
+        return statistics
 
     def _problem(self, layer: int, statistics: LayerStatistics) -> LayerProblem:
         architecture = self._reader.architecture

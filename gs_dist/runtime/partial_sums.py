@@ -1,0 +1,136 @@
+"""What a replica hands to a layer's owner: its partial sums, and by what the owner can tell that they belong there.
+
+Checksums are crc32: they guard against accidents, such as another copy of the model or a damaged transfer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.errors import CheckpointError, LayerError
+from gs_dist.statistics import TreeNode
+
+__all__ = ["PartialSums", "check_partial_sums", "tensors_checksum"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialSums:
+    """A replica's statistics of one layer.
+
+    Attributes:
+        layer: the layer.
+        replica: who observed it.
+        start, stop: micro-batches that were run, the last one excluded.
+        weights: number of each layer that the pass ran in its source form, up to this one, to the
+            `tensors_checksum` of its tensors as this replica read them.
+        nodes: the sums.
+        checksum: of all the above as the replica had it; 0 until `sealed`.
+        node: name of the machine.
+    """
+
+    layer: int
+    replica: int
+    start: int
+    stop: int
+    weights: Mapping[int, int]
+    nodes: Sequence[TreeNode]
+    checksum: int = 0
+    node: str = field(default_factory=platform.node)
+
+    def sealed(self) -> PartialSums:
+        """With the checksum of what it holds now; the arrays are shared."""
+        return replace(self, checksum=self.computed_checksum())
+
+    def computed_checksum(self) -> int:
+        """crc32 of what is held; reads the arrays where they lie."""
+        what = (self.layer, self.replica, self.start, self.stop, sorted(self.weights.items()))
+        checksum = zlib.crc32(repr(what).encode())
+        for node in self.nodes:
+            for name, statistics in sorted(node.statistics.items()):
+                checksum = zlib.crc32(f"{node.level} {node.index} {name}".encode(), checksum)
+                checksum = tensors_checksum(statistics.to_arrays(), checksum)
+        return checksum
+
+    def blocks(self) -> set[int]:
+        """Reduction blocks that the sums cover."""
+        return {block for n in self.nodes for block in range(n.index << n.level, (n.index + 1) << n.level)}
+
+
+def tensors_checksum(tensors: Mapping[str, Array], checksum: int = 0) -> int:
+    """crc32 of named arrays, going on from `checksum`: names, dtypes, shapes and bytes in C order; nothing is copied.
+
+    Of an array that does not lie in that order, a row at a time is.
+    """
+    for name, array in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
+        for part in (array,) if array.flags.c_contiguous else array:
+            # As bytes, since not every dtype (bfloat16) can be seen through the buffer protocol.
+            checksum = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, checksum)
+    return checksum
+
+
+def check_partial_sums(
+    own: PartialSums, others: Sequence[PartialSums], blocks: Sequence[tuple[int, int]], *, prefix: str
+) -> None:
+    """Checks that what replicas send is of one layer of one model, undamaged, and covers every micro-batch once.
+
+    Args:
+        own: what the layer's owner observed itself.
+        others: what the other replicas sent.
+        blocks: bounds of the reduction blocks.
+        prefix: of the layer's tensors, for messages.
+
+    Raises:
+        CheckpointError: replicas hold different weights.
+        LayerError: anything else.
+    """
+    for sums in others:
+        if sums.computed_checksum() != sums.checksum:
+            raise LayerError(
+                f"{prefix}: the partial sums of replica {sums.replica} (node {sums.node}) were damaged on their way: "
+                f"crc32 {sums.computed_checksum():08x} instead of {sums.checksum:08x}. Submit the same recipe again; "
+                "if it happens again, check memory and network of that node"
+            )
+        if sums.layer != own.layer:
+            raise LayerError(f"{prefix}: replica {sums.replica} sent partial sums of layer {sums.layer}")
+        _check_weights(own, sums, prefix)
+    ranges = sorted((s.start, s.stop, s.replica) for s in (own, *others) if s.start < s.stop)
+    edges = [(0, 0, -1), *ranges, (blocks[-1][1], blocks[-1][1], -1)]
+    for (_, before, left), (after, _, right) in itertools.pairwise(edges):
+        if before != after:
+            what = f"micro-batches {before} to {after - 1} are in none of the" if before < after else "overlapping"
+            between = " and ".join(f"replica {replica}" for replica in (left, right) if replica >= 0)
+            ran = ", ".join(f"replica {replica} [{start}, {stop})" for start, stop, replica in ranges)
+            raise LayerError(
+                f"{prefix}: {what} partial sums (see {between}; run were {ran or 'none'}, of {blocks[-1][1]}): "
+                "submit the same recipe again"
+            )
+    for sums in (own, *others):
+        expected = {i for i, (start, stop) in enumerate(blocks) if sums.start <= start < stop <= sums.stop}
+        if sums.blocks() != expected:
+            raise LayerError(
+                f"{prefix}: replica {sums.replica} ran micro-batches [{sums.start}, {sums.stop}), which are reduction "
+                f"blocks {sorted(expected)}, and its partial sums cover blocks {sorted(sums.blocks())}"
+            )
+
+
+def _check_weights(own: PartialSums, other: PartialSums, prefix: str) -> None:
+    differing = sorted(n for n in own.weights.keys() & other.weights.keys() if own.weights[n] != other.weights[n])
+    if differing:
+        number = differing[0]
+        raise CheckpointError(
+            f"{prefix}: the weights of layer {number} differ between replica {other.replica} (node {other.node}, crc32 "
+            f"{other.weights[number]:08x}) and replica {own.replica} (node {own.node}, crc32 "
+            f"{own.weights[number]:08x}): the model directory on one node is another. Put the model on storage that "
+            "all nodes share, or copy it to every node again"
+        )

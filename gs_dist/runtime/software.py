@@ -1,0 +1,70 @@
+"""What a process runs on: versions that must be the same everywhere, and the CPU that the sums come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from threadpoolctl import threadpool_info
+
+from gs_dist import __version__
+from gs_dist.errors import ClusterError
+
+__all__ = ["Software", "check_versions", "kernel_note"]
+
+_VERSIONED = ("mindspore", "numpy", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """Versions by name, the CPU kernels chosen by BLAS (such as `x86_64 Haswell`), and the machine's name."""
+
+    versions: Mapping[str, str]
+    kernel: str
+    node: str
+
+    @classmethod
+    def here(cls) -> Software:
+        """Of this process."""
+        versions = {"gs-dist": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
+        versions |= {name: importlib.metadata.version(name) for name in _VERSIONED}
+        kernels = {str(library["architecture"]) for library in threadpool_info() if "architecture" in library}
+        return cls(versions=versions, kernel=" ".join([platform.machine(), *sorted(kernels)]), node=platform.node())
+
+
+def check_versions(mine: Software, workers: Mapping[Any, Software]) -> None:
+    """Compares the workers' versions with the coordinator's.
+
+    Raises:
+        ClusterError: a worker's differ.
+    """
+    for worker, software in workers.items():
+        names = sorted(mine.versions.keys() | software.versions.keys())
+        pairs = [(name, software.versions.get(name), mine.versions.get(name)) for name in names]
+        differing = [(name, theirs, ours) for name, theirs, ours in pairs if theirs != ours]
+        if differing:
+            told = ", ".join(
+                f"{name} {theirs or '(none)'}, and the coordinator {name} {ours or '(none)'}"
+                for name, theirs, ours in differing
+            )
+            raise ClusterError(
+                f"{worker} (node {software.node}) has {told}: install the same versions on every node, or have Ray do "
+                "so with a runtime_env or one image for all nodes"
+            )
+
+
+def kernel_note(workers: Mapping[Any, Software]) -> str | None:
+    """What to tell where workers sum on different CPU kernels, None where they are alike."""
+    first_of: dict[str, Any] = {}
+    for worker, software in workers.items():
+        first_of.setdefault(software.kernel, worker)
+    if len(first_of) < 2:
+        return None
+    told = ", ".join(f"{worker} has {kernel}" for kernel, worker in first_of.items())
+    return (
+        f"workers run on different CPU kernels ({told}): published bytes may depend on which worker observes and "
+        "solves a layer; they are promised to be the same on like hardware"
+    )
