@@ -6,6 +6,7 @@ many seeds as GS_DIST_FAULT_RUNS says (default 5): `GS_DIST_FAULT_RUNS=100 pytes
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import secrets
@@ -145,6 +146,31 @@ def test_a_node_that_leaves_for_good_leaves_its_samples_to_the_others(
     config, job = _lose_a_node_for_good(directory, "fewer", min_replicas=1)
     assert job.process.returncode == 0, job.said()
     assert "room for 1 of 2 replicas" in job.said()
+    assert published_files(config) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_is_used_from_the_next_wave_on(directory: Path, undisturbed: dict[str, str]) -> None:
+    """A job that found room for one of two replicas goes on with two once a second node is there, to the same bytes."""
+    mark = secrets.token_hex(8)
+    config = recipe(directory, "joined", stages=1, replicas=2, min_data_parallel_size=1)
+    with fault_cluster(mark, num_nodes=1) as cluster:
+        job = Submission.start(
+            save_recipe(config, directory / "joined.yaml"), directory / "joined.log", mark, cluster.address
+        )
+        try:
+            wait_until("a worker is awaited", lambda: job.ended or worker_processes(mark), LIMIT)
+            assert not job.ended, job.said()
+            cluster.add_node()
+            wait_until("the job goes on", lambda: job.ended, LIMIT)
+        finally:
+            job.kill_group()
+    said = job.said()
+    assert job.process.returncode == 0, said
+    assert "room for 1 of 2 replicas" in said
+    assert "room for 1 more replicas: they join from the next wave on" in said
+    stages = json.loads((Path(config.output) / "summary.json").read_text())["stages"]
+    assert {(stage["stage"], stage["replica"]) for stage in stages} == {(0, 0), (0, 1)}
     assert published_files(config) == undisturbed
 
 
