@@ -113,8 +113,9 @@ class PTQ:
 
         Args:
             net_opt: what `apply` returned; not changed.
-            ckpt_path: a checkpoint (.ckpt or .safetensors) of such a converted network to load, "" for
-                none. As upstream's it will be dropped: `mindspore.load_checkpoint` does the same.
+            ckpt_path: a checkpoint (.ckpt or .safetensors) of such a converted network to load, or for this
+                package's decoder the model.safetensors.index.json of a directory that a job published;
+                "" for none.
 
         Raises:
             TypeError: `net_opt` is no Cell, `ckpt_path` no str.

@@ -1,13 +1,17 @@
-"""Loading a MindSpore checkpoint into a quantised network, with nothing left out in silence."""
+"""Loading a checkpoint into a quantised network, with nothing left out in silence."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 
+from gs_dist.calibration.device import Device
+from gs_dist.checkpoint.reader import INDEX_FILE
 from gs_dist.errors import CheckpointError
+from gs_dist.ptq.published import load_published
 
 __all__ = ["load_parameters"]
 
@@ -15,11 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def load_parameters(network: Any, path: str) -> None:
-    """Sets all parameters of `network` from a .ckpt or .safetensors file.
+    """Sets all parameters of `network` from a .ckpt or .safetensors file, or from what a job published.
+
+    Args:
+        network: a converted network, or one that DEPLOY built; changed in place.
+        path: the file, or the model.safetensors.index.json of a job's model directory.
 
     Raises:
         CheckpointError: not a checkpoint, a parameter is missing, or one has another shape or data type.
     """
+    if Path(path).name == INDEX_FILE:
+        # Whatever device the caller chose for MindSpore.
+        device = Device(kind="ascend" if ms.get_context("device_target") == "Ascend" else "cpu")
+        load_published(network, Path(path).parent, device)
+        return
     kind = "safetensors" if path.endswith(".safetensors") else "ckpt"
     try:
         stored = ms.load_checkpoint(path, format=kind)

@@ -25,6 +25,7 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
+from gs_dist.ptq.published import float_tensors, published_format
 
 __all__ = ["CausalDecoder", "DecoderHelper", "DecoderLayer"]
 
@@ -157,13 +158,16 @@ class CausalDecoder(nn.Cell):
 
     @classmethod
     def from_checkpoint(cls, directory: Path | str) -> CausalDecoder:
-        """Reads a Hugging Face directory.
+        """Reads a Hugging Face directory, of floats or of what a job published.
+
+        Weights that were published as integers are NaN: exchange those linears with `PTQ.apply` in DEPLOY
+        mode, and let `PTQ.convert` load the directory's model.safetensors.index.json.
 
         Raises:
             CheckpointError: it is damaged, or of a model type that is not served.
         """
-        reader = CheckpointReader(directory)
-        return cls(reader.architecture, reader.read(list(reader.tensors)))
+        reader = _reader(directory)
+        return cls(reader.architecture, float_tensors(reader))
 
     def construct(self, input_ids: Any) -> Any:
         """Logits (b, t, vocabulary) float32 of token ids (b, t); every position sees those before it."""
@@ -174,6 +178,10 @@ class CausalDecoder(nn.Cell):
         for layer in self.model.layers:
             x = layer(x, tables, mask)
         return self.lm_head(self.model.norm(x)).astype(ms.float32)
+
+
+def _reader(directory: Path | str) -> CheckpointReader:
+    return CheckpointReader(directory, quantized=published_format(Path(directory)) is not None)
 
 
 class _Source:
@@ -223,13 +231,13 @@ class DecoderHelper(NetworkHelper):
     """Network helper for `CausalDecoder` and a Hugging Face directory.
 
     Args:
-        directory: holds config.json and safetensors files.
+        directory: holds config.json and safetensors files, of floats or published by a job.
         batch_size, sequence_length: what `get_spec` says of them.
     """
 
     def __init__(self, directory: Path | str, *, batch_size: int = 1, sequence_length: int = 2048) -> None:
         self._directory = Path(directory)
-        self._reader = CheckpointReader(directory)
+        self._reader = _reader(directory)
         self._specs = {"batch_size": batch_size, "seq_length": sequence_length}
 
     def create_network(self) -> CausalDecoder:
