@@ -23,7 +23,6 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.ptq.cells import QuantDense
 from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
-from gs_dist.solvers.affine import num_groups
 from gs_dist.solvers.strategy import strategy
 
 __all__ = ["float_tensors", "load_published", "published_format"]
@@ -113,8 +112,7 @@ def _fill_linears(cells: Mapping[str, Any], layer: QuantizedLayer, architecture:
         name, found = prefix + linear.name, layer.linears.get(linear.name)
         cell = cells.get(name)
         cell = cell if isinstance(cell, QuantDense) else None
-        columns = linear.in_features
-        if cell is not None and found is not None and _stored(cell.policy, columns) == _stored(found.policy, columns):
+        if cell is not None and found is not None and _stored(cell.policy) == _stored(found.policy):
             _require_room(name, cell, found)
             cell.fill(found)
         elif cell is not None or found is not None:
@@ -123,10 +121,10 @@ def _fill_linears(cells: Mapping[str, Any], layer: QuantizedLayer, architecture:
             raise _mismatch(name, held, built, "the weight and act settings of the PTQConfig")
 
 
-def _stored(policy: QuantPolicy, columns: int) -> tuple[object, ...]:
-    """What of a policy decides how a linear is stored and computed; a single group is a channel's."""
+def _stored(policy: QuantPolicy) -> tuple[object, ...]:
+    """What of a policy decides how a linear is stored and computed; its groups show in the scale's shape."""
     inputs = policy.act_quant_granularity if policy.act_quant_dtype is not None else None
-    return policy.weight_bits, num_groups(columns, policy.group_size), policy.act_quant_dtype, inputs
+    return policy.weight_bits, policy.act_quant_dtype, inputs
 
 
 def _require_room(name: str, cell: QuantDense, found: QuantizedLinear) -> None:
