@@ -42,7 +42,6 @@ __all__ = [
     "ProbeConfig",
     "load_recipe",
     "parse_size",
-    "published_fields",
     "published_recipe",
     "recipe_fingerprint",
 ]
@@ -432,20 +431,15 @@ def _base_name(path: str) -> str:
     return plain.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1] or "."
 
 
-def published_fields(config: CalibrationConfig) -> dict[str, Any]:
-    """The recipe as plain data, every value spelt out and every path reduced to its last part."""
+def published_recipe(config: CalibrationConfig) -> str:
+    """The recipe as YAML with every value spelt out and every path reduced to its last part."""
     document = config.model_dump(mode="json")
     document["model"] = _base_name(config.model)
     document["output"] = _base_name(config.output)
     document["calibration"]["data"] = [_base_name(path) for path in config.calibration.data]
     if config.probe.data is not None:
         document["probe"]["data"] = [_base_name(path) for path in config.probe.data]
-    return document
-
-
-def published_recipe(config: CalibrationConfig) -> str:
-    """`published_fields` as YAML."""
-    return yaml.safe_dump(published_fields(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CalibrationConfig:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import observed
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,32 +16,8 @@ from gs_dist.solvers.activation_range import (
     range_profile,
 )
 from gs_dist.solvers.affine import fake_quantise_static
-from gs_dist.statistics import (
-    HISTOGRAM_BINS,
-    HISTOGRAM_BINS_PER_OCTAVE,
-    HISTOGRAM_MIN_EXPONENT,
-    InputStatistics,
-)
 
-
-def statistics_of(x, *, histogram=True):
-    wide = x.astype(np.float64)
-    counts = None
-    if histogram:
-        counts = np.zeros((x.shape[1], 2, HISTOGRAM_BINS), np.int32)
-        size = np.abs(wide) + 1e-30
-        octave = np.floor(np.log2(size))
-        place = (octave - HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE + np.floor((size / 2**octave - 1) * 4)
-        place = np.clip(place, 0, HISTOGRAM_BINS - 1).astype(int)
-        np.add.at(counts, (np.arange(x.shape[1])[None, :], (x >= 0).astype(int), place), 1)
-    return InputStatistics(
-        num_tokens=len(x),
-        minimum=x.min(axis=0),
-        maximum=x.max(axis=0),
-        sum_abs=np.abs(wide).sum(axis=0),
-        sum_squares=(wide**2).sum(axis=0),
-        histogram=counts,
-    )
+statistics_of = partial(observed.statistics_of, gram=False, histogram=True)
 
 
 def activations(rng, *, outliers=True, tokens=3000, channels=24):

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from observed import statistics_of
 
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import QuantizedLinear
 from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
-from gs_dist.statistics import InputStatistics
-
-
-def statistics_of(tokens: np.ndarray) -> InputStatistics:
-    return InputStatistics(
-        num_tokens=tokens.shape[0],
-        minimum=tokens.min(axis=0),
-        maximum=tokens.max(axis=0),
-        sum_abs=np.abs(tokens).sum(axis=0, dtype=np.float64),
-        sum_squares=np.square(tokens).sum(axis=0, dtype=np.float64),
-    )
 
 
 def tokens(outlier: float = 0.0) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from observed import statistics_of
 
 from gs_dist.architecture import LayerInput
 from gs_dist.policy import QuantPolicy
@@ -90,18 +91,6 @@ each_clipped_linear = pytest.mark.parametrize(
 def searched_inputs(scheme: str) -> pytest.MarkDecorator:
     cases = [(network, layer_input) for network in SEARCHES[scheme] for layer_input in INPUTS[network]]
     return pytest.mark.parametrize(("network", "layer_input"), cases, ids=[i.name for _, i in cases])
-
-
-def statistics_of(x: Array) -> InputStatistics:
-    wide = x.astype(np.float64)
-    return InputStatistics(
-        num_tokens=len(x),
-        minimum=x.min(axis=0),
-        maximum=x.max(axis=0),
-        sum_abs=np.abs(wide).sum(axis=0),
-        sum_squares=(wide**2).sum(axis=0),
-        gram=(wide.T @ wide).astype(np.float32),
-    )
 
 
 class Golden:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
+from observed import statistics_of
 
 from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import LayerError, UserError
 from gs_dist.policy import AlgoArgs, QuantPolicy
 from gs_dist.solvers.layer import LayerProblem, solve_layer
-from gs_dist.statistics import HISTOGRAM_BINS, HISTOGRAM_BINS_PER_OCTAVE, HISTOGRAM_MIN_EXPONENT, InputStatistics
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, TOKENS = 64, 4, 2, 16, 128, 40
 INPUTS = (
@@ -50,32 +50,6 @@ W8A16 = QuantPolicy()
 STATIC = QuantPolicy(act_quant_dtype="int8")
 DYNAMIC = QuantPolicy(act_quant_dtype="int8", act_quant_granularity="per_token")
 SMOOTH = QuantPolicy(act_quant_dtype="int8", outliers_suppression="smooth")
-
-
-def histogram(x):
-    """Counts by sign and quarter octave: log2's integer part, then four equal parts of the octave."""
-    size = np.abs(x.astype(float)) + 1e-30
-    octave = np.floor(np.log2(size))
-    place = (octave - HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE + np.floor((size / 2**octave - 1) * 4)
-    place = np.clip(place, 0, HISTOGRAM_BINS - 1).astype(int)
-    counts = np.zeros((x.shape[1], 2, HISTOGRAM_BINS), np.int32)
-    np.add.at(counts, (np.arange(x.shape[1])[None, :], (x >= 0).astype(int), place), 1)
-    return counts
-
-
-def statistics_of(x, *, gram=True):
-    wide = x.astype(np.float64)
-    energy = (wide**2).sum(axis=1)
-    return InputStatistics(
-        num_tokens=len(x),
-        minimum=x.min(axis=0),
-        maximum=x.max(axis=0),
-        sum_abs=np.abs(wide).sum(axis=0),
-        sum_squares=(wide**2).sum(axis=0),
-        gram=(wide.T @ wide).astype(np.float32) if gram else None,
-        weighted_gram=(wide.T @ (wide / energy[:, None])).astype(np.float32) if gram else None,
-        histogram=histogram(x),
-    )
 
 
 def softmax(scores):
@@ -127,7 +101,7 @@ def make_problem(policy=W8A16, *, dtype=np.float32, biases=(), seed=0, gram=True
         array.flags.writeable = False
     statistics = {}
     for name, x in seen.items():
-        statistics[name] = statistics_of(x.astype(np.float32), gram=gram)
+        statistics[name] = statistics_of(x.astype(np.float32), gram=gram, weighted=gram, histogram=True)
     problem = LayerProblem(
         layer=3,
         prefix=PREFIX,

@@ -2,28 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from observed import statistics_of
 
 from gs_dist.policy import QuantPolicy
 from gs_dist.solvers.outlier_suppression import PLUS_ALPHAS, search_exponent
-from gs_dist.statistics import InputStatistics
 
 ALPHAS = tuple(i / 20 for i in range(20))
 STATIC = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression-lite")
 DYNAMIC = STATIC.model_copy(update={"act_quant_granularity": "per_token"})
-
-
-def statistics_of(x, *, weighted=False):
-    wide = x.astype(np.float64)
-    weighted_gram = (wide / (wide**2).sum(axis=1, keepdims=True)).T @ wide
-    return InputStatistics(
-        num_tokens=len(x),
-        minimum=x.min(axis=0),
-        maximum=x.max(axis=0),
-        sum_abs=np.abs(wide).sum(axis=0),
-        sum_squares=(wide**2).sum(axis=0),
-        gram=(wide.T @ wide).astype(np.float32),
-        weighted_gram=weighted_gram.astype(np.float32) if weighted else None,
-    )
 
 
 @pytest.fixture

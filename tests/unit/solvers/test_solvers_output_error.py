@@ -2,21 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from observed import statistics_of
 
 from gs_dist.solvers import affine, output_error
-from gs_dist.statistics import InputStatistics
-
-
-def statistics_of(x):
-    wide = x.astype(np.float64)
-    return InputStatistics(
-        num_tokens=len(x),
-        minimum=x.min(axis=0),
-        maximum=x.max(axis=0),
-        sum_abs=np.abs(wide).sum(axis=0),
-        sum_squares=(wide**2).sum(axis=0),
-        gram=(wide.T @ wide).astype(np.float32),
-    )
 
 
 @pytest.fixture
