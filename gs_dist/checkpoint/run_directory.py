@@ -46,6 +46,7 @@ __all__ = [
     "StatisticsOrigin",
     "find_model",
     "holds_statistics",
+    "published_format",
     "read_origin",
     "read_statistics",
     "remove_statistics",
@@ -257,6 +258,21 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
     return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
 
 
+def published_format(directory: Path) -> str | None:
+    """The format that a job published a model directory in; None for one of floats.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    for name, marker in _MARKERS.items():
+        if (directory / marker).is_file():
+            return name
+    if not (directory / "config.json").is_file():
+        return None
+    config = read_json(directory / "config.json", "config.json")
+    return "compressed-tensors" if config.get("quantization_config") is not None else None
+
+
 def find_model(directory: Path) -> tuple[Path, str]:
     """The model directory and its format, given a job's output or a model directory itself.
 
@@ -266,11 +282,9 @@ def find_model(directory: Path) -> tuple[Path, str]:
     for name in FORMATS:
         if (directory / name / INDEX_FILE).is_file():
             return directory / name, name
-    if (directory / INDEX_FILE).is_file():
-        for name, marker in _MARKERS.items():
-            if (directory / marker).is_file():
-                return directory, name
-        return directory, "compressed-tensors"
+    found = published_format(directory) if (directory / INDEX_FILE).is_file() else None
+    if found is not None:
+        return directory, found
     raise CheckpointError(
         f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
     )

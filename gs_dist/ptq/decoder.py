@@ -22,10 +22,11 @@ from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import rotary_tables  # one source of the frequencies
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
-from gs_dist.ptq.published import float_tensors, published_format
+from gs_dist.ptq.published import float_tensors
 
 __all__ = ["CausalDecoder", "DecoderHelper", "DecoderLayer"]
 

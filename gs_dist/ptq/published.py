@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device
-from gs_dist.checkpoint.formats import FORMATS, ascend, golden_stick
-from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
 from gs_dist.policy import QuantPolicy
 from gs_dist.ptq.cells import QuantDense
@@ -25,27 +25,11 @@ from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 from gs_dist.solvers.strategy import strategy
 
-__all__ = ["float_tensors", "load_published", "published_format"]
+__all__ = ["float_tensors", "load_published"]
 
 Array = npt.NDArray[Any]
 
-_DESCRIPTIONS = {"ascend": ascend.DESCRIPTION_FILE, "golden-stick": golden_stick.DESCRIPTION_FILE}
 _FLOATS = ("float32", "float16", "bfloat16")
-
-
-def published_format(directory: Path) -> str | None:
-    """The format that a job published a model directory in; None for one of floats.
-
-    Raises:
-        CheckpointError: config.json is damaged.
-    """
-    for name, file in _DESCRIPTIONS.items():
-        if (directory / file).is_file():
-            return name
-    if not (directory / "config.json").is_file():
-        return None
-    config = read_json(directory / "config.json", "config.json")
-    return "compressed-tensors" if config.get("quantization_config") is not None else None
 
 
 def float_tensors(reader: CheckpointReader) -> dict[str, Array]:
