@@ -211,12 +211,13 @@ class ProbeConfig(_Section):
     """What float and published model are compared on where `max_perplexity_increase` is set; decides no byte.
 
     `data` is as in `calibration`, None for the calibration data; the first `num_samples` samples are taken, or
-    as many as there are, and `max_new_tokens` tokens are generated after the beginning of the first.
+    as many as there are. The float model generates `max_new_tokens` tokens after the beginning of the first (0: none),
+    and the published model is asked for its own at each of these places.
     """
 
     data: Annotated[tuple[str, ...] | None, BeforeValidator(_none_or_more)] = None
     num_samples: Count = 8
-    max_new_tokens: Count = 16
+    max_new_tokens: Annotated[int, Field(ge=0)] = 16
 
 
 class PTQSection(QuantPolicy):

@@ -245,16 +245,21 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     )
 
 
-def probe_memory(shape: JobShape, layers: Sequence[int], *, embeds: bool, last: bool) -> MemoryPlan:
+def probe_memory(
+    shape: JobShape, layers: Sequence[int], *, embeds: bool, last: bool, kept_micro_batches: int = 0
+) -> MemoryPlan:
     """Peak memory of a worker that holds `layers` of a model under evaluation, all of them at once.
 
     Args:
         shape: of the evaluation's micro-batches.
-        layers: the stage's.
+        layers: all of the stage's, or those that it holds at a time.
         embeds: whether it is the first stage.
         last: whether it is the last one, which holds the head (as large as the embedding) and makes logits.
+        kept_micro_batches: hidden states kept until the next layers are loaded, 0 where all of the stage's are held.
     """
-    stage = StageShape(layers=layers, wave=(), resident=True, embeds=embeds, live_sets=0, kept_micro_batches=0)
+    stage = StageShape(
+        layers=layers, wave=(), resident=True, embeds=embeds, live_sets=0, kept_micro_batches=kept_micro_batches
+    )
     held = stage_memory(shape, stage)
     rows = max(LOGITS_ROWS * 4 * shape.architecture.vocab_size, LOGITS_BYTES)
     logits = LOGITS_COPIES * min(rows, shape.tokens * 4 * shape.architecture.vocab_size) if last else 0

@@ -6,7 +6,7 @@ Pure: nothing is read but the arguments. A job that cannot fit is refused here, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.bits import W4, W8, least_bytes, override_of
@@ -14,7 +14,7 @@ from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
 from gs_dist.memory import MemoryPlan
 from gs_dist.policy import QuantPolicy
-from gs_dist.probe_memory import check_probe
+from gs_dist.probe_memory import plan_probe
 from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, format_bytes, shares, threads_of
 from gs_dist.statistics import StatisticsSettings, block_bounds
 from gs_dist.workload import (
@@ -86,6 +86,8 @@ class CalibrationPlan:
     # Where schemes are judged: linear's name within the layer to scheme to policy of the weight alone.
     schemes: Mapping[str, Mapping[str, QuantPolicy]] = field(default_factory=dict)
     size_budget: int | None = None  # bytes of all linears, where `policies` is only what they start from
+    # Of each stage, bounds of the layers that the probe holds at a time; empty where nothing is probed.
+    probe_stages: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -179,8 +181,9 @@ def make_plan(
     """
     workload = make_workload(config, architecture, tensors)
     spread = choose_spread(config, workload, available)
-    probe_notes = check_probe(config, workload, available, spread)
-    return _plan_of(config, workload, available, spread, probe_notes)
+    probe_stages, probe_notes = plan_probe(config, workload, available, spread)
+    plan = _plan_of(config, workload, available, spread)
+    return replace(plan, probe_stages=probe_stages, notes=plan.notes + probe_notes)
 
 
 def _plan_of(
@@ -188,7 +191,6 @@ def _plan_of(
     workload: Workload,
     available: ClusterFacts,
     spread: Spread,
-    probe_notes: tuple[str, ...],
 ) -> CalibrationPlan:
     data, architecture = config.calibration, workload.architecture
     if spread.data_parallel_size < config.parallel.min_data_parallel_size:
@@ -231,7 +233,7 @@ def _plan_of(
         keep_statistics=config.keep_statistics,
         propagation=config.propagation,
         operations=count_operations(workload, data.num_samples, data.sequence_length),
-        notes=workload.notes + _budget_notes(workload) + probe_notes,
+        notes=workload.notes + _budget_notes(workload),
         schemes=workload.schemes,
         size_budget=workload.size_budget,
     )

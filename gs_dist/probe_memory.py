@@ -1,20 +1,79 @@
-"""Whether the published model can be probed in the memory of the job: all weights of a stage at once."""
+"""How float and published model are probed in the memory of the job: as many layers of a stage at a time as fit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
-from gs_dist.memory import GIB, MemoryPlan, probe_memory
+from gs_dist.memory import GIB, JobShape, MemoryPlan, probe_memory
 from gs_dist.spread import ClusterFacts, Spread, choose_spread, device_of, format_bytes
+from gs_dist.waves import split_evenly
 from gs_dist.workload import Workload
 
-__all__ = ["check_probe"]
+__all__ = ["PROMPT_TOKENS", "LayerGroups", "choose_groups", "plan_probe"]
+
+PROMPT_TOKENS = 32  # enough of a context that a sound model is sure of what follows
 
 
-def check_probe(
+@dataclass(frozen=True, kw_only=True)
+class LayerGroups:
+    """Bounds of the layers that a stage holds at a time, the peak of the costliest of them, and whether that fits."""
+
+    bounds: tuple[tuple[int, int], ...]
+    memory: MemoryPlan
+    fits: bool
+
+    @property
+    def most_layers(self) -> int:
+        """Layers of the largest group."""
+        return max(end - first for first, end in self.bounds)
+
+
+def choose_groups(
+    shape: JobShape,
+    layers: Sequence[int],
+    *,
+    embeds: bool,
+    last: bool,
+    num_micro_batches: int,
+    limit: int,
+    host_limit: int | None,
+) -> LayerGroups:
+    """The fewest groups of a stage's layers that fit; one layer a group, with `fits` False, where that does not.
+
+    Args:
+        shape: of the evaluation's micro-batches.
+        layers: the stage's.
+        embeds: whether it is the first stage.
+        last: whether it is the last one.
+        num_micro_batches: of the evaluation, whose hidden states are kept between groups.
+        limit: bytes of the device.
+        host_limit: bytes of the host, where the device is a card and the host is known.
+    """
+    found = None
+    for count in range(1, len(layers) + 1):
+        groups = split_evenly(layers, count)
+        kept = num_micro_batches if count > 1 else 0
+        plans = [probe_memory(shape, group, embeds=embeds, last=last, kept_micro_batches=kept) for group in groups]
+        memory = max(plans, key=lambda plan: (plan.peak, plan.host_peak))
+        found = LayerGroups(
+            bounds=tuple((group[0], group[-1] + 1) for group in groups),
+            memory=memory,
+            fits=memory.peak <= limit and (host_limit is None or memory.host_peak <= host_limit),
+        )
+        if found.fits:
+            break
+    assert found is not None, "a stage has at least one layer"
+    return found
+
+
+def plan_probe(
     config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread
-) -> tuple[str, ...]:
-    """What the probe will need, for people; nothing where the recipe asks for none.
+) -> tuple[tuple[tuple[tuple[int, int], ...], ...], tuple[str, ...]]:
+    """How the probe runs; nothing where the recipe asks for none.
 
     Args:
         config: the recipe.
@@ -22,38 +81,75 @@ def check_probe(
         available: what there is to run on.
         spread: the job's stages, which the probe uses too.
 
+    Returns:
+        Of each stage the bounds of the layers that it holds at a time, and what is to be said of it to people.
+
     Raises:
-        PlanError: a stage's weights do not fit all at once; the message names settings and values that would do.
+        PlanError: not even one layer of a stage fits; the message names settings and values that would do.
     """
     if config.max_perplexity_increase is None:
-        return ()
-    plans = _plans(config, workload, available, spread)
-    stage, needed = max(enumerate(plans), key=lambda pair: (not _fits(spread, pair[1]), pair[1].peak))
-    if not _fits(spread, needed):
-        raise PlanError(_explain_misfit(config, workload, available, spread, stage, needed))
-    data = config.probe_data
+        return (), ()
+    stages = _stages(config, workload, available, spread)
+    stage, costliest = max(enumerate(stages), key=lambda pair: (not pair[1].fits, pair[1].memory.peak))
+    if not costliest.fits:
+        raise PlanError(_explain_misfit(config, workload, available, spread, stage, costliest))
+    note = (
+        f"before the job counts as done, float and published model are probed on {config.probe_data.num_samples} "
+        f"samples: {format_bytes(costliest.memory.peak)} a worker at most, "
+    )
+    if all(len(groups.bounds) == 1 for groups in stages):
+        note += "all weights of a stage in memory"
+    else:
+        note += _reads(config, workload, stages)
+    return tuple(groups.bounds for groups in stages), (note,)
+
+
+def _reads(config: CalibrationConfig, workload: Workload, stages: Sequence[LayerGroups]) -> str:
+    """What it costs that weights do not stay in memory."""
+    read = sum(
+        workload.layer_nbytes[layer]
+        for groups in stages
+        if len(groups.bounds) > 1
+        for first, end in groups.bounds
+        for layer in range(first, end)
+    )
+    tokens, formats = config.probe.max_new_tokens, len(config.format)
+    at_a_time = max(groups.most_layers for groups in stages if len(groups.bounds) > 1)
+    times, often = "once", "once"
+    if tokens:
+        times = f"up to {1 + tokens} times (once a token of probe.max_new_tokens, which 0 leaves out)"
+        often = "twice"
+    published = "those of the published model" if formats == 1 else f"those of each of the {formats} published models"
     return (
-        f"before the job counts as done, float and published model are probed on {data.num_samples} samples: "
-        f"{format_bytes(needed.peak)} a worker at most, all weights of a stage in memory",
+        f"up to {at_a_time} of a stage's layers in memory at a time, since they do not all fit: the float model's "
+        f"weights ({format_bytes(read)}) are read {times}, {published} {often}"
     )
 
 
-def _plans(config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread) -> list[MemoryPlan]:
+def _stages(
+    config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread
+) -> list[LayerGroups]:
     data = config.probe_data
     shape = workload.shape(
         device=device_of(config, available),
         micro_batch_size=data.samples_per_micro_batch,
-        sequence_length=data.sequence_length,
+        # What is generated is a sample of its own, and may be the longer one.
+        sequence_length=max(data.sequence_length, PROMPT_TOKENS + config.probe.max_new_tokens),
         max_in_flight=min(spread.max_in_flight, data.num_micro_batches),
     )
     last = len(spread.choices) - 1
-    stages = [[layer for wave in choice.waves for layer in wave] for choice in spread.choices]
-    return [probe_memory(shape, layers, embeds=stage == 0, last=stage == last) for stage, layers in enumerate(stages)]
-
-
-def _fits(spread: Spread, needed: MemoryPlan) -> bool:
-    on_host = spread.host_memory is None or needed.host_peak <= spread.host_memory
-    return needed.peak <= spread.memory_per_worker and on_host
+    return [
+        choose_groups(
+            shape,
+            [layer for wave in choice.waves for layer in wave],
+            embeds=stage == 0,
+            last=stage == last,
+            num_micro_batches=data.num_micro_batches,
+            limit=spread.memory_per_worker,
+            host_limit=spread.host_memory,
+        )
+        for stage, choice in enumerate(spread.choices)
+    ]
 
 
 def _explain_misfit(
@@ -62,40 +158,57 @@ def _explain_misfit(
     available: ClusterFacts,
     spread: Spread,
     stage: int,
-    needed: MemoryPlan,
+    found: LayerGroups,
 ) -> str:
-    waves = spread.choices[stage].waves
+    needed = found.memory
     memory = f"{format_bytes(needed.peak)} a worker and memory_per_worker is {format_bytes(spread.memory_per_worker)}"
+    name, size = needed.largest
     if needed.peak <= spread.memory_per_worker and spread.host_memory is not None:
         share = format_bytes(spread.host_memory)
         memory = f"{format_bytes(needed.host_peak)} of host memory a worker and the cluster has {share} for each"
-    unit = GIB if needed.peak > 4 * GIB else 64 << 20
-    size = -(-needed.peak // unit) * unit
-    ways = [
-        f"parallel.{setting}: {shown}"
-        for setting, value, shown in (
-            ("memory_per_worker", size, f"{size // GIB}GiB" if size % GIB == 0 else f"{size >> 20}MiB"),
-            *(
-                ("pipeline_parallel_size", count, str(count))
-                for count in range(len(spread.choices) + 1, workload.architecture.num_layers + 1)
-            ),
-        )
-        if _would_fit(config, workload, available, setting, value)
-    ]
-    # More stages than the fewest that would do are no further advice.
-    advice = [*[way for way in ways if "memory" in way], *[way for way in ways if "pipeline" in way][:1]]
+        name, size = needed.largest_of_host
+    advice = [*_ways_out(config, workload, available, spread, needed.peak), "max_perplexity_increase: null"]
     return (
-        f"max_perplexity_increase is set, and to probe float and published model stage {stage} of "
-        f"{len(spread.choices)} (layers {waves[0][0]} to {waves[-1][-1]}) holds all its weights at once: it needs "
-        f"{memory}. Set {', or '.join([*advice, 'max_perplexity_increase: null'])}; `gs-dist evaluate` can compare "
-        "the models elsewhere"
+        "max_perplexity_increase is set, and to probe float and published model with one layer in memory at a time "
+        f"stage {stage} of {len(spread.choices)} needs {memory}; the largest item is {name}, {format_bytes(size)}. Set "
+        f"{', or '.join(advice)}; `gs-dist evaluate` can compare the models elsewhere"
     )
 
 
+def _ways_out(
+    config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread, peak: int
+) -> list[str]:
+    """Changes of one setting each, of every setting the first value that fits."""
+    unit = GIB if peak > 4 * GIB else 64 << 20
+    needed = -(-peak // unit) * unit
+    data = config.probe_data
+    halves = [
+        [size >> n for n in range(1, size.bit_length())] for size in (data.num_samples, data.samples_per_micro_batch)
+    ]
+    trials: list[tuple[str, str, Iterable[int]]] = [
+        ("parallel", "memory_per_worker", [needed]),
+        (
+            "parallel",
+            "pipeline_parallel_size",
+            range(len(spread.choices) + 1, workload.architecture.num_layers + 1),
+        ),
+        ("probe", "num_samples", halves[0]),
+        ("calibration", "micro_batch_size", halves[1]),
+    ]
+    ways = []
+    for section, setting, values in trials:
+        for value in values:
+            if _would_fit(config, workload, available, section, {setting: value}):
+                size = f"{value // GIB}GiB" if value % GIB == 0 else f"{value >> 20}MiB"
+                ways.append(f"{section}.{setting}: {size if setting == 'memory_per_worker' else value}")
+                break
+    return ways
+
+
 def _would_fit(
-    config: CalibrationConfig, workload: Workload, available: ClusterFacts, setting: str, value: int
+    config: CalibrationConfig, workload: Workload, available: ClusterFacts, section: str, values: dict[str, Any]
 ) -> bool:
-    changed = config.model_copy(update={"parallel": config.parallel.model_copy(update={setting: value})})
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
     try:
         spread = choose_spread(changed, workload, available)
     except PlanError:
@@ -103,4 +216,4 @@ def _would_fit(
     asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
     if device_of(changed, available) == "cpu" and asked > available.memory_bytes:
         return False
-    return all(_fits(spread, plan) for plan in _plans(changed, workload, available, spread))
+    return all(groups.fits for groups in _stages(changed, workload, available, spread))

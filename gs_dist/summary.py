@@ -50,8 +50,9 @@ class ProbeSummary:
         perplexity, float_perplexity: of the two models.
         num_samples, num_tokens: samples, and tokens predicted in them.
         calibration_data: whether the samples are of the calibration data.
-        num_new_tokens: tokens that both models generated, each taking the most likely one.
-        num_equal_tokens: how many of them are the same before the first that differs.
+        num_new_tokens: tokens that the float model generated, each its most likely one.
+        num_equal_tokens: how many of them, before the first that is not, are the published model's most likely ones
+            too: as many as it would have generated alike by itself.
     """
 
     format: str
@@ -71,10 +72,13 @@ class ProbeSummary:
     def sentence(self) -> str:
         """The figures in words, without the format."""
         source = "the calibration data" if self.calibration_data else "other data"
+        generated = (
+            f"; {self.num_equal_tokens} of {self.num_new_tokens} generated tokens equal before the first difference"
+        )
         return (
             f"perplexity {self.perplexity:.4g}, of the float model {self.float_perplexity:.4g} ({self.increase:+.2%}), "
-            f"over {self.num_samples} samples of {source} ({self.num_tokens} predicted tokens); "
-            f"{self.num_equal_tokens} of {self.num_new_tokens} generated tokens equal before the first difference"
+            f"over {self.num_samples} samples of {source} ({self.num_tokens} predicted tokens)"
+            f"{generated if self.num_new_tokens else ''}"
         )
 
 

@@ -65,7 +65,7 @@ def evaluate(
         model=model,
         published={format_name: str(model_directory)},
         data=data,
-        stages=tuple(itertools.pairwise(edges)),
+        stages=tuple((bounds,) for bounds in itertools.pairwise(edges)),
         max_in_flight=2 * num_stages,
         threads_per_worker=max(1, threads // num_stages),
     )

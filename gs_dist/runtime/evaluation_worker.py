@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.calibration.dataset import TokenBatch, open_dataset
+from gs_dist.calibration.activation_store import ActivationStore
+from gs_dist.calibration.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.calibration.device import open_device
-from gs_dist.calibration.network import DecoderNetwork, LayerWeights
+from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeights
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationData
@@ -24,6 +25,9 @@ FLOAT = "float"
 
 Payload = tuple[npt.NDArray[Any], TokenBatch]
 
+_CONTINUATION = -1  # beside the indices of micro-batches
+_LOGITS_ROWS = 16  # positions whose logits exist at a time while tokens are looked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -33,7 +37,7 @@ class Evaluation:
         model: directory of the float model, None to leave it out.
         published: format's name to directory of what was published in it.
         data: what perplexity is taken on.
-        stages: bounds of each stage's layers.
+        stages: of each stage the bounds of the layers that it holds at a time: one pair where all of them fit.
         max_in_flight: micro-batches between the first and the last stage.
         device, threads_per_worker: as in the recipe.
     """
@@ -41,88 +45,156 @@ class Evaluation:
     model: str | None
     published: Mapping[str, str]
     data: CalibrationData
-    stages: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[tuple[int, int], ...], ...]
     max_in_flight: int
     device: Literal["auto", "cpu", "ascend"] = "auto"
     threads_per_worker: int = 1
 
 
 class EvaluationWorker:
-    """One stage; the last one gives losses instead of hidden states."""
+    """One stage; the last one gives losses instead of hidden states.
+
+    A stage of several groups of layers takes all micro-batches through one of them before the next is loaded, and
+    keeps their hidden states meanwhile. What it computes is the same to the last bit.
+    """
 
     def __init__(self, evaluation: Evaluation, stage: int, replica: int) -> None:
         self._evaluation = evaluation
-        self._first, self._end = evaluation.stages[stage]
+        self._groups = evaluation.stages[stage]
         self._is_first, self._is_last = stage == 0, stage == len(evaluation.stages) - 1
         self._device = open_device(evaluation.device, threads=evaluation.threads_per_worker)
+        self._which = ""
+        self._group: int | None = None
         self._layers: list[LayerWeights] = []
-        self._batches: Any = None
+        self._outer: OuterWeights | None = None
+        self._dataset: CalibrationDataset | None = None
+        self._batches: Iterator[TokenBatch] = iter(())
+        self._store = ActivationStore()
+        self._kept: dict[int, TokenBatch] = {}
 
-    def begin(self, which: str, start: int, stop: int) -> None:
-        """Loads the float layers (`FLOAT`) or those of a format, and gets ready for micro-batches [start, stop)."""
+    def begin(self, which: str, group: int) -> None:
+        """Loads a group of the stage's layers, of the float model (`FLOAT`) or of a format, unless they are there."""
+        if which != self._which:
+            self._open(which)
+        if group == self._group:
+            return
+        self._group = None
+        self._layers.clear()  # before others take their place
+        for index in range(*self._groups[group]):
+            if which == FLOAT:
+                self._layers.append(self._network.layer_weights(self._reader.read_layer(index)))
+            else:
+                layer = FORMATS[which].decode_layer(self._reader, index)
+                self._layers.append(self._network.layer_weights({}, quantized=layer))
+        self._group = group
+
+    def _open(self, which: str) -> None:
+        """Turns to another model; of it what lies outside the layers is loaded."""
         evaluation = self._evaluation
+        self._which, self._group, self._outer = "", None, None
         self._layers.clear()
         if which == FLOAT:
             assert evaluation.model is not None
-            reader = CheckpointReader(Path(evaluation.model))
+            self._reader = CheckpointReader(Path(evaluation.model))
         else:
-            reader = CheckpointReader(Path(evaluation.published[which]), quantized=True)
-        self._network = DecoderNetwork(reader.architecture, self._device)
-        for index in range(self._first, self._end):
-            if which == FLOAT:
-                self._layers.append(self._network.layer_weights(reader.read_layer(index)))
-            else:
-                layer = FORMATS[which].decode_layer(reader, index)
-                self._layers.append(self._network.layer_weights({}, quantized=layer))
-        self._outer = self._network.outer_weights(self._outer_tensors(reader))
-        if self._is_first:
-            dataset = open_dataset(
-                evaluation.data,
-                reader.architecture.vocab_size,
-                reader.tokenizer_file,
-                eos_token_id=reader.architecture.end_of_text_id,
-                fewer_samples=True,
-            )
-            self._batches = dataset.batches(start, stop)
+            self._reader = CheckpointReader(Path(evaluation.published[which]), quantized=True)
+        self._network = DecoderNetwork(self._reader.architecture, self._device)
+        self._outer = self._network.outer_weights(self._outer_tensors())
+        self._which = which
 
-    def _outer_tensors(self, reader: CheckpointReader) -> Mapping[str, npt.NDArray[Any]]:
-        tied = reader.architecture.tie_word_embeddings
+    def _outer_tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        tied = self._reader.architecture.tie_word_embeddings
         names = ["model.embed_tokens.weight"] if self._is_first or (self._is_last and tied) else []
         if self._is_last:
             names += ["model.norm.weight"] + ([] if tied else ["lm_head.weight"])
-        return reader.read(names)
+        return self._reader.read(names)
 
     def step(self, micro_batch: int, payload: Payload | None) -> Any:
-        """Hidden states with their batch, or at the last stage (negative log likelihood, tokens)."""
-        if payload is None:
-            batch = next(self._batches)
-            assert batch.index == micro_batch, (batch.index, micro_batch)
-            hidden = self._network.embed(self._outer, batch.input_ids)
-        else:
-            hidden, batch = self._device.to_tensor(payload[0]), payload[1]
-        hidden = self._forward(hidden)
+        """Runs a micro-batch through the loaded layers; the first of a pass is 0, others follow in order.
+
+        Args:
+            micro_batch: its index.
+            payload: what the stage before gave; None at the first stage, and behind a stage's first group of layers.
+
+        Returns:
+            Hidden states with their batch, or at the last stage (negative log likelihood, tokens); None before the
+            stage's last group of layers.
+        """
+        states, batch = (None, self._batch(micro_batch)) if payload is None else payload
+        if len(self._groups) > 1:
+            self._kept[micro_batch] = batch
+        hidden = self._run(micro_batch, batch.input_ids, states)
+        if hidden is None:
+            return None
         if not self._is_last:
             return self._device.to_numpy(hidden), batch
+        assert self._outer is not None
         losses, tokens = self._network.token_losses(self._outer, hidden, batch.input_ids, batch.mask)
         return float(np.sum(losses)), int(np.sum(tokens))
 
-    def next_token(self, input_ids: npt.NDArray[np.int32], num_tokens: int, payload: npt.NDArray[Any] | None) -> Any:
-        """The token of largest logit after the first `num_tokens` of `input_ids` (1, t), by a full forward pass.
+    def next_tokens(self, input_ids: npt.NDArray[np.int32], num_prompt: int, payload: npt.NDArray[Any] | None) -> Any:
+        """The token of largest logit at each place behind the first `num_prompt` of `input_ids` (1, t).
 
-        What stands behind them is not seen, so that one shape serves a whole continuation.
+        Each is the one that follows the true tokens of all places before it: what stands at its own place and
+        behind is not seen, so that one pass judges a whole continuation.
 
         Returns:
-            Hidden states (1, t, h), or at the last stage (token, whether all its logits are finite).
+            Hidden states (1, t, h), or at the last stage (tokens, whether all logits of each are finite), both
+            (t - num_prompt,); None before the stage's last group of layers.
         """
-        hidden = self._network.embed(self._outer, input_ids) if payload is None else self._device.to_tensor(payload)
-        states = self._device.to_numpy(self._forward(hidden))
-        if not self._is_last:
-            return states
-        row = self._device.to_tensor(states[:, num_tokens - 1 : num_tokens])
-        logits = self._device.to_numpy(self._network.logits(self._outer, row)).astype(np.float32).ravel()
-        return int(np.argmax(logits)), bool(np.isfinite(logits).all())
+        hidden = self._run(_CONTINUATION, input_ids, payload)
+        if hidden is None:
+            return None
+        states = self._device.to_numpy(hidden)
+        return self._likeliest(states[:, num_prompt - 1 : -1]) if self._is_last else states
 
-    def _forward(self, hidden: Any) -> Any:
+    def _likeliest(self, states: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        assert self._outer is not None
+        count = states.shape[1]
+        tokens, finite = np.zeros(count, np.int64), np.zeros(count, bool)
+        rows = min(count, _LOGITS_ROWS)
+        for start in range(0, count, rows):
+            # The last rows reach back over some already done, so that all are of one shape.
+            part = slice(min(start, count - rows), min(start, count - rows) + rows)
+            tensor = self._device.to_tensor(states[:, part])
+            logits = self._device.to_numpy(self._network.logits(self._outer, tensor))[0].astype(np.float32)
+            tokens[part], finite[part] = logits.argmax(axis=-1), np.isfinite(logits).all(axis=-1)
+        return tokens, finite
+
+    def _batch(self, micro_batch: int) -> TokenBatch:
+        if self._group != 0:
+            return self._kept[micro_batch]
+        if micro_batch == 0:
+            self._batches = self._open_dataset().batches()
+        batch = next(self._batches)
+        assert batch.index == micro_batch, (batch.index, micro_batch)
+        return batch
+
+    def _open_dataset(self) -> CalibrationDataset:
+        if self._dataset is None:  # the same for every model of the evaluation
+            architecture = self._reader.architecture
+            self._dataset = open_dataset(
+                self._evaluation.data,
+                architecture.vocab_size,
+                self._reader.tokenizer_file,
+                eos_token_id=architecture.end_of_text_id,
+                fewer_samples=True,
+            )
+        return self._dataset
+
+    def _run(self, index: int, input_ids: npt.NDArray[np.int32], states: npt.NDArray[Any] | None) -> Any:
+        """Hidden states behind the loaded layers; None where more layers follow in this stage, and they are kept."""
+        assert self._group is not None, "nothing is loaded"
+        assert self._outer is not None, "nothing is loaded"
+        if self._group > 0:
+            hidden = self._device.to_tensor(self._store.get(index))
+        elif states is None:
+            hidden = self._network.embed(self._outer, input_ids)
+        else:
+            hidden = self._device.to_tensor(states)
         for weights in self._layers:
             hidden, _ = self._network.forward_layer(weights, hidden, capture=False)
+        if self._group < len(self._groups) - 1:
+            self._store.put(index, self._device.to_numpy(hidden))
+            return None
         return hidden

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gs_dist.progress import Progress
+from gs_dist.runtime.evaluated_model import EvaluatedModel
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
-from gs_dist.runtime.pipeline import stream_results
 from gs_dist.runtime.worker_group import WorkerGroup
 
 __all__ = ["Perplexity", "measure", "perplexity_of"]
@@ -32,44 +32,29 @@ def measure(
     progress: Progress,
 ) -> Perplexity:
     """Runs the float model, if any, then the one published model, over all micro-batches."""
-    float_model = None
-    if evaluation.model is not None:
-        float_model, _ = perplexity_of(FLOAT, group, evaluation, num_micro_batches, timeout, progress)
+
+    def taken(which: str) -> tuple[float, int]:
+        model = EvaluatedModel(which=which, evaluation=evaluation, group=group, timeout=timeout)
+        return perplexity_of(model, num_micro_batches, progress)
+
+    float_model = None if evaluation.model is None else taken(FLOAT)[0]
     (name,) = evaluation.published
-    quantized, num_tokens = perplexity_of(name, group, evaluation, num_micro_batches, timeout, progress)
+    quantized, num_tokens = taken(name)
     return Perplexity(quantized=quantized, float_model=float_model, num_samples=num_samples, num_tokens=num_tokens)
 
 
-def perplexity_of(
-    which: str,
-    group: WorkerGroup,
-    evaluation: Evaluation,
-    num_micro_batches: int,
-    timeout: float,
-    progress: Progress,
-) -> tuple[float, int]:
-    """Perplexity of one model, which stays loaded, and the number of predicted tokens.
+def perplexity_of(model: EvaluatedModel, num_micro_batches: int, progress: Progress) -> tuple[float, int]:
+    """Perplexity of one model, and the number of predicted tokens.
 
     Args:
-        which: `FLOAT`, or a format's name.
-        group: workers of the evaluation.
-        evaluation: what they were told.
+        model: on its workers.
         num_micro_batches: of the data.
-        timeout: seconds without any progress after which the workers count as lost.
         progress: told of finished micro-batches.
 
     Raises:
-        WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
+        WorkerLostError: a worker died, or nothing happened for the model's `timeout`.
     """
-    losses = stream_results(
-        group,
-        which,
-        [range(num_micro_batches)],
-        num_stages=len(evaluation.stages),
-        max_in_flight=evaluation.max_in_flight,
-        timeout=timeout,
-        progress=progress,
-    )
+    losses = model.losses(num_micro_batches, progress)
     num_tokens = sum(tokens for _, tokens in losses)
     mean = sum(loss for loss, _ in losses) / max(num_tokens, 1)
     return math.exp(min(mean, 700.0)), num_tokens  # past this a float64 overflows

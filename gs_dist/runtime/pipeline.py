@@ -16,7 +16,7 @@ from gs_dist.progress import Progress
 from gs_dist.runtime.schedule import Stream
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
 
-__all__ = ["run_streams", "stream_results"]
+__all__ = ["run_streams"]
 
 
 @dataclass
@@ -199,55 +199,3 @@ def _finish_one(
 
 def _doing(observed: Sequence[int]) -> str:
     return f"observe layers {observed[0]}-{observed[-1]}" if observed else "forward"
-
-
-def stream_results(
-    group: WorkerGroup,
-    what: str,
-    deal: Sequence[range],
-    *,
-    num_stages: int,
-    max_in_flight: int,
-    timeout: float,
-    progress: Progress,
-) -> list[Any]:
-    """What the last stage's `step` gives for each micro-batch, in order, after `begin(what, ...)` on every stage.
-
-    Raises:
-        WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
-    """
-    begins = [
-        group.call(WorkerKey(stage, replica), "begin", what, batches.start, batches.stop)
-        for stage in range(num_stages)
-        for replica, batches in enumerate(deal)
-    ]
-    while begins:
-        loaded = group.wait(begins, timeout)
-        if not loaded:
-            raise WorkerLostError(f"no worker loaded its layers within {timeout:g} s")
-        for begin in loaded:
-            group.get(begin)
-            begins.remove(begin)
-    pending = [list(batches) for batches in deal]
-    in_flight: dict[Any, tuple[int, int]] = {}
-    results: dict[int, Any] = {}
-    total = sum(len(batches) for batches in deal)
-    while len(results) < total:
-        for replica, batches in enumerate(pending):
-            while batches and sum(r == replica for _, r in in_flight.values()) < max_in_flight:
-                micro_batch = batches.pop(0)
-                reference: Any = None
-                for stage in range(num_stages):
-                    reference = group.call(WorkerKey(stage, replica), "step", micro_batch, reference)
-                in_flight[reference] = (micro_batch, replica)
-        ready = group.wait(list(in_flight), timeout)
-        if not ready:
-            raise WorkerLostError(
-                f"no worker finished a micro-batch for {timeout:g} s ({len(results)} of {total} done): "
-                "raise parallel.timeout if one really takes longer"
-            )
-        for last in ready:
-            results[in_flight.pop(last)[0]] = group.get(last)
-        for stage in range(num_stages):
-            progress.stage_progress(stage, len(results), total, what)
-    return [results[i] for i in sorted(results)]

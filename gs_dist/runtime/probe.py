@@ -14,12 +14,14 @@ import numpy.typing as npt
 from gs_dist.calibration.dataset import CalibrationDataset, open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import JobFailure, WorkerLostError
+from gs_dist.probe_memory import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.quantized import LinearSummary
+from gs_dist.runtime.evaluated_model import EvaluatedModel
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
 from gs_dist.runtime.perplexity import perplexity_of
 from gs_dist.runtime.stage_worker import Job
-from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.runtime.worker_group import WorkerGroup
 from gs_dist.summary import CalibrationSummary, ProbeSummary
 
 __all__ = ["MakeEvaluationGroup", "Probe"]
@@ -27,13 +29,16 @@ __all__ = ["MakeEvaluationGroup", "Probe"]
 MakeEvaluationGroup = Callable[[Evaluation, float], WorkerGroup]
 """Makes one replica of the workers of an evaluation; the number is the timeout in seconds."""
 
-PROMPT_TOKENS = 32  # enough of a context that a sound model is sure of what follows
+Ids = npt.NDArray[np.int32]
+
 _WORST = 3  # linears named where the probe fails
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Findings:
-    """Of one model: perplexity over `num_tokens` predicted tokens, the tokens it generated, whether it overflowed."""
+    """Of one model: perplexity over `num_tokens` predicted tokens, and its most likely token at each place behind the
+    prompt, up to the first place whose logits are not `finite`.
+    """
 
     perplexity: float
     num_tokens: int
@@ -60,7 +65,7 @@ class Probe:
             model=config.model,
             published={name: str(Path(config.output) / name) for name in config.format},
             data=config.probe_data,
-            stages=tuple((stage.first_layer, stage.end_layer) for stage in plan.stages),
+            stages=plan.probe_stages,
             max_in_flight=plan.max_in_flight,
             device=device,
             threads_per_worker=plan.threads_per_worker,
@@ -102,7 +107,13 @@ class Probe:
             JobFailure: perplexity rises by more than the recipe allows, or logits are not finite.
             WorkerLostError: workers died more often in a row than `parallel.max_restarts`.
         """
-        progress.message(f"probing float and published model on {self._dataset.num_samples} samples")
+        at_a_time = max(
+            (end - first for groups in self._evaluation.stages if len(groups) > 1 for first, end in groups), default=0
+        )
+        progress.message(
+            f"probing float and published model on {self._dataset.num_samples} samples"
+            + (f", up to {at_a_time} of a stage's layers in memory at a time" if at_a_time else "")
+        )
         findings = self._all_findings(make_group, progress)
         reference = findings.pop(FLOAT)
         if not _sound(reference):
@@ -130,53 +141,96 @@ class Probe:
         )
 
     def _all_findings(self, make_group: MakeEvaluationGroup, progress: Progress) -> dict[str, _Findings]:
-        """By model; workers that were lost are started again."""
+        """By model, the float one first; workers that were lost are started again, for models not yet through."""
         parallel = self._config.parallel
-        for failures in range(parallel.max_restarts + 1):
+        findings: dict[str, _Findings] = {}
+        failures = 0
+        while True:
+            before = len(findings)
             try:
                 group = make_group(self._evaluation, parallel.timeout)
                 try:
-                    names = (FLOAT, *self._evaluation.published)
-                    return {name: self._findings(name, group, progress) for name in names}
+                    for which in (FLOAT, *self._evaluation.published):
+                        if which not in findings:
+                            model = EvaluatedModel(
+                                which=which, evaluation=self._evaluation, group=group, timeout=parallel.timeout
+                            )
+                            findings[which] = self._findings(model, findings.get(FLOAT), progress)
+                    return findings
                 finally:
                     group.close()
             except WorkerLostError as error:
-                if failures == parallel.max_restarts:
+                failures = 1 if len(findings) > before else failures + 1
+                if failures > parallel.max_restarts:
                     raise WorkerLostError(
                         f"{error}; all layers are published: submit the same recipe again to probe them"
                     ) from error
                 progress.message(f"{error}; starting the workers of the probe again")
-        raise AssertionError("the loop returns or raises")
 
-    def _findings(self, which: str, group: WorkerGroup, progress: Progress) -> _Findings:
-        timeout = self._config.parallel.timeout
-        batches = self._dataset.num_micro_batches
-        perplexity, num_tokens = perplexity_of(which, group, self._evaluation, batches, timeout, progress)
-        tokens, finite = self._continuation(group, timeout)
+    def _findings(self, model: EvaluatedModel, reference: _Findings | None, progress: Progress) -> _Findings:
+        """What one model gives; all but the float model are asked about the continuation of `reference`."""
+        perplexity, num_tokens = perplexity_of(model, self._dataset.num_micro_batches, progress)
+        prompt, following = self._prompt()
+        if reference is None:
+            tokens, finite = self._continuation(model, prompt, following, progress)
+        else:
+            tokens, finite = self._answers(model, prompt, reference.tokens, progress)
         return _Findings(perplexity=perplexity, num_tokens=num_tokens, tokens=tokens, finite=finite)
 
-    def _continuation(self, group: WorkerGroup, timeout: float) -> tuple[tuple[int, ...], bool]:
-        """Tokens after the prompt, each the most likely one; ends early where logits are not finite."""
-        prompt = self._prompt()
-        count = self._config.probe.max_new_tokens
-        ids = np.zeros((1, prompt.size + count), np.int32)
-        ids[0, : prompt.size] = prompt
-        for end in range(prompt.size, prompt.size + count):
-            reference = None
-            for stage in range(len(self._evaluation.stages)):
-                reference = group.call(WorkerKey(stage, 0), "next_token", ids.copy(), end, reference)
-            if not group.wait([reference], timeout):
-                raise WorkerLostError(f"no token was generated for {timeout:g} s")
-            token, finite = group.get(reference)
-            if not finite:
-                return tuple(ids[0, prompt.size : end].tolist()), False
-            ids[0, end] = token
-        return tuple(ids[0, prompt.size :].tolist()), True
+    def _continuation(
+        self, model: EvaluatedModel, prompt: Ids, following: Ids, progress: Progress
+    ) -> tuple[tuple[int, ...], bool]:
+        """Tokens after the prompt, each the most likely one; ends early where logits are not finite.
 
-    def _prompt(self) -> npt.NDArray[np.int32]:
+        A pass answers at every place at once, and an answer holds where all tokens before it do. So each pass settles
+        one token at least, and more where what was guessed is right: at first that the text goes on as it does, then
+        the answers of the pass before (Jacobi decoding, Santilli et al., 2023, arXiv 2305.10427). The tokens are those
+        of a pass a token.
+        """
+        count = self._config.probe.max_new_tokens
+        guessed: Ids = np.zeros(count, np.int32)
+        guessed[: min(count, following.size)] = following[:count]
+        settled = 0
+
+        def report(stage: int, done: int, total: int) -> None:
+            progress.stage_progress(stage, settled * total + done, count * total, f"{model.which}, generates")
+
+        while settled < count:
+            answers, finite = model.next_tokens(np.concatenate([prompt, guessed])[None], prompt.size, report)
+            wrong = np.flatnonzero(answers[settled:] != guessed[settled:])
+            right = settled + int(wrong[0]) + 1 if wrong.size else count
+            guessed[settled:] = answers[settled:]
+            overflowed = np.flatnonzero(~finite[:right])
+            if overflowed.size:
+                return tuple(guessed[: overflowed[0]].tolist()), False
+            settled = right
+        return tuple(guessed.tolist()), True
+
+    def _answers(
+        self, model: EvaluatedModel, prompt: Ids, tokens: Sequence[int], progress: Progress
+    ) -> tuple[tuple[int, ...], bool]:
+        """The most likely token at each place of the float model's continuation `tokens`, in one pass.
+
+        Up to the first that differs these are the tokens that the model would have generated itself.
+        """
+        if not tokens:
+            return (), True
+
+        def report(stage: int, done: int, total: int) -> None:
+            progress.stage_progress(stage, done, total, f"{model.which}, tokens after the float model's")
+
+        ids = np.concatenate([prompt, np.asarray(tokens, np.int32)])[None]
+        answers, finite = model.next_tokens(ids, prompt.size, report)
+        overflowed = np.flatnonzero(~finite)
+        if overflowed.size:
+            return tuple(answers[: overflowed[0]].tolist()), False
+        return tuple(answers.tolist()), True
+
+    def _prompt(self) -> tuple[Ids, Ids]:
+        """The beginning of the first sample, and the rest of it."""
         first = next(iter(self._dataset.batches(0, 1)))
-        prompt: npt.NDArray[np.int32] = first.input_ids[0][first.mask[0]][:PROMPT_TOKENS]
-        return prompt
+        sample: Ids = first.input_ids[0][first.mask[0]]
+        return sample[:PROMPT_TOKENS], sample[PROMPT_TOKENS:]
 
     def _compared(self, name: str, found: _Findings, reference: _Findings) -> ProbeSummary:
         pairs = list(zip(found.tokens, reference.tokens, strict=True))

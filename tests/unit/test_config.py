@@ -206,6 +206,7 @@ def test_yaml_switches_and_exponents_are_read_as_meant(write: Any) -> None:
         ("max_perplexity_increase=5%", "max_perplexity_increase: found '5%'; write a number"),
         ("max_perplexity_increase=.inf", "max_perplexity_increase: found inf; write a finite number"),
         ("probe.num_samples=0", "probe.num_samples: found 0; write at least 1"),
+        ("probe.max_new_tokens=-1", "probe.max_new_tokens: found -1; write at least 0"),
         ("probe.max_new_tokens=no", "probe.max_new_tokens: found False; write a whole number"),
         ("probe.data=[]", "probe.data: found []; write a text, a list of texts, or null for the calibration data"),
         ("probe.samples=4", "probe.samples: found an unknown key; write num_samples if that is meant"),

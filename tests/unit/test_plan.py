@@ -17,9 +17,11 @@ from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
 from gs_dist.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.probe_memory import choose_groups
 from gs_dist.spread import format_bytes
 from gs_dist.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
 from gs_dist.waves import count_partial_sums, split_evenly, split_stages
+from gs_dist.workload import make_workload
 
 GIB = 1 << 30
 LAPTOP = ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=24 * GIB)
@@ -408,19 +410,64 @@ def test_the_plan_says_what_a_probe_needs(large: CheckpointReader) -> None:
     assert not [note for note in plain.notes if "probed" in note]
 
 
-def test_a_probe_that_does_not_fit_is_refused_before_a_weight_is_read(large: CheckpointReader) -> None:
-    """One-layer waves take the model through a small card, a probe does not; each value named would do."""
+def test_a_probe_takes_as_many_layers_at_a_time_as_fit(large: CheckpointReader) -> None:
+    """The fewest loads whose layers fit; the plan says how many, and how often the weights are read for it."""
     settings: dict[str, Any] = {"pipeline_parallel_size": 2, "memory_per_worker": "30GiB"}
+    plan = planned(large, probing(**settings))
+    layer = 2 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192)
+    (note,) = [note for note in plan.notes if "probed" in note]
+    for stage, groups in zip(plan.stages, plan.probe_stages, strict=True):
+        assert [i for first, end in groups for i in range(first, end)] == list(stage.layers)
+        most = max(end - first for first, end in groups)
+        assert most * layer < 30 * GIB < -(-40 // (len(groups) - 1)) * layer + 6 * GIB
+        assert f"up to {most} of a stage's layers in memory at a time" in note
+    assert float(note.split(": ")[1].split(" GiB")[0]) <= 30
+    weights = f"the float model's weights ({format_bytes(80 * layer)}) are read"
+    assert f"{weights} up to 17 times (once a token of probe.max_new_tokens, which 0 leaves out)" in note
+    assert note.endswith("those of the published model twice")
+    two = planned(large, probing(**settings, probe={"max_new_tokens": 0}, format=["compressed-tensors", "ascend"]))
+    assert f"{weights} once, those of each of the 2 published models once" in two.notes[-1]
+    assert planned(large, probing(pipeline_parallel_size=2, memory_per_worker="100GiB")).probe_stages == (
+        ((0, 40),),
+        ((40, 80),),
+    )
+    assert planned(large, probing(**settings, max_perplexity_increase=None)).probe_stages == ()
+
+
+@pytest.mark.parametrize("device", ["cpu", "ascend"])
+def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointReader, device: str) -> None:
+    """Of every micro-batch, in host memory and to the byte; none where a stage holds all its layers."""
+    workload = make_workload(probing(), large.architecture, large.tensors)
+    shape = workload.shape(device=device, micro_batch_size=1, sequence_length=2048, max_in_flight=2)
+
+    def peak(num_micro_batches: int, limit: int) -> int:
+        groups = choose_groups(
+            shape,
+            range(10),
+            embeds=True,
+            last=False,
+            num_micro_batches=num_micro_batches,
+            limit=limit,
+            host_limit=None,
+        )
+        assert groups.most_layers == (1 if limit == 1 else 10)
+        return groups.memory.host_peak
+
+    assert peak(64, 1) - peak(16, 1) == 48 * 2048 * 8192 * (4 if device == "cpu" else 2)
+    assert peak(64, 1 << 50) == peak(16, 1 << 50)
+
+
+def test_a_probe_of_which_no_layer_fits_is_refused_before_a_weight_is_read(large: CheckpointReader) -> None:
+    """One-layer waves take the model through a small card, a probe holds the head, too; each value named would do."""
+    settings: dict[str, Any] = {"pipeline_parallel_size": 1, "memory_per_worker": "8GiB", "gram": "off"}
     planned(large, probing(**settings, max_perplexity_increase=None))
     with pytest.raises(PlanError) as refused:
         planned(large, probing(**settings))
     text = str(refused.value)
-    assert "stage 0 of 2 (layers 0 to 39) holds all its weights at once" in text or "stage 1 of 2" in text
-    assert "memory_per_worker is 30.0 GiB" in text
+    assert "with one layer in memory at a time stage 0 of 1 needs 9." in text
+    assert "memory_per_worker is 8.0 GiB; the largest item is weights, " in text
     (size,) = re.findall(r"parallel\.memory_per_worker: (\d+GiB)", text)
     (stages,) = re.findall(r"parallel\.pipeline_parallel_size: (\d+)", text)
     planned(large, probing(**{**settings, "memory_per_worker": size}))
     planned(large, probing(**{**settings, "pipeline_parallel_size": int(stages)}))
-    with pytest.raises(PlanError):
-        planned(large, probing(**{**settings, "pipeline_parallel_size": int(stages) - 1}))
     assert "max_perplexity_increase: null" in text

@@ -242,6 +242,12 @@ def test_a_probe_is_shown_with_its_increase() -> None:
     ) in shown(replace(SMALL, probes=(PROBE,)))
 
 
+def test_tokens_that_were_not_generated_are_not_spoken_of() -> None:
+    """Without generated tokens the sentence ends with the perplexities."""
+    sentence = replace(PROBE, num_new_tokens=0, num_equal_tokens=0).sentence()
+    assert sentence.endswith("over 8 samples of other data (4088 predicted tokens)")
+
+
 def test_a_summary_without_probes_is_still_read(tmp_path: Path) -> None:
     """Summaries written before there were probes have no such key."""
     document = json.loads(SMALL.to_json())

@@ -131,7 +131,7 @@ def test_the_figures_are_those_that_evaluation_measures(directory: Path) -> None
             model=config.model,
             published={probe.format: str(Path(config.output) / probe.format)},
             data=config.probe_data,
-            stages=((0, 1), (1, NUM_LAYERS)),
+            stages=(((0, 1),), ((1, NUM_LAYERS),)),
             max_in_flight=4,
         )
         group = inline_evaluation_group(evaluation, 60.0)
@@ -183,15 +183,15 @@ class _Overflows(EvaluationWorker):
 
     def __init__(self, which: str, evaluation: Evaluation, stage: int, replica: int) -> None:
         super().__init__(evaluation, stage, replica)
-        self._which, self._loaded = which, ""
+        self._bad, self._loaded = which, ""
 
-    def begin(self, which: str, start: int, stop: int) -> None:
-        super().begin(which, start, stop)
+    def begin(self, which: str, group: int) -> None:
+        super().begin(which, group)
         self._loaded = which
 
-    def next_token(self, input_ids: Any, num_tokens: int, payload: Any) -> Any:
-        token, finite = super().next_token(input_ids, num_tokens, payload)
-        return token, finite and not (self._loaded == self._which and num_tokens > SEQUENCE_LENGTH)
+    def next_tokens(self, input_ids: Any, num_prompt: int, payload: Any) -> Any:
+        tokens, finite = super().next_tokens(input_ids, num_prompt, payload)
+        return tokens, finite & ((self._loaded != self._bad) | (np.arange(len(finite)) != 1))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_worker_lost_while_probing_is_started_again(directory: Path) -> None:
 
     def make(evaluation: Evaluation, timeout: float, *, forever: bool = False) -> InlineWorkerGroup:
         def loses(key: WorkerKey, method: str) -> bool:
-            return method == "next_token" and (forever or next(losses, False))
+            return method == "next_tokens" and (forever or next(losses, False))
 
         worker = partial(EvaluationWorker, evaluation)
         return InlineWorkerGroup(worker, num_stages=1, num_replicas=1, loses_worker_at=loses)

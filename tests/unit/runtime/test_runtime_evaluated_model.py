@@ -1,0 +1,185 @@
+"""Passes of a model under evaluation over its workers, a group of layers at a time where not all fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import inline_evaluation_group, plan_of, run_inline, small_recipe
+from workers import InlineWorkerGroup
+
+from gs_dist.checkpoint.manifest import Fingerprints
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.config import CalibrationConfig
+from gs_dist.errors import WorkerLostError
+from gs_dist.progress import SilentProgress
+from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.probe import Probe
+from gs_dist.runtime.stage_worker import Job
+from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.summary import CalibrationSummary
+
+FORMAT = "compressed-tensors"
+NUM_LAYERS = 5
+RESIDENT = (((0, 5),),)
+# One stage by layers, two stages of which neither, only the first, or only the second holds all its layers.
+GROUPINGS = {
+    "one stage": (((0, 1), (1, 2), (2, 3), (3, 4), (4, 5)),),
+    "both stages": (((0, 2), (2, 3)), ((3, 4), (4, 5))),
+    "the last stage": (((0, 3),), ((3, 4), (4, 5))),
+    "the first stage": (((0, 2), (2, 3)), ((3, 5),)),
+}
+Stages = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> CalibrationConfig:
+    directory = tmp_path_factory.mktemp("groups")
+    ptq = {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "act_quant_granularity": "per_token"}
+    return small_recipe(directory, num_layers=NUM_LAYERS, ptq=ptq, max_perplexity_increase=0.5)
+
+
+@pytest.fixture(scope="module")
+def published(config: CalibrationConfig) -> CalibrationSummary:
+    return run_inline(config)
+
+
+def evaluation(config: CalibrationConfig, stages: Stages) -> Evaluation:
+    return Evaluation(
+        model=config.model,
+        published={FORMAT: str(Path(config.output) / FORMAT)},
+        data=config.probe_data,
+        stages=stages,
+        max_in_flight=3,
+    )
+
+
+class Heard(SilentProgress):
+    """Remembers what it was told of stages."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, int, str]] = []
+
+    def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
+        self.steps.append((stage, done, total, what))
+
+
+def _ignore(stage: int, done: int, total: int) -> None:
+    """Hears no report."""
+
+
+def losses_and_tokens(config: CalibrationConfig, stages: Stages, which: str, progress: Any) -> Any:
+    group = inline_evaluation_group(evaluation(config, stages), 60.0)
+    model = EvaluatedModel(which=which, evaluation=evaluation(config, stages), group=group, timeout=60.0)
+    losses = model.losses(config.probe_data.num_micro_batches, progress)
+    ids = np.arange(20, dtype=np.int32)[None]
+    tokens, finite = model.next_tokens(ids, 3, _ignore)
+    assert finite.all()
+    return losses, tokens.tolist()
+
+
+def test_a_stage_sends_on_from_its_last_layers_only() -> None:
+    """Stages that hold all their layers form one stream; any other halts after each group but its last."""
+    assert chained_groups([[1], [1], [1]]) == [[(0, 0), (1, 0), (2, 0)]]
+    assert chained_groups([[1, 1], [1], [1, 1, 1]]) == [
+        [(0, 0)],
+        [(0, 1), (1, 0), (2, 0)],
+        [(2, 1)],
+        [(2, 2)],
+    ]
+
+
+@pytest.mark.parametrize("which", [FLOAT, FORMAT])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_layers_a_few_at_a_time_give_the_same_bits(
+    config: CalibrationConfig, published: CalibrationSummary, grouping: str, which: str
+) -> None:
+    """Losses of each micro-batch and tokens equal those of all layers at once, and each step is told."""
+    heard = Heard()
+    stages = GROUPINGS[grouping]
+    found = losses_and_tokens(config, stages, which, heard)
+    assert found == losses_and_tokens(config, RESIDENT, which, SilentProgress())
+    count = config.probe_data.num_micro_batches
+    for stage, groups in enumerate(stages):
+        told = [(done, total) for number, done, total, _ in heard.steps if number == stage]
+        assert told[-1] == (count * len(groups), count * len(groups))
+        assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_a_probe_finds_the_same_whatever_fits(
+    config: CalibrationConfig, published: CalibrationSummary, grouping: str
+) -> None:
+    """Summaries are equal, and layers that do not all fit are loaded no more often than a pass a token."""
+    counted: Counter[str] = Counter()
+
+    class Counts(EvaluationWorker):
+        def begin(self, which: str, group: int) -> None:
+            counted[which] += group != self._group or which != self._which
+            super().begin(which, group)
+
+    prints = Fingerprints(recipe="r", source="s", data="d")
+    plan = dataclasses.replace(plan_of(config), probe_stages=GROUPINGS[grouping])
+    probe = Probe.open(Job(config=config, plan=plan, fingerprints=prints), CheckpointReader(Path(config.model)))
+    assert probe is not None
+
+    def make(evaluation: Evaluation, timeout: float) -> InlineWorkerGroup:
+        num_stages = len(evaluation.stages)
+        return InlineWorkerGroup(partial(Counts, evaluation), num_stages=num_stages, num_replicas=1)
+
+    assert probe.run(published, make, SilentProgress()).probes == published.probes
+    at_once = sum(len(groups) == 1 for groups in GROUPINGS[grouping])
+    others = sum(len(groups) for groups in GROUPINGS[grouping] if len(groups) > 1)
+    assert counted[FORMAT] == at_once + 2 * others
+    assert at_once + 2 * others <= counted[FLOAT] <= at_once + (1 + config.probe.max_new_tokens) * others
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "begin",
+            "no worker loaded its layers within 7 s (waiting for the compressed-tensors model, layer 1 at stage 0)",
+        ),
+        ("step", "no worker finished a micro-batch for 7 s (the compressed-tensors model, layer 1 at stage 0: 0 of 2 "),
+        (
+            "next_tokens",
+            "no worker finished a micro-batch for 7 s (the compressed-tensors model, layer 1 at stage 0: 0 of",
+        ),
+    ],
+)
+def test_a_wait_without_end_says_what_it_waits_for(
+    config: CalibrationConfig, published: CalibrationSummary, method: str, message: str
+) -> None:
+    """Every wait has the limit of one group of layers; the model, its layers and the setting are named."""
+
+    class Hangs(InlineWorkerGroup):
+        """Never ready with the second layer of the first stage, in the pass that calls `method`."""
+
+        limits: set[float] = set()  # noqa: RUF012 - one instance
+
+        def wait(self, references: Sequence[Any], timeout: float) -> list[Any]:
+            self.limits.add(timeout)
+            loaded = self.calls.count((WorkerKey(0, 0), "begin"))
+            hangs = self.calls[-1][1] == method and loaded == (5 if method == "next_tokens" else 2)
+            return [] if hangs else super().wait(references, timeout)
+
+    two = evaluation(config, (((0, 1), (1, 2), (2, 3)), ((3, 5),)))
+    group = Hangs(partial(EvaluationWorker, two), num_stages=2, num_replicas=1)
+    model = EvaluatedModel(which=FORMAT, evaluation=two, group=group, timeout=7.0)
+    if method == "next_tokens":
+        model.losses(2, SilentProgress())
+    with pytest.raises(WorkerLostError) as lost:
+        model.next_tokens(np.zeros((1, 4), np.int32), 2, _ignore) if method == "next_tokens" else model.losses(
+            2, Heard()
+        )
+    assert str(lost.value).startswith(message)
+    assert "raise parallel.timeout" in str(lost.value)
+    assert group.limits == {7.0}
