@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +49,11 @@ class Submission:
     log: Path
 
     @classmethod
-    def start(cls, recipe: Path, log: Path, mark: str, address: str | None = None) -> Submission:
-        command = [sys.executable, "-c", "from gs_dist.cli import main; main()", "quantize", str(recipe)]
+    def start(
+        cls, recipe: Path, log: Path, mark: str, address: str | None = None, inside: Sequence[str] = ()
+    ) -> Submission:
+        """`inside` is a command that runs the one after it."""
+        command = [*inside, sys.executable, "-c", "from gs_dist.cli import main; main()", "quantize", str(recipe)]
         command += [] if address is None else ["--address", address]
         with log.open("wb") as stream:
             process = subprocess.Popen(
