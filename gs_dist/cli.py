@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from gs_dist import __version__
-from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe
+from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe, parse_size
 from gs_dist.console import show_progress
 from gs_dist.errors import UserError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
@@ -232,6 +232,7 @@ def evaluate(
     column: Annotated[str, typer.Option(help="Column to read: input_ids, text or auto.")] = "auto",
     packing: Annotated[bool, typer.Option(help="Join texts before cutting samples.")] = True,
     stages: Annotated[int | None, typer.Option("--pipeline-parallel-size", min=1, help="Stages to use.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory-per-worker", help="At most, such as 60GiB.")] = None,
     address: Address = None,
     timeout: Annotated[float, typer.Option(help="Seconds without progress before workers count as lost.")] = 600.0,
 ) -> None:
@@ -243,6 +244,10 @@ def evaluate(
     except ValidationError as error:
         problems = "; ".join(str(problem) for problem in problems_of(error, CalibrationData))
         raise UserError(f"the evaluation data cannot be used: {problems}") from None
+    try:
+        memory_per_worker = None if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise UserError(f"--memory-per-worker: {error}") from None
     from gs_dist.runtime import evaluate as runtime  # imports Ray
 
     with show_progress() as progress:
@@ -251,6 +256,7 @@ def evaluate(
             samples,
             model=None if model is None else str(model),
             pipeline_parallel_size=stages,
+            memory_per_worker=memory_per_worker,
             address=address,
             timeout=timeout,
             progress=progress,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gs_dist.config import CalibrationConfig
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.config import CalibrationConfig, CalibrationData
 from gs_dist.errors import PlanError
 from gs_dist.memory import GIB, JobShape, MemoryPlan, probe_memory
 from gs_dist.spread import ClusterFacts, Spread, choose_spread, device_of, format_bytes
 from gs_dist.waves import split_evenly
-from gs_dist.workload import Workload
+from gs_dist.workload import Workload, compute_bytes
 
-__all__ = ["PROMPT_TOKENS", "LayerGroups", "choose_groups", "plan_probe"]
+__all__ = ["PROMPT_TOKENS", "LayerGroups", "choose_groups", "evaluation_shape", "plan_probe"]
 
 PROMPT_TOKENS = 32  # enough of a context that a sound model is sure of what follows
 
@@ -30,6 +32,37 @@ class LayerGroups:
     def most_layers(self) -> int:
         """Layers of the largest group."""
         return max(end - first for first, end in self.bounds)
+
+
+def evaluation_shape(
+    architecture: DecoderArchitecture, device: str, data: CalibrationData, *, max_in_flight: int, longest: int = 0
+) -> JobShape:
+    """What the memory of an evaluation depends on: as a job's, but nothing is observed, solved or written.
+
+    Args:
+        architecture: of both models.
+        device: `cpu` or `ascend`.
+        data: what perplexity is taken on.
+        max_in_flight: micro-batches between the first and the last stage.
+        longest: tokens of another sample that runs by itself and may be longer than those of `data`.
+    """
+    element = compute_bytes(architecture, device)
+    none = (0,) * architecture.num_layers
+    layer = element * sum(math.prod(shape) for shape in architecture.layer_tensors().values())
+    return JobShape(
+        architecture=architecture,
+        device=device,
+        micro_batch_size=data.samples_per_micro_batch,
+        sequence_length=max(data.sequence_length, longest),
+        max_in_flight=max_in_flight,
+        element_bytes=element,
+        layer_weight_bytes=(layer,) * architecture.num_layers,
+        embedding_bytes=element * architecture.vocab_size * architecture.hidden_size,
+        layer_output_bytes=none,
+        set_bytes=none,
+        solver_bytes=none,
+        largest_gram_bytes=none,
+    )
 
 
 def choose_groups(
@@ -130,12 +163,12 @@ def _stages(
     config: CalibrationConfig, workload: Workload, available: ClusterFacts, spread: Spread
 ) -> list[LayerGroups]:
     data = config.probe_data
-    shape = workload.shape(
-        device=device_of(config, available),
-        micro_batch_size=data.samples_per_micro_batch,
-        # What is generated is a sample of its own, and may be the longer one.
-        sequence_length=max(data.sequence_length, PROMPT_TOKENS + config.probe.max_new_tokens),
+    shape = evaluation_shape(
+        workload.architecture,
+        device_of(config, available),
+        data,
         max_in_flight=min(spread.max_in_flight, data.num_micro_batches),
+        longest=PROMPT_TOKENS + config.probe.max_new_tokens,
     )
     last = len(spread.choices) - 1
     return [

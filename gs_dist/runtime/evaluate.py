@@ -6,16 +6,19 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
+from typing import Literal
 
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_model
 from gs_dist.config import CalibrationData
-from gs_dist.errors import CheckpointError
+from gs_dist.errors import CheckpointError, PlanError
+from gs_dist.probe_memory import choose_groups, evaluation_shape
 from gs_dist.progress import Progress
 from gs_dist.runtime.coordinator import cluster, evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import Perplexity, measure
+from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, CPU_MEMORY_SHARE, ClusterFacts, format_bytes
 
 __all__ = ["Perplexity", "evaluate"]
 
@@ -26,6 +29,7 @@ def evaluate(
     *,
     model: str | None = None,
     pipeline_parallel_size: int | None = None,
+    memory_per_worker: int | None = None,
     address: str | None = None,
     timeout: float = 600.0,
     progress: Progress,
@@ -37,12 +41,13 @@ def evaluate(
         data: `num_samples` is a limit; fewer are taken where there are no more.
         model: directory of the float model, None to leave it out.
         pipeline_parallel_size: stages; one per CPU of the machine, at most two, where None.
+        memory_per_worker: bytes that a worker may use; None for its share of the machine, or of a card.
         address: of a Ray cluster to join; None starts one here.
         timeout: seconds without any progress after which the workers count as lost.
-        progress: told of finished micro-batches.
+        progress: told of finished micro-batches, and where layers do not all fit at once.
 
     Raises:
-        UserError: a directory or the data cannot be used.
+        UserError: a directory or the data cannot be used, or not even one layer fits.
     """
     model_directory, format_name = find_model(Path(directory))
     reader = CheckpointReader(model_directory, quantized=True)
@@ -70,10 +75,50 @@ def evaluate(
         threads_per_worker=max(1, threads // num_stages),
     )
     with cluster(address, num_stages * evaluation.threads_per_worker) as facts:
-        if facts.num_npus:
-            evaluation = dataclasses.replace(evaluation, device="ascend")
+        evaluation = _fitted(evaluation, reader, dataset.num_micro_batches, facts, memory_per_worker)
+        count = evaluation.layers_at_a_time
+        if count is not None:
+            progress.message(f"up to {count} of a stage's layers are in memory at a time, since they do not all fit")
         group = evaluation_workers(evaluation, timeout)
         try:
             return measure(group, evaluation, dataset.num_samples, dataset.num_micro_batches, timeout, progress)
         finally:
             group.close()
+
+
+def _fitted(
+    evaluation: Evaluation,
+    reader: CheckpointReader,
+    num_micro_batches: int,
+    facts: ClusterFacts,
+    memory_per_worker: int | None,
+) -> Evaluation:
+    """The same on the cluster's device, with as many of a stage's layers at a time as fit."""
+    device: Literal["cpu", "ascend"] = "ascend" if facts.num_npus else "cpu"
+    num_stages = len(evaluation.stages)
+    share = int(facts.memory_bytes * CPU_MEMORY_SHARE) // num_stages
+    limit = memory_per_worker or (share if device == "cpu" else ASCEND_MEMORY_PER_WORKER)
+    in_flight = min(evaluation.max_in_flight, num_micro_batches)
+    shape = evaluation_shape(reader.architecture, device, evaluation.data, max_in_flight=in_flight)
+    stages = []
+    for stage, ((first, end),) in enumerate(evaluation.stages):
+        groups = choose_groups(
+            shape,
+            range(first, end),
+            embeds=stage == 0,
+            last=stage == num_stages - 1,
+            num_micro_batches=num_micro_batches,
+            limit=limit,
+            host_limit=None if device == "cpu" else share,
+        )
+        if not groups.fits:
+            needed = groups.memory
+            asked = f"{format_bytes(needed.peak)} and a worker has {format_bytes(limit)}"
+            if needed.peak <= limit:
+                asked = f"{format_bytes(needed.host_peak)} of host memory and a worker has {format_bytes(share)}"
+            raise PlanError(
+                f"with one layer in memory at a time stage {stage} of {num_stages} needs {asked}: raise "
+                "--memory-per-worker, lower --num-samples or --sequence-length, or change --pipeline-parallel-size"
+            )
+        stages.append(groups.bounds)
+    return dataclasses.replace(evaluation, device=device, stages=tuple(stages))

@@ -20,6 +20,8 @@ __all__ = ["EvaluatedModel", "chained_groups"]
 Report = Callable[[int, int, int], None]
 """Told of a stage that `done` of its `total` steps of a pass are done."""
 
+_RAISE = "raise parallel.timeout (--timeout of `gs-dist evaluate`)"
+
 
 def chained_groups(stages: Sequence[Sequence[object]]) -> list[list[tuple[int, int]]]:
     """What a micro-batch goes through without a halt, as (stage, group), one list after another.
@@ -102,7 +104,7 @@ class EvaluatedModel:
             if not ready:
                 raise WorkerLostError(
                     f"no worker loaded its layers within {self.timeout:g} s (waiting for {self.name}, "
-                    f"{self._where(list(loading.values()))}): raise parallel.timeout if that really takes longer"
+                    f"{self._where(list(loading.values()))}): {_RAISE} if that really takes longer"
                 )
             for reference in ready:
                 self.group.get(reference)
@@ -130,7 +132,7 @@ class EvaluatedModel:
             if not ready:
                 raise WorkerLostError(
                     f"no worker finished a micro-batch for {self.timeout:g} s ({self.name}, {self._where(stream)}: "
-                    f"{len(results)} of {len(calls)} done): raise parallel.timeout if one really takes longer"
+                    f"{len(results)} of {len(calls)} done): {_RAISE} if one really takes longer"
                 )
             for reference in ready:
                 results[in_flight.pop(reference)] = self.group.get(reference)

@@ -50,6 +50,11 @@ class Evaluation:
     device: Literal["auto", "cpu", "ascend"] = "auto"
     threads_per_worker: int = 1
 
+    @property
+    def layers_at_a_time(self) -> int | None:
+        """The most layers held at a time by a stage that does not hold all of its own; None where each one does."""
+        return max((end - first for groups in self.stages if len(groups) > 1 for first, end in groups), default=None)
+
 
 class EvaluationWorker:
     """One stage; the last one gives losses instead of hidden states.

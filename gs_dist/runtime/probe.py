@@ -107,9 +107,7 @@ class Probe:
             JobFailure: perplexity rises by more than the recipe allows, or logits are not finite.
             WorkerLostError: workers died more often in a row than `parallel.max_restarts`.
         """
-        at_a_time = max(
-            (end - first for groups in self._evaluation.stages if len(groups) > 1 for first, end in groups), default=0
-        )
+        at_a_time = self._evaluation.layers_at_a_time
         progress.message(
             f"probing float and published model on {self._dataset.num_samples} samples"
             + (f", up to {at_a_time} of a stage's layers in memory at a time" if at_a_time else "")

@@ -270,6 +270,7 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
         data=("a.parquet", "b.parquet"), num_samples=4, sequence_length=512, packing=False
     )
     assert options["model"] == f"{tmp_path}/float"
+    assert options["memory_per_worker"] is None
     assert (read_summary(tmp_path).perplexity, read_summary(tmp_path).float_perplexity) == (33.0, 30.0)
 
 
@@ -279,6 +280,16 @@ def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Run
     assert result.exit_code == 2
     assert "num_samples: found 0; write at least 1" in result.stderr
     assert runtime.calls == []
+
+
+def test_the_memory_of_an_evaluation_is_a_size(tmp_path: Path, runtime: Runtime) -> None:
+    """Read like that of a recipe; what is no size is refused."""
+    run("evaluate", tmp_path, "--data", "a", "--memory-per-worker", "2GiB")
+    (((_, _), options),) = runtime.calls
+    assert options["memory_per_worker"] == 2 << 30
+    result = run("evaluate", tmp_path, "--data", "a", "--memory-per-worker", "much")
+    assert result.exit_code == 2
+    assert "--memory-per-worker: 'much' is no size: write a size such as 60GiB" in result.stderr
 
 
 def test_check_says_what_a_directory_is(tmp_path: Path) -> None:

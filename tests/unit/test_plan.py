@@ -17,11 +17,10 @@ from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
 from gs_dist.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
-from gs_dist.probe_memory import choose_groups
+from gs_dist.probe_memory import choose_groups, evaluation_shape
 from gs_dist.spread import format_bytes
 from gs_dist.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
 from gs_dist.waves import count_partial_sums, split_evenly, split_stages
-from gs_dist.workload import make_workload
 
 GIB = 1 << 30
 LAPTOP = ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=24 * GIB)
@@ -437,8 +436,7 @@ def test_a_probe_takes_as_many_layers_at_a_time_as_fit(large: CheckpointReader) 
 @pytest.mark.parametrize("device", ["cpu", "ascend"])
 def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointReader, device: str) -> None:
     """Of every micro-batch, in host memory and to the byte; none where a stage holds all its layers."""
-    workload = make_workload(probing(), large.architecture, large.tensors)
-    shape = workload.shape(device=device, micro_batch_size=1, sequence_length=2048, max_in_flight=2)
+    shape = evaluation_shape(large.architecture, device, probing().probe_data, max_in_flight=2)
 
     def peak(num_micro_batches: int, limit: int) -> int:
         groups = choose_groups(

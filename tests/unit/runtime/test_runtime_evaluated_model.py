@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from workers import InlineWorkerGroup
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig
-from gs_dist.errors import WorkerLostError
+from gs_dist.errors import PlanError, WorkerLostError
+from gs_dist.memory import probe_memory
+from gs_dist.plan import ClusterFacts
+from gs_dist.probe_memory import evaluation_shape
 from gs_dist.progress import SilentProgress
+from gs_dist.runtime.evaluate import evaluate
 from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.perplexity import Perplexity
 from gs_dist.runtime.probe import Probe
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerKey
@@ -66,6 +72,10 @@ class Heard(SilentProgress):
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int, int, str]] = []
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
         self.steps.append((stage, done, total, what))
@@ -141,6 +151,12 @@ def test_a_probe_finds_the_same_whatever_fits(
     assert at_once + 2 * others <= counted[FLOAT] <= at_once + (1 + config.probe.max_new_tokens) * others
 
 
+def _run(model: EvaluatedModel, method: str) -> object:
+    if method == "next_tokens":
+        return model.next_tokens(np.zeros((1, 4), np.int32), 2, _ignore)
+    return model.losses(2, SilentProgress())
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -177,9 +193,56 @@ def test_a_wait_without_end_says_what_it_waits_for(
     if method == "next_tokens":
         model.losses(2, SilentProgress())
     with pytest.raises(WorkerLostError) as lost:
-        model.next_tokens(np.zeros((1, 4), np.int32), 2, _ignore) if method == "next_tokens" else model.losses(
-            2, Heard()
-        )
+        _run(model, method)
     assert str(lost.value).startswith(message)
     assert "raise parallel.timeout" in str(lost.value)
     assert group.limits == {7.0}
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> list[Evaluation]:
+    """Evaluations run with workers in this process, on a machine of 64 GiB; those that ran are in the list."""
+    ran: list[Evaluation] = []
+
+    @contextmanager
+    def machine(address: str | None, num_cpus: int) -> Iterator[ClusterFacts]:
+        yield ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=64 << 30)
+
+    def workers(evaluation: Evaluation, timeout: float) -> InlineWorkerGroup:
+        ran.append(dataclasses.replace(evaluation, threads_per_worker=1))
+        return inline_evaluation_group(ran[-1], timeout)
+
+    monkeypatch.setattr("gs_dist.runtime.evaluate.cluster", machine)
+    monkeypatch.setattr("gs_dist.runtime.evaluate.evaluation_workers", workers)
+    return ran
+
+
+def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
+    config: CalibrationConfig, published: CalibrationSummary, inline: list[Evaluation]
+) -> None:
+    """Perplexities are the same, the user is told, and where no layer fits the options to change are named."""
+
+    def run(memory_per_worker: int | None, progress: Heard) -> Perplexity:
+        return evaluate(
+            config.output,
+            config.probe_data,
+            model=config.model,
+            pipeline_parallel_size=2,
+            memory_per_worker=memory_per_worker,
+            progress=progress,
+        )
+
+    heard = Heard()
+    whole = run(None, heard)
+    assert [len(groups) for groups in inline[-1].stages] == [1, 1]
+    assert heard.messages == []
+    architecture = CheckpointReader(Path(config.model)).architecture
+    shape = evaluation_shape(architecture, "cpu", config.probe_data, max_in_flight=4)
+    three_layers = probe_memory(shape, range(3), embeds=False, last=True).peak
+    assert run(three_layers - 1, heard) == whole
+    assert inline[-1].stages == (((0, 2),), ((2, 4), (4, 5)))
+    assert heard.messages == ["up to 2 of a stage's layers are in memory at a time, since they do not all fit"]
+    with pytest.raises(
+        PlanError, match=r"with one layer in memory at a time stage 0 of 2 needs .* --memory-per-worker"
+    ):
+        run(1, heard)
