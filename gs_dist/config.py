@@ -30,7 +30,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gs_dist.bits import contradictions
 from gs_dist.errors import RecipeError
-from gs_dist.policy import QuantPolicy
+from gs_dist.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe import apply_overrides, parse_document, problems_of, report
 
 __all__ = [
@@ -338,9 +338,22 @@ class CalibrationConfig(_Section):
             )
         elif self.size_budget is not None:
             problems.append("size_budget is set while bits is fixed: set bits: auto, or leave size_budget out")
+        problems += self._unread_arguments()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _unread_arguments(self) -> list[str]:
+        """Arguments that the recipe sets and that no algorithm it turns on reads."""
+        policies = [self.network_policy, *self.resolved_layer_policies.values()]
+        unread = [policy.unread_arguments(self.ptq.algo_args) for policy in policies if policy]
+        found = {f"ptq.algo_args.{name}": on for name, on in unread[0].items() if all(name in u for u in unread)}
+        for pattern, override in self.layer_policies.items():
+            policy = self.policy_with(override)
+            if policy is not None and override is not None:
+                own = policy.unread_arguments(AlgoArgs(**(override.get("algo_args") or {})))
+                found |= {f"layer_policies.{pattern}.algo_args.{name}": on for name, on in own.items()}
+        return [f"{name} is set and nothing reads it: set {on}, or leave it out" for name, on in found.items()]
 
     def anchored(self) -> CalibrationConfig:
         """The same with relative paths made absolute, for workers whose working directory is another; URIs stay."""

@@ -7,7 +7,7 @@ that this module needs no framework. Enum members compare equal to their values.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -29,6 +29,12 @@ __all__ = [
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 
 STATIC_ALPHAS = (0.5, 0.65, 0.8, 0.9)
+EXPONENTS = tuple(i / 20 for i in range(20))  # of Golden Stick's AWQConfig
+PLUS_EXPONENTS = tuple(i / 20 for i in range(21))  # Golden Stick's outlier suppression with shifts goes up to 1
+CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # of Golden Stick's AWQConfig
+# Shares of a group's largest weight at which GPTQ tries its range. A little beyond it pays at times: the largest
+# code is then used by more than one weight.
+GPTQ_RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
 
 
 class OutliersSuppressionType(str, Enum):
@@ -63,16 +69,12 @@ class AlgoArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    # SmoothQuant's migration strength; of a list, each group of linears takes the one of least output error.
-    # SmoothQuant's migration strength: one, several to search, or None for `QuantPolicy.migration_strength`'s choice.
+    # Of each three: one value, several to search, or None for what suits the algorithm that reads it
+    # (`QuantPolicy.migration_strength`, `.exponents`, `.clip_ratios`). Each group of linears takes the best.
     alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
     duo_scaling: bool = True
-    smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
-        i / 20 for i in range(20)
-    )
-    weight_clip_ratio: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] = tuple(
-        1 - i / 20 for i in range(10)
-    )
+    smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
+    weight_clip_ratio: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
     block_size: Annotated[int, Field(gt=0)] = 128
     desc_act: bool = False
     damp_percent: Ratio = 0.01
@@ -119,6 +121,42 @@ class QuantPolicy(BaseModel):
         if self.algo_args.alpha is not None:
             return self.algo_args.alpha
         return STATIC_ALPHAS if self.is_static and self.act_range == "mse" else 0.5
+
+    @property
+    def exponents(self) -> float | tuple[float, ...]:
+        """AWQ's and Outlier Suppression's exponent, or those it is searched among (`smooth_alpha`)."""
+        if self.algo_args.smooth_alpha is not None:
+            return self.algo_args.smooth_alpha
+        plus = self.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+        return PLUS_EXPONENTS if plus else EXPONENTS
+
+    @property
+    def clips_weights(self) -> bool:
+        """Whether the weight's ranges are searched.
+
+        Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds groups, it searches their ranges itself.
+        """
+        forced = (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE)
+        return self.weight_clip or self.outliers_suppression in forced
+
+    @property
+    def clip_ratios(self) -> tuple[float, ...]:
+        """Shares of a range that clipping, or GPTQ where it searches ranges, chooses among (`weight_clip_ratio`)."""
+        given = self.algo_args.weight_clip_ratio
+        if given is None:
+            grouped = self.precision_recovery is PrecisionRecovery.GPTQ and self.group_size > 0
+            return GPTQ_RANGE_RATIOS if grouped else CLIP_RATIOS
+        return (given,) if isinstance(given, float) else given
+
+    def unread_arguments(self, arguments: AlgoArgs) -> dict[str, str]:
+        """Fields of `arguments` that are not left at their defaults and that no algorithm of this policy reads.
+
+        Returns:
+            Each with the setting that would turn on what reads it.
+        """
+        fresh = AlgoArgs()
+        changed = [name for name in AlgoArgs.model_fields if getattr(arguments, name) != getattr(fresh, name)]
+        return {name: _READERS[name][1] for name in changed if not _READERS[name][0](self)}
 
     @property
     def is_static(self) -> bool:
@@ -185,6 +223,25 @@ class QuantPolicy(BaseModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+_SEARCHED = (
+    OutliersSuppressionType.AWQ,
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS,
+)
+_BY_GPTQ: tuple[Callable[[QuantPolicy], bool], str] = (
+    lambda policy: policy.precision_recovery is PrecisionRecovery.GPTQ,
+    "precision_recovery: gptq",
+)
+# What reads each argument, and the setting that turns it on.
+_READERS: Mapping[str, tuple[Callable[[QuantPolicy], bool], str]] = {
+    "alpha": (lambda p: p.outliers_suppression is OutliersSuppressionType.SMOOTH, "outliers_suppression: smooth"),
+    "duo_scaling": (lambda p: p.outliers_suppression is OutliersSuppressionType.AWQ, "outliers_suppression: awq"),
+    "smooth_alpha": (lambda p: p.outliers_suppression in _SEARCHED, "outliers_suppression: awq"),
+    "weight_clip_ratio": (lambda p: p.clips_weights, "weight_clip: true"),
+    **dict.fromkeys(("block_size", "desc_act", "damp_percent", "static_groups"), _BY_GPTQ),
+}
 
 
 def resolve_policies(

@@ -31,9 +31,10 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 # A histogram bin is a sign, an exponent of two and a quarter of the octave above it: 4 bins from each of
-# the octaves 2^-20 .. 2^11, smaller magnitudes in the first bin and larger ones in the last.
+# the octaves 2^-20 .. 2^19, smaller magnitudes in the first bin and larger ones in the last. The top lies far
+# above float16's 65504: massive activations of tens of thousands occur, and decide static ranges.
 HISTOGRAM_MIN_EXPONENT = -20
-HISTOGRAM_OCTAVES = 32
+HISTOGRAM_OCTAVES = 40
 HISTOGRAM_BINS_PER_OCTAVE = 4
 HISTOGRAM_BINS = HISTOGRAM_OCTAVES * HISTOGRAM_BINS_PER_OCTAVE
 

@@ -357,8 +357,8 @@ def _solve_operations(
         out, channels = linear.out_features, linear.in_features
         candidates = 1
         searched = policy.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
-        if searched and isinstance(policy.algo_args.smooth_alpha, tuple):
-            candidates += len(policy.algo_args.smooth_alpha)
+        if searched and isinstance(policy.exponents, tuple):
+            candidates += len(policy.exponents)
         total += candidates * 2 * out * channels * channels
         if policy.precision_recovery is PrecisionRecovery.GPTQ:
             total += channels * channels * channels * 4 // 3 + out * channels * channels

@@ -38,7 +38,7 @@ from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.policy import QuantPolicy
-from gs_dist.statistics import InputStatistics, LayerStatistics
+from gs_dist.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 
 __all__ = [
     "LAYER_POLICIES",
@@ -247,7 +247,7 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
     """What `write_statistics` kept.
 
     Raises:
-        OutputError: the job kept no statistics of the layer.
+        OutputError: the job kept no statistics of the layer, or another version did.
     """
     path = output / STATISTICS / f"{part_stem(layer)}.safetensors"
     arrays, _ = read_arrays(path, "run the job with --keep-statistics first")
@@ -255,6 +255,11 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
     for full_name, array in arrays.items():
         name, key = full_name.split("/")
         fields.setdefault(name, {})[key] = array
+        if key == "histogram" and array.shape[1:] != (2, HISTOGRAM_BINS):
+            raise OutputError(
+                f"{STATISTICS}/{path.name}: the histogram of {name} has {array.shape[-1]} bins, and this version of "
+                f"gs_dist takes {HISTOGRAM_BINS}: run the job anew with --keep-statistics, into another output"
+            )
     return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
 
 

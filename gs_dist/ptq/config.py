@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from gs_dist.errors import UserError
 from gs_dist.policy import AlgoArgs, OutliersSuppressionType, PrecisionRecovery, QuantPolicy
-from gs_dist.ptq.algorithm_config import GPTQQuantConfig
+from gs_dist.ptq.algorithm_config import AWQConfig, GPTQQuantConfig
 
 __all__ = ["BackendTarget", "PTQConfig", "PTQMode", "QuantGranularity"]
 
@@ -289,12 +289,18 @@ def _dtype_name(dtype: Any) -> str | None:
     return "qint4x2" if dtype == ms.qint4x2 else "int8"
 
 
+_NEVER = object()
+
+
 def _algo_args(values: dict[str, Any]) -> AlgoArgs:
     known = list(AlgoArgs.model_fields)
     for key in values:
         if key not in known:
             raise UserError(f"algo_args: no algorithm knows {key!r}{_nearest(str(key), known)}")
-    return AlgoArgs(**values)
+    # AWQConfig holds Golden Stick's lists where nothing was asked for; what suits the algorithm stands for them.
+    defaults = AWQConfig()
+    asked = {key: value for key, value in values.items() if value != getattr(defaults, key, _NEVER)}
+    return AlgoArgs(**asked)
 
 
 def _nearest(key: str, known: list[str]) -> str:

@@ -28,10 +28,12 @@ __all__ = [
     "ActivationRange",
     "RangeProfile",
     "Weighting",
+    "central_range",
     "channel_rounding",
     "least_error_range",
     "minmax_range",
     "range_profile",
+    "shifted_counts",
     "token_weights",
     "typical_energy",
 ]
@@ -112,8 +114,9 @@ def range_profile(
     column_weights: Float64,
     *,
     weighting: Weighting = "plain",
+    shift: Array | None = None,
 ) -> RangeProfile:
-    """Rebins the histograms of all channels of x / scale onto one axis.
+    """Rebins the histograms of all channels of (x - shift) / scale onto one axis.
 
     Args:
         statistics: of x, not rescaled, with its histogram.
@@ -123,6 +126,7 @@ def range_profile(
             typical token's energy: an estimate of the relative error of each token's output. "both" adds
             the two, each as a share of its own energy: a few massive tokens neither decide alone nor
             are given up.
+        shift: (channels,) subtracted from x before, or None.
 
     Raises:
         ValueError: the statistics hold no histogram.
@@ -131,26 +135,78 @@ def range_profile(
         raise ValueError("no histogram was taken of this activation: act_range mse needs one")
     channels = statistics.channels
     log_scale = np.zeros(channels) if scale is None else np.log2(np.asarray(scale, dtype=np.float64))
-    shift = np.rint(log_scale * _STEPS_PER_OCTAVE).astype(np.int64)
-    shifts, row = np.unique(shift, return_inverse=True)
-    gather = csr_matrix((column_weights, (row, np.arange(channels))), shape=(len(shifts), channels))
-    counts = np.asarray(gather @ statistics.histogram.reshape(channels, 2 * HISTOGRAM_BINS), dtype=np.float64)
-    counts = counts.reshape(len(shifts), 2, HISTOGRAM_BINS)
-    coarse = _bin_edges()
-    counts = counts * _bin_weights(counts, np.exp2(-shifts / _STEPS_PER_OCTAVE), statistics, weighting)
-    fine, share = _spread(coarse)
-    spread = counts @ share  # (shifts, 2, fine bins)
-    first, last = int(shifts.max()), int(shifts.min())
+    moves, row = np.unique(np.rint(log_scale * _STEPS_PER_OCTAVE).astype(np.int64), return_inverse=True)
+    gather = csr_matrix((column_weights, (row, np.arange(channels))), shape=(len(moves), channels))
+
+    def gathered(histogram: Array) -> Float64:
+        counts = np.asarray(gather @ histogram.reshape(channels, 2 * HISTOGRAM_BINS), dtype=np.float64)
+        return counts.reshape(len(moves), 2, HISTOGRAM_BINS)
+
+    counts = gathered(statistics.histogram)
+    weights = _bin_weights(counts, np.exp2(-moves / _STEPS_PER_OCTAVE), statistics, weighting)
+    counts = counts * weights
+    if shift is not None:  # a value counts for what its token is, wherever the shift takes it
+        counts = gathered(shifted_counts(statistics.histogram * weights, shift))
+    fine, share = _spread(_bin_edges())
+    spread = counts @ share  # (moves, 2, fine bins)
+    first, last = int(moves.max()), int(moves.min())
     total = np.zeros((2, share.shape[1] + first - last))
-    for index, offset in enumerate(shifts):
+    for index, offset in enumerate(moves):
         start = first - int(offset)
         total[:, start : start + share.shape[1]] += spread[index]
     exponent = np.log2(fine[0]) * _STEPS_PER_OCTAVE - first
     edges = np.exp2((exponent + np.arange(total.shape[1] + 1)) / _STEPS_PER_OCTAVE)
     inverse = 1.0 if scale is None else 1.0 / np.asarray(scale, dtype=np.float64)
-    low = min(float((statistics.minimum * inverse).min()), 0.0)
-    high = max(float((statistics.maximum * inverse).max()), 0.0)
+    middle = 0.0 if shift is None else shift
+    low = min(float(((statistics.minimum - middle) * inverse).min()), 0.0)
+    high = max(float(((statistics.maximum - middle) * inverse).max()), 0.0)
     return _within(edges, total, low, high)
+
+
+def shifted_counts(counts: Array, shift: Array) -> Float64:
+    """Histograms of x - shift from those of x, both (channels, 2, HISTOGRAM_BINS); shift (channels,).
+
+    A bin's values are taken as four, evenly spread over it, so that a channel's total stays and its mean
+    moves by the shift to within the width of the bins.
+    """
+    edges = _bin_edges()
+    lower = np.concatenate([[0.0], edges[1:-1]])  # the first bin holds all that is smaller
+    points = lower[:, None] + (np.arange(4) + 0.5) / 4 * (edges[1:] - lower)[:, None]
+    signed = np.stack([-points, points])  # (2, bins, 4)
+    total = np.empty(counts.shape)
+    size = 2 * HISTOGRAM_BINS
+    for start in range(0, len(shift), 512):  # some 4 MiB for each array below
+        part = counts[start : start + 512]
+        channel, sign, place = np.nonzero(part)
+        moved = signed[sign, place] - shift[start + channel].astype(np.float64)[:, None]
+        mantissa, exponent = np.frexp(np.abs(moved))  # in [0.5, 1)
+        quarter = np.floor((2.0 * mantissa - 1.0) * HISTOGRAM_BINS_PER_OCTAVE).astype(np.int64)
+        place = (exponent - 1 - HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE + quarter
+        place = np.where(moved == 0, 0, np.clip(place, 0, HISTOGRAM_BINS - 1))
+        flat = channel[:, None] * size + (moved >= 0) * HISTOGRAM_BINS + place
+        weights = np.repeat(part[part != 0] / 4.0, 4)
+        total[start : start + 512] = np.bincount(flat.ravel(), weights, len(part) * size).reshape(part.shape)
+    return total
+
+
+def central_range(statistics: InputStatistics, share: float) -> tuple[Float64, Float64]:
+    """Bounds (channels,) between which all but `share` of each channel's values lie, half of them on either side.
+
+    Raises:
+        ValueError: the statistics hold no histogram.
+    """
+    if statistics.histogram is None:
+        raise ValueError("no histogram was taken of this activation")
+    edges = _bin_edges()
+    values = np.concatenate([-edges[:0:-1], [0.0], edges[1:]])  # ascending; the two smallest bins meet at 0
+    counts = np.concatenate([statistics.histogram[:, 0, ::-1], statistics.histogram[:, 1]], axis=1)
+    below = np.cumsum(counts, axis=1, dtype=np.float64)
+    tail = 0.5 * share * below[:, -1:]
+    first = np.argmax(below > tail, axis=1)
+    last = np.argmax(below >= below[:, -1:] - tail, axis=1)
+    low = np.maximum(values[first], statistics.minimum)
+    high = np.minimum(values[last + 1], statistics.maximum)
+    return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
 
 
 def typical_energy(statistics: InputStatistics) -> float:
@@ -210,7 +266,10 @@ def _within(edges: Float64, mass: Float64, low: float, high: float) -> RangeProf
         mass[sign, last + 1 :] = 0.0
     used = np.flatnonzero(mass.any(axis=0))
     stop = int(used[-1]) + 1 if used.size else 1
-    return RangeProfile(edges=edges[: stop + 1], mass=mass[:, :stop], low=low, high=high)
+    edges = edges[: stop + 1].copy()
+    # The last bin ends where the values do: beyond the grid's end a fraction of a bin is many steps.
+    edges[-1] = max(min(edges[-1], max(-low, high)), edges[-2] * (1 + 1e-6))
+    return RangeProfile(edges=edges, mass=mass[:, :stop], low=low, high=high)
 
 
 def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: str) -> ActivationRange:
@@ -238,16 +297,21 @@ def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: st
 
 
 def channel_rounding(
-    statistics: InputStatistics, scale: Array | None, chosen: ActivationRange, *, by_token: bool = False
+    statistics: InputStatistics,
+    scale: Array | None,
+    chosen: ActivationRange,
+    *,
+    by_token: bool = False,
+    shift: Array | None = None,
 ) -> Float64:
-    """Expected sum over tokens of (q(x_j) - x_j)^2 of each channel of x / scale, clipping included: (in,).
-
+    """Expected sum over tokens of (q(v_j) - v_j)^2 of each channel, clipping included: (in,); v = (x - shift) / scale.
 
     Args:
         statistics: of x, not rescaled, with its histogram.
         scale: (in,) that x is divided by, or None.
         chosen: the static range.
         by_token: count each token by 1 / x.x, estimated as in `token_weights`.
+        shift: (in,) subtracted from x before, or None.
     """
     if statistics.histogram is None:
         raise ValueError("no histogram was taken of this activation")
@@ -257,11 +321,14 @@ def channel_rounding(
     energy = typical_energy(statistics)
     by_token = by_token and energy > 0
     weights = token_weights(statistics) / energy if by_token else np.ones(HISTOGRAM_BINS)
-    seen = (-statistics.minimum.astype(np.float64), statistics.maximum.astype(np.float64))
+    middle = np.zeros(channels) if shift is None else np.asarray(shift, dtype=np.float64)
+    seen = (middle - statistics.minimum, statistics.maximum - middle)
     total = np.empty(channels)
     for start in range(0, channels, 2048):  # some 2 MiB for each array below
         part = slice(start, start + 2048)
         counts = statistics.histogram[part] * weights
+        if shift is not None:
+            counts = shifted_counts(counts, middle[part])
         factor = inverse[part, None]
         errors = np.zeros(counts.shape[0])
         for sign, steps in ((0, 128 + zero), (1, 127 - zero)):
@@ -271,6 +338,6 @@ def channel_rounding(
             integral = _integrated_error(upper, chosen.scale, steps) - _integrated_error(lower, chosen.scale, steps)
             errors += np.einsum("cb,cb->c", counts[:, sign], integral / (upper - lower))
         total[part] = errors
-    if by_token:
+    if by_token or shift is not None:
         return total
     return np.minimum(total, statistics.sum_squares * inverse**2)  # 0 is on the grid: no error exceeds its value

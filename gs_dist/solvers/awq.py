@@ -96,12 +96,12 @@ def search_scale(
     x_mean, w_mean = statistics.mean_abs, weight_importance(weights, policy.group_size)
     if tie is not None:
         x_mean, w_mean = _tied(x_mean, w_mean, tie)
-    alphas = (args.smooth_alpha,) if isinstance(args.smooth_alpha, float) else args.smooth_alpha
+    alphas = (policy.exponents,) if isinstance(policy.exponents, float) else policy.exponents
     scales = [candidate_scale(x_mean, w_mean, alpha, duo_scaling=args.duo_scaling) for alpha in alphas]
     candidates = [np.ones_like(scales[0]), *scales]
     before, *losses = _losses(weights, candidates, policy, gram, scale_dtype)
     best = min(range(len(losses)), key=losses.__getitem__)
-    searched = not isinstance(args.smooth_alpha, float)
+    searched = not isinstance(policy.exponents, float)
     if searched and not losses[best] < before:
         return AWQResult(scale=candidates[0], alpha=None, loss=before, losses=tuple(losses), loss_before=before)
     return AWQResult(

@@ -56,8 +56,7 @@ def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dt
     count, columns = weight.shape
     groups = num_groups(columns, policy.group_size)
     size = columns // groups
-    given = policy.algo_args.weight_clip_ratio
-    ratios = (given,) if isinstance(given, float) else given
+    given, ratios = policy.algo_args.weight_clip_ratio, policy.clip_ratios
     blocks = np.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
     clipped, kept = np.empty((count, columns), dtype=np.float32), np.empty((count, groups), dtype=np.float32)
     before = after = 0.0

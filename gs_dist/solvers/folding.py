@@ -90,26 +90,27 @@ class FoldedTensors:
         return scale
 
     def shift(self, layer_input: LayerInput, shift: Float32) -> None:
-        """Subtracts `shift` (channels,) from an activation; the biases of its readers make up for it.
+        """Subtracts `shift` (channels,) from an activation by the bias of its source, which is made if there is none.
 
-        Call before `fold` of the same input. The source's bias (and a norm's bias) absorbs the shift; with
-        no source the caller subtracts it from x.
+        Call before `fold` of the same input. Whoever rounds the readers adds to their biases what their weights
+        make of the shift. With no source the caller subtracts it from x.
         """
         if layer_input.source is not None:
             name = f"{layer_input.source}.bias"
             self._bias_shift[name] = self._bias_shift.get(name, 0.0) - source_channels(shift, layer_input)
-        for linear in layer_input.linears:
-            weight = self._tensors[f"{linear}.weight"]
-            correction = np.concatenate(
-                [weight[block].astype(np.float32) @ shift for block in row_blocks(*weight.shape)]
-            )
-            name = f"{linear}.bias"
-            self._bias_shift[name] = self._bias_shift.get(name, 0.0) + correction
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(out, in) of a linear's weight."""
         rows, columns = self._tensors[f"{linear}.weight"].shape
         return int(rows), int(columns)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors: the checkpoint's and the biases that shifts made, as `published` takes them."""
+        return (*self._tensors, *sorted(name for name in self._made_biases() if name not in self._tensors))
+
+    def _made_biases(self) -> set[str]:
+        return {*self._bias_shift, *(name for name in self._replaced if name.endswith(".bias"))}
 
     def has_bias(self, owner: str) -> bool:
         """Whether the checkpoint holds a bias for that linear or norm."""
@@ -168,10 +169,10 @@ class FoldedTensors:
         Raises:
             UserError: folding would overflow the dtype.
         """
-        source = self._tensors[name]
         if name in self._replaced:
             return self._replaced[name]
         owner, _, kind = name.rpartition(".")
+        source = self._tensors.get(name, self._tensors[f"{owner}.weight"])  # a bias that was made has its dtype
         if kind == "bias" and (owner in self._rows or name in self._bias_shift):
             folded = self.bias(owner)
         elif kind == "weight" and source.ndim == 2 and (owner in self._rows or owner in self._columns):
@@ -201,6 +202,7 @@ class FoldedTensors:
         self._replaced[name] = stored
         bias = f"{source}.bias"
         if bias in self._tensors or bias in self._bias_shift:
-            shifted = self._tensors[bias].astype(np.float32) + self._bias_shift.pop(bias, np.float32(0))
-            self._replaced[bias] = (shifted / effective).astype(self._tensors[bias].dtype)
+            present = self._tensors.get(bias, np.zeros_like(old))
+            shifted = present.astype(np.float32) + self._bias_shift.pop(bias, np.float32(0))
+            self._replaced[bias] = (shifted / effective).astype(present.dtype)
         return effective

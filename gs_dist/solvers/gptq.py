@@ -23,17 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
-from gs_dist.policy import AlgoArgs, QuantPolicy
+from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32, Int8
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantise, num_groups, quantise_weight
 from gs_dist.solvers.objective import output_error
 
-__all__ = ["GPTQResult", "quantise", "range_ratios"]
-
-# Shares of a group's largest weight that its range is tried at. A little beyond it pays at times: the largest
-# code is then used by more than one weight.
-_RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
+__all__ = ["GPTQResult", "quantise"]
 
 Float = npt.NDArray[np.floating[Any]]
 
@@ -61,14 +57,6 @@ class GPTQResult:
     loss: float
     damp_percent_used: float | None
     notes: tuple[str, ...]
-
-
-def range_ratios(policy: QuantPolicy) -> tuple[float, ...]:
-    """Candidates for `quantise`'s `search_ratios`: the recipe's `weight_clip_ratio`, or GPTQ's own if it says none."""
-    chosen = policy.algo_args.weight_clip_ratio
-    if chosen == AlgoArgs().weight_clip_ratio:
-        return _RANGE_RATIOS
-    return (chosen,) if isinstance(chosen, float) else chosen
 
 
 def quantise(
@@ -101,7 +89,8 @@ def quantise(
     args, ratios = policy.algo_args, tuple(search_ratios)
     groups = num_groups(weight.shape[1], policy.group_size)
     on_the_way = policy.group_size > 0 and (not args.static_groups or ratios != (1.0,))
-    scattered = args.desc_act and not args.static_groups and groups > 1
+    reordered = args.desc_act and not args.static_groups
+    scattered = reordered and groups > 1
     if clip_ratio is not None and scattered:
         raise ValueError("clip ratios belong to groups of neighbouring channels: set static_groups: true with desc_act")
     task = _Task(weight=weight, gram=gram, policy=policy, scale_dtype=scale_dtype)
@@ -109,7 +98,7 @@ def quantise(
     natural = np.arange(len(gram))
     descending = np.argsort(-diagonal, kind="stable") if args.desc_act else natural
     if on_the_way:
-        first = _solve(task, descending if scattered else natural, clip_ratio=clip_ratio, ratios=ratios)
+        first = _solve(task, descending if reordered else natural, clip_ratio=clip_ratio, ratios=ratios)
         if not (args.static_groups and args.desc_act) or first.damp_percent_used is None:
             return first
         # A channel's share of the loss grows with its energy times its squared step: the larger goes first.
@@ -192,7 +181,7 @@ def _solve(
             if zero_point is not None and tile.zero is not None:
                 zero_point[part] = tile.zero.T
     index = None
-    if not known and not np.array_equal(order, np.arange(columns)):
+    if not known and groups > 1 and not np.array_equal(order, np.arange(columns)):
         index = np.empty(columns, dtype=np.int32)
         index[order] = np.arange(columns) // size
     return GPTQResult(

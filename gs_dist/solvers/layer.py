@@ -22,7 +22,7 @@ from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
 from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
-from gs_dist.solvers.strategy import clips_weights, strategy
+from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
 from gs_dist.statistics import InputStatistics, LayerStatistics
 
@@ -42,6 +42,8 @@ class LayerProblem:
         statistics: of each input by name, and of `key` and `value` for a KV cache.
         policies: by linear name within the layer; None (or no entry) leaves a linear as it is.
         scale_dtype: dtype scales will be stored in: "float32", "float16" or "bfloat16".
+        makes_biases: the layer may be published with biases that the source lacks: of norms, and of linears with
+            static activations. Outlier Suppression Plus needs them.
     """
 
     layer: int
@@ -52,6 +54,7 @@ class LayerProblem:
     statistics: LayerStatistics
     policies: Mapping[str, QuantPolicy | None]
     scale_dtype: str
+    makes_biases: bool = False
 
     def quantised(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
         """Policies of those readers of an input that are quantised."""
@@ -160,6 +163,7 @@ def _solve(problem: LayerProblem) -> QuantizedLayer:
             problem.statistics.get(layer_input.name),
             folded,
             problem.scale_dtype,
+            new_biases=_new_biases(problem),
         )
         for layer_input in problem.inputs
     }
@@ -170,12 +174,21 @@ def _solve(problem: LayerProblem) -> QuantizedLayer:
             linears[name], rows[name] = solved, row
     for linear in problem.linears:
         rows.setdefault(linear.name, _untouched_row(problem, linear.name))
-    tensors = {name: folded.published(name) for name in problem.tensors if name.rpartition(".")[0] not in linears}
+    tensors = {name: folded.published(name) for name in folded.names if name.rpartition(".")[0] not in linears}
     cache, cache_rows = _solve_cache(problem, rescalings)
     ordered = tuple(rows[linear.name] for linear in problem.linears)
     return QuantizedLayer(
         layer=problem.layer, linears=linears, tensors=tensors, kv_cache=cache, rows=ordered + cache_rows
     )
+
+
+def _new_biases(problem: LayerProblem) -> frozenset[str]:
+    """Norms and linears that can be published with a bias though the source has none."""
+    if not problem.makes_biases:
+        return frozenset()
+    linears = {linear.name for linear in problem.linears}
+    static = {name for name in linears if (policy := problem.policies.get(name)) is not None and policy.is_static}
+    return frozenset(static | {i.source for i in problem.inputs if i.source is not None and i.source not in linears})
 
 
 def _check_statistics(problem: LayerProblem) -> None:
@@ -219,7 +232,7 @@ def _solve_group(
     statistics = problem.statistics[layer_input.name]
     ranges = input_ranges(policies, statistics, rescaling, folded, problem.scale_dtype)
     objective: Float32 | None = None
-    if any(p.precision_recovery is PrecisionRecovery.GPTQ or clips_weights(p) for p in policies.values()):
+    if any(p.precision_recovery is PrecisionRecovery.GPTQ or p.clips_weights for p in policies.values()):
         objective = rescaling.objective(statistics)
     for name, policy in policies.items():
         try:
@@ -243,9 +256,10 @@ def _solve_linear(
 ) -> tuple[QuantizedLinear, LinearSummary]:
     weight = folded.weight(name)
     solved, notes = _round_weight(weight, policy, objective, problem.scale_dtype)
+    restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
     solved = replace(
         solved,
-        bias=folded.bias(name),
+        bias=rescaling.bias_of(restored, weight, folded.bias(name)),
         input_scale=input_range.scale if input_range else None,
         input_zero_point=input_range.zero_point if input_range else None,
         smooth_scale=rescaling.scale if rescaling.explicit else None,
@@ -253,7 +267,6 @@ def _solve_linear(
     )
     if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
         raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
-    restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
     rounding = rescaling.rounding(policy, statistics, input_range)
     columns = output_error.column_energy(restored) if rounding is not None else None
     restored -= weight  # now the change of the weight
@@ -264,7 +277,7 @@ def _solve_linear(
         name=problem.prefix + name,
         strategy=strategy(policy),
         relative_error=_ratio(error, energy),
-        error_source="diagonal" if statistics.gram is None or rescaling.shift is not None else "gram",
+        error_source="diagonal" if statistics.gram is None else "gram",
         activation_error=None
         if columns is None or rounding is None
         else _ratio(output_error.activation_term(columns, rounding), energy),
@@ -292,11 +305,11 @@ def _round_weight(
     ratio: Float32 | None = None
     rounds_by_gptq = policy.precision_recovery is PrecisionRecovery.GPTQ and objective is not None
     searches_on_the_way = rounds_by_gptq and policy.group_size > 0
-    if clips_weights(policy) and objective is not None and not searches_on_the_way:
+    if policy.clips_weights and objective is not None and not searches_on_the_way:
         ratio = clip.clip_weight(weight, objective, policy, scale_dtype=scale_dtype).ratio
     if rounds_by_gptq and objective is not None:
         # A range found by plain rounding does not suit GPTQ, which makes up for what rounding does.
-        ratios = gptq.range_ratios(policy) if clips_weights(policy) and searches_on_the_way else (1.0,)
+        ratios = policy.clip_ratios if policy.clips_weights and searches_on_the_way else (1.0,)
         result = gptq.quantise(
             weight, objective, policy, scale_dtype=scale_dtype, clip_ratio=ratio, search_ratios=ratios
         )

@@ -19,13 +19,12 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers import activation_range, affine, output_error
 from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.statistics import InputStatistics
 
-__all__ = ["PLUS_ALPHAS", "ExponentResult", "search_exponent"]
-
-PLUS_ALPHAS = tuple(i / 20 for i in range(21))
+__all__ = ["ExponentResult", "search_exponent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,7 @@ def search_exponent(
     alphas: Sequence[float],
     scale_dtype: str,
     shift: Float32 | None = None,
+    means: ChannelMeans | None = None,
     tie: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = np.asarray,
 ) -> ExponentResult:
     """Tries SmoothQuant scales for each exponent; the first of equally good ones wins.
@@ -59,18 +59,20 @@ def search_exponent(
         alphas: exponents to try.
         scale_dtype: dtype the weights' scales will be stored in.
         shift: (in,) subtracted from the input before scaling.
+        means: of the input, where the linears' biases take up the shift and the mean error.
         tie: makes channels that must share a scale equal (grouped-query attention).
     """
     activation_max = tie(Rescaling(shift=shift).ranges_of(statistics).max_abs)
     scales = [smoothing_scale(activation_max, weight_max, alpha) for alpha in alphas]
     # A few massive tokens own the plain Gram matrix, the others the weighted one: both must be served.
-    sides = [False, True] if statistics.weighted_gram is not None and shift is None else [False]
+    sides = [False, True] if statistics.weighted_gram is not None else [False]
     energies = {
         by_token: sum(Rescaling().weight_error(weight, statistics, by_token=by_token) for weight in weights)
         for by_token in sides
     }
     losses = [
-        _loss(weights, Rescaling(scale=s, shift=shift), statistics, policy, scale_dtype, energies) for s in scales
+        _loss(weights, Rescaling(scale=s, shift=shift, means=means), statistics, policy, scale_dtype, energies)
+        for s in scales
     ]
     best = min(range(len(losses)), key=losses.__getitem__)
     return ExponentResult(scale=scales[best], alpha=alphas[best], loss=losses[best], losses=tuple(losses))
@@ -116,8 +118,10 @@ def _static_range(
     policy: QuantPolicy,
     scale_dtype: str,
 ) -> ActivationRange:
-    if policy.act_range == "mse" and statistics.histogram is not None and rescaling.shift is None:
-        profile = activation_range.range_profile(statistics, rescaling.scale, columns, weighting="both")
+    if policy.act_range == "mse" and statistics.histogram is not None:
+        profile = activation_range.range_profile(
+            statistics, rescaling.scale, columns, weighting="both", shift=rescaling.shift
+        )
         return activation_range.least_error_range(profile, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)
     seen = rescaling.ranges_of(statistics)
     return activation_range.minmax_range(seen, symmetric=policy.act_symmetric, scale_dtype=scale_dtype)

@@ -13,11 +13,14 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers import activation_range, output_error
 from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.folding import source_channels
 from gs_dist.solvers.objective import blend
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["Rescaling", "objective_of"]
+
+_LEAST_LEFT = 0.002  # of an error remains at least: means are known to some percent of the values, errors are squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +28,13 @@ class Rescaling:
     """What was done to an input: its readers now see (x - shift) / scale.
 
     `explicit` tells that nothing before the input absorbs this, so that whoever runs the layer does it.
+    `means` is set where the readers' biases take up the shift and the mean of the weights' error.
     """
 
     scale: Float32 | None = None
     shift: Float32 | None = None
     explicit: bool = False
+    means: ChannelMeans | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,14 +70,30 @@ class Rescaling:
     def weight_error(self, change: Float32, statistics: InputStatistics, *, by_token: bool = False) -> float:
         """Squared output error over all tokens of a change (out, in) of the rescaled weight.
 
-        With `by_token` each token counts by 1 / x.x.
-        From the Gram matrix where one was taken; after a shift from the channels' sums of squares, since
-        the bias takes the shift's part of the error out.
+        With `by_token` each token counts by 1 / x.x. A shift does not enter, because the bias gives back what the
+        rounded weight makes of it. What a corrected bias takes out is left out; means are estimates, and so is that.
         """
-        if self.shift is not None:
-            return output_error.output_energy(change, None, self.ranges_of(statistics).sum_squares)
         gram = statistics.weighted_gram if by_token else statistics.gram
-        return output_error.output_energy(change, gram, statistics.sum_squares, self.inverse)
+        error = output_error.output_energy(change, gram, statistics.sum_squares, self.inverse)
+        if self.means is None:
+            return error
+        return max(error - self.means.corrected(change, self.inverse, by_token=by_token), _LEAST_LEFT * error)
+
+    def bias_of(self, restored: Float32, weight: Float32, bias: Float32 | None) -> Float32 | None:
+        """A reader's bias (out,) after the shift and the correction of its mean error.
+
+        Args:
+            restored: (out, in) the rounded weight of the rescaled input.
+            weight: likewise, before rounding.
+            bias: (out,) as folded, or None.
+        """
+        if self.means is None:
+            return bias
+        total = np.zeros(len(weight)) if bias is None else bias.astype(np.float64)
+        total -= self.means.correction(restored - weight, self.inverse)
+        if self.shift is not None:
+            total += restored @ (self.shift if self.inverse is None else self.shift * self.inverse)
+        return np.asarray(total, dtype=np.float32)
 
     def objective(self, statistics: InputStatistics) -> Float32:
         """The Gram matrix that weight solvers minimise against, of the rescaled input.
@@ -102,8 +123,10 @@ class Rescaling:
         """
         if policy.act_quant_dtype is None:
             return None
-        if static is not None and statistics.histogram is not None and self.shift is None:
-            return activation_range.channel_rounding(statistics, self.scale, static, by_token=by_token)
+        if static is not None and statistics.histogram is not None:
+            return activation_range.channel_rounding(
+                statistics, self.scale, static, by_token=by_token, shift=self.shift
+            )
         seen = self.ranges_of(statistics)
         energy = activation_range.typical_energy(statistics) if by_token and static is not None else 1.0
         if by_token and statistics.weighted_gram is not None:

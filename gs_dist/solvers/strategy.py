@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 
-__all__ = ["clips_weights", "strategy"]
+__all__ = ["strategy"]
 
 _SUPPRESSION = {
     OutliersSuppressionType.SMOOTH: "SmoothQuant",
@@ -14,21 +14,12 @@ _SUPPRESSION = {
 }
 
 
-def clips_weights(policy: QuantPolicy) -> bool:
-    """Whether the weight's ranges are searched.
-
-    Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds groups, it searches their ranges itself.
-    """
-    forced = (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE)
-    return policy.weight_clip or policy.outliers_suppression in forced
-
-
 def strategy(policy: QuantPolicy | None) -> str:
     """`SmoothQuant-W8-perchannel-A8-pertensor`, `AWQ-wclip-W4-pergroup`, `NA` for a linear that stays."""
     if policy is None or not policy.quantises_linear:
         return "NA"
     parts = [_SUPPRESSION[policy.outliers_suppression]] if policy.outliers_suppression in _SUPPRESSION else []
-    if clips_weights(policy):
+    if policy.clips_weights:
         parts.append("wclip")
     if policy.precision_recovery is PrecisionRecovery.GPTQ:
         parts.append("GPTQ")

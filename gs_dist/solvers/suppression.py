@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gs_dist.architecture import LayerInput
 from gs_dist.errors import UserError
-from gs_dist.policy import AlgoArgs, OutliersSuppressionType, QuantPolicy
+from gs_dist.policy import OutliersSuppressionType, QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers import activation_range, awq, outlier_suppression, output_error
 from gs_dist.solvers.activation_range import ActivationRange
+from gs_dist.solvers.bias_correction import ChannelMeans, channel_means
 from gs_dist.solvers.folding import FoldedTensors, source_index, tie_max
 from gs_dist.solvers.rescaling import Rescaling, objective_of
 from gs_dist.solvers.smoothquant import smoothing_scale
@@ -23,6 +27,8 @@ __all__ = ["input_ranges", "suppress"]
 # Rows of each weight that a search over SmoothQuant exponents looks at. Rounding errors of 8-bit rows
 # are alike, and all rows of a 28672-wide layer would take hours.
 _SEARCH_ROWS = 1024
+_TRIED = 4  # every how manieth exponent is tried of a shift at first
+_RARE = 0.002  # share of a channel's values that the middle of the usual ones leaves out
 
 
 def suppress(
@@ -31,6 +37,8 @@ def suppress(
     statistics: InputStatistics | None,
     folded: FoldedTensors,
     scale_dtype: str,
+    *,
+    new_biases: Collection[str] = (),
 ) -> Rescaling:
     """Finds an input's rescaling and folds it into `folded`.
 
@@ -40,6 +48,7 @@ def suppress(
         statistics: of the input as calibrated.
         folded: the layer's tensors; changed.
         scale_dtype: dtype the weights' scales will be stored in.
+        new_biases: norms and linears that can be published with a bias though they have none.
 
     Raises:
         UserError: the readers' policies differ, or a Gram matrix is lacking.
@@ -68,7 +77,12 @@ def suppress(
         if found.alpha is None:
             return Rescaling(notes=("AWQ: no scale of the search was better than plain rounding",))
         return _fold(layer_input, folded, found.scale)
-    return _search(layer_input, policy, statistics, folded, scale_dtype)
+    if statistics.gram is None:
+        raise UserError("outlier suppression searches by Gram matrices: set gram: on")
+    search = _Search(layer_input, policy, statistics, folded, scale_dtype)
+    if kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS and policy.act_quant_dtype is not None:
+        return _shifted(search, new_biases)
+    return _fold(layer_input, folded, search.exponent().scale)
 
 
 def _common_policy(layer_input: LayerInput, policies: Mapping[str, QuantPolicy | None]) -> QuantPolicy | None:
@@ -91,62 +105,100 @@ def _fold(layer_input: LayerInput, folded: FoldedTensors, scale: Float32, **rest
     return Rescaling(scale=folded.fold(layer_input, scale), explicit=layer_input.source is None, **rest)
 
 
-def _search(
-    layer_input: LayerInput,
-    policy: QuantPolicy,
-    statistics: InputStatistics,
-    folded: FoldedTensors,
-    scale_dtype: str,
-) -> Rescaling:
-    """SmoothQuant's exponent by search: Outlier Suppression Lite; Plus after a shift where one fits."""
-    if statistics.gram is None:
-        raise UserError("outlier suppression searches by Gram matrices: set gram: on")
-    shift: Float32 | None = None
-    notes: tuple[str, ...] = ()
-    smooth = policy.outliers_suppression is OutliersSuppressionType.SMOOTH
-    alphas = policy.migration_strength if smooth else policy.algo_args.smooth_alpha
-    if policy.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS:
-        if alphas == AlgoArgs().smooth_alpha:
-            alphas = outlier_suppression.PLUS_ALPHAS
-        if policy.act_quant_dtype is not None:
-            shift, notes = _shift(layer_input, statistics, folded)
-    weights = []
-    for name in layer_input.linears:
-        rows = folded.shape(name)[0]
-        weights.append(folded.weight(name, slice(None, None, max(1, -(-rows // _SEARCH_ROWS)))))
-    found = outlier_suppression.search_exponent(
-        weights,
-        tie_max(folded.column_max(layer_input.linears), layer_input),
-        statistics,
-        policy,
-        alphas=(alphas,) if isinstance(alphas, float) else alphas,
-        scale_dtype=scale_dtype,
-        shift=shift,
-        tie=lambda values: tie_max(values, layer_input),
-    )
-    if shift is not None:
-        folded.shift(layer_input, shift)
-    return _fold(layer_input, folded, found.scale, shift=shift, notes=notes)
+@dataclass(frozen=True)
+class _Search:
+    """SmoothQuant's exponent by search: Outlier Suppression Lite; Plus after a shift."""
+
+    layer_input: LayerInput
+    policy: QuantPolicy
+    statistics: InputStatistics
+    folded: FoldedTensors
+    scale_dtype: str
+
+    @cached_property
+    def alphas(self) -> tuple[float, ...]:
+        smooth = self.policy.outliers_suppression is OutliersSuppressionType.SMOOTH
+        alphas = self.policy.migration_strength if smooth else self.policy.exponents
+        return (alphas,) if isinstance(alphas, float) else alphas
+
+    @cached_property
+    def weights(self) -> list[Float32]:
+        found = []
+        for name in self.layer_input.linears:
+            rows = self.folded.shape(name)[0]
+            found.append(self.folded.weight(name, slice(None, None, max(1, -(-rows // _SEARCH_ROWS)))))
+        return found
+
+    def tie(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return tie_max(values, self.layer_input)
+
+    def exponent(
+        self,
+        shift: Float32 | None = None,
+        means: ChannelMeans | None = None,
+        alphas: tuple[float, ...] | None = None,
+    ) -> outlier_suppression.ExponentResult:
+        return outlier_suppression.search_exponent(
+            self.weights,
+            self.tie(self.folded.column_max(self.layer_input.linears)),
+            self.statistics,
+            self.policy,
+            alphas=self.alphas if alphas is None else alphas,
+            scale_dtype=self.scale_dtype,
+            shift=shift,
+            means=means,
+            tie=self.tie,
+        )
+
+    def middles(self) -> list[Float32]:
+        """Shifts worth trying, (channels,): the middle of all values, and of those that are not rare."""
+        ranges = [(self.statistics.minimum, self.statistics.maximum)]
+        if self.statistics.histogram is not None:
+            ranges.append(activation_range.central_range(self.statistics, _RARE))
+        return [np.asarray(0.5 * (self.tie(high) - self.tie(-low)), dtype=np.float32) for low, high in ranges]
 
 
-def _shift(
-    layer_input: LayerInput, statistics: InputStatistics, folded: FoldedTensors
-) -> tuple[Float32 | None, tuple[str, ...]]:
-    """Middle of each channel's range if something can absorb it, else None and a note that says why not."""
+def _shifted(search: _Search, new_biases: Collection[str]) -> Rescaling:
+    """Outlier Suppression Plus: shifts the input if something absorbs that and the loss falls; corrects biases.
+
+    The paper shifts to the middle of all values. Where one token is enormous, that would push all others to the
+    edge of the range, so the middle of the usual values is tried too, and no shift at all.
+    """
+    layer_input, folded = search.layer_input, search.folded
     source = layer_input.source
-    middle = 0.5 * (statistics.maximum + statistics.minimum)
+    without = [n for n in layer_input.linears if source is not None and not _takes_bias(n, folded, new_biases)]
+    means = None if without else channel_means(search.statistics)
+    best, shift = search.exponent(means=means), None
+    lacking = _why_unshifted(source, without, layer_input, folded, new_biases)
+    some = search.alphas[::_TRIED]
+    for middle in search.middles() if lacking is None else ():
+        # A few exponents tell whether a shift is any good, and all of them are tried only then.
+        if search.exponent(middle, means, some).loss < min(best.losses[::_TRIED]):
+            found = search.exponent(middle, means)
+            best, shift = (found, middle) if found.loss < best.loss else (best, shift)
+    notes = () if lacking is None else (f"outlier-suppression+ without shift: {lacking}",)
+    if lacking is None and source is not None:  # a zero where it stays, so that the bias is always there
+        folded.shift(layer_input, np.zeros(layer_input.channels, np.float32) if shift is None else shift)
+    return _fold(layer_input, folded, best.scale, shift=shift, means=means, notes=notes)
+
+
+def _takes_bias(name: str, folded: FoldedTensors, new_biases: Collection[str]) -> bool:
+    return folded.has_bias(name) or name in new_biases
+
+
+def _why_unshifted(
+    source: str | None,
+    without: Sequence[str],
+    layer_input: LayerInput,
+    folded: FoldedTensors,
+    new_biases: Collection[str],
+) -> str | None:
+    """What keeps an input from being shifted; None if its source and the readers' biases take the shift up."""
     if source is None:
-        return middle, ()
-    lacking = [name for name in (source, *layer_input.linears) if not folded.has_bias(name)]
-    if lacking:
-        return None, (f"outlier-suppression+ without shift: {lacking[0]} has no bias to absorb it",)
-    if not folded.passes_shift(layer_input):
-        return None, (f"outlier-suppression+ without shift: {source} is not all that makes {layer_input.name}",)
-    if layer_input.repeat > 1:
-        high = tie_max(statistics.maximum, layer_input)
-        low = -tie_max(-statistics.minimum, layer_input)
-        middle = 0.5 * (high + low)
-    return middle.astype(np.float32), ()
+        return None
+    if without or not _takes_bias(source, folded, new_biases):
+        return f"{[*without, source][0]} has no bias to absorb it"
+    return None if folded.passes_shift(layer_input) else f"{source} is not all that makes {layer_input.name}"
 
 
 def input_ranges(
@@ -169,12 +221,14 @@ def input_ranges(
         if policy.is_static:
             settings.setdefault((policy.act_range, policy.act_symmetric), []).append(name)
     for (kind, symmetric), names in settings.items():
-        if kind == "minmax" or rescaling.shift is not None:
+        if kind == "minmax":
             seen = rescaling.ranges_of(statistics)
             found = activation_range.minmax_range(seen, symmetric=symmetric, scale_dtype=scale_dtype)
         else:
             columns = sum(output_error.column_energy(folded.weight(name)) for name in names)
-            profile = activation_range.range_profile(statistics, rescaling.scale, np.asarray(columns), weighting="both")
+            profile = activation_range.range_profile(
+                statistics, rescaling.scale, np.asarray(columns), weighting="both", shift=rescaling.shift
+            )
             found = activation_range.least_error_range(profile, symmetric=symmetric, scale_dtype=scale_dtype)
         ranges.update(dict.fromkeys(names, found))
     return ranges

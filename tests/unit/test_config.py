@@ -70,10 +70,39 @@ def test_the_documented_recipe_is_read(write: Any) -> None:
 
 def test_algo_args_are_laid_over_key_by_key(write: Any) -> None:
     """A layer policy that sets one algorithm argument keeps the others of ptq."""
-    text = MINIMAL + "ptq: {algo_args: {alpha: 0.6, damp_percent: 0.1}}\nlayer_policies: {q: {algo_args: {alpha: 0.9}}}"
-    policy = load_recipe(write(text)).resolved_layer_policies["q"]
+    gptq = "weight_quant_dtype: qint4x2, outliers_suppression: smooth, precision_recovery: gptq"
+    text = MINIMAL + f"ptq: {{{gptq}, algo_args: {{alpha: 0.6, damp_percent: 0.1}}}}\n"
+    policy = load_recipe(write(text + "layer_policies: {q: {algo_args: {alpha: 0.9}}}")).resolved_layer_policies["q"]
     assert policy is not None
     assert (policy.algo_args.alpha, policy.algo_args.damp_percent) == (0.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "turns_on"),
+    [
+        ("alpha: 0.9", "outliers_suppression: smooth"),
+        ("smooth_alpha: 0.3", "outliers_suppression: awq"),
+        ("duo_scaling: false", "outliers_suppression: awq"),
+        ("weight_clip_ratio: [0.5]", "weight_clip: true"),
+        ("desc_act: true", "precision_recovery: gptq"),
+        ("damp_percent: 0.2", "precision_recovery: gptq"),
+    ],
+)
+def test_an_argument_of_an_algorithm_that_is_off_is_refused(write: Any, argument: str, turns_on: str) -> None:
+    """Plain rounding in place of the algorithm that somebody tuned would be silent otherwise."""
+    name = argument.split(":")[0]
+    with pytest.raises(RecipeError, match=rf"ptq\.algo_args\.{name} is set and nothing reads it: set {turns_on}"):
+        load_recipe(write(MINIMAL + f"ptq: {{weight_quant_dtype: int8, algo_args: {{{argument}}}}}"))
+    layered = MINIMAL + f"layer_policies: {{'.*up': {{algo_args: {{{argument}}}}}}}"
+    with pytest.raises(RecipeError, match=rf"layer_policies\..*\.algo_args\.{name} is set.*set {turns_on}"):
+        load_recipe(write(layered))
+
+
+def test_an_argument_that_one_layer_policy_reads_is_not_refused(write: Any) -> None:
+    """An argument of ptq may be meant for the layers whose policy turns its algorithm on, or off."""
+    for first, second in (("none", "smooth"), ("smooth", "none")):
+        ptq = f"ptq: {{act_quant_dtype: int8, outliers_suppression: {first}, algo_args: {{alpha: 0.3}}}}\n"
+        load_recipe(write(MINIMAL + ptq + f"layer_policies: {{'.*up': {{outliers_suppression: {second}}}}}"))
 
 
 def test_a_minimal_recipe_leaves_sizes_to_the_plan(write: Any) -> None:
@@ -352,7 +381,7 @@ def test_the_fingerprint_ignores_where_and_how_wide(write: Any, override: str) -
         "calibration.micro_batch_size=2",
         "calibration.reduction_blocks=4",
         "ptq.act_quant_dtype=int8",
-        "ptq.algo_args.alpha=0.6",
+        "ptq={outliers_suppression: smooth, algo_args: {alpha: 0.6}}",
         "ptq.opname_blacklist=[lm_head]",
         "layer_policies.x=null",
         "format=[ascend]",

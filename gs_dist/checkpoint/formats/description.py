@@ -191,7 +191,7 @@ def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict
 def _input_settings(policy: QuantPolicy | None) -> tuple[object, ...]:
     if policy is None:
         return ()
-    arguments = (policy.migration_strength, policy.algo_args.smooth_alpha)
+    arguments = (policy.migration_strength, policy.exponents)
     return (policy.act_symmetric, policy.act_range, policy.outliers_suppression, *arguments)
 
 

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from gs_dist.solvers import activation_range
 from gs_dist.solvers.activation_range import (
+    central_range,
     channel_rounding,
     least_error_range,
     minmax_range,
     range_profile,
+    shifted_counts,
 )
 from gs_dist.solvers.affine import fake_quantise_static
+from gs_dist.statistics import histogram_magnitudes
 
 statistics_of = partial(observed.statistics_of, gram=False, histogram=True)
 
@@ -56,6 +59,76 @@ def test_the_profile_predicts_the_error_of_any_range(share, zero_point):
     assert profile.error(chosen.scale, zero_point) == pytest.approx(exact, rel=0.1)
     per_channel = channel_rounding(statistics_of(x), scale, chosen)
     assert float(per_channel @ columns) == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("peak", [3e3, 2e4, 6e4, 3e5])
+def test_massive_values_are_priced_at_their_size(peak):
+    """However large a value, the range chosen is nearly the best one, and its error is predicted."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(scale=30, size=(4000, 8))
+    x[rng.integers(0, 4000, 100), rng.integers(0, 8, 100)] = peak * rng.uniform(0.7, 1, 100)
+    x = x.astype(np.float32)
+    columns, one = np.ones(8), np.ones(8)
+    profile = range_profile(statistics_of(x), None, columns)
+    found = least_error_range(profile, symmetric=True, scale_dtype="float32")
+    largest = float(np.abs(x).max())
+    tried = [activation_range.ActivationRange(scale=largest / 2 ** (i / 8) / 127.5, zero_point=None) for i in range(80)]
+    best = min(exact_error(x, one, columns, choice) for choice in tried)
+    exact = exact_error(x, one, columns, found)
+    assert exact < 1.15 * best
+    assert found.rounding == pytest.approx(exact, rel=0.25)
+    predicted = float(channel_rounding(statistics_of(x), None, found) @ columns)
+    assert predicted == pytest.approx(exact, rel=0.25)
+
+
+@pytest.mark.parametrize("zero_point", [None, 90])
+@pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
+def test_the_profile_predicts_the_error_of_a_shifted_activation(share, zero_point):
+    """Histograms of x tell what rounding (x - shift) / scale costs."""
+    rng = np.random.default_rng(8)
+    middle = rng.normal(scale=3, size=24)
+    x, scale, columns = activations(rng) + middle.astype(np.float32), rng.lognormal(size=24), rng.lognormal(size=24)
+    shift = (0.9 * middle).astype(np.float32)
+    profile = range_profile(statistics_of(x), scale, columns, shift=shift)
+    step = share * np.abs((x - shift) / scale).max() / 127.5
+    chosen = activation_range.ActivationRange(scale=float(np.float32(step)), zero_point=zero_point)
+    exact = exact_error(x - shift, scale, columns, chosen)
+    assert profile.error(chosen.scale, zero_point) == pytest.approx(exact, rel=0.15)
+    per_channel = channel_rounding(statistics_of(x), scale, chosen, shift=shift)
+    assert float(per_channel @ columns) == pytest.approx(exact, rel=0.15)
+    if share < 0.1:  # wider steps round nearly all values to 0 wherever they are
+        unshifted = range_profile(statistics_of(x), scale, columns).error(chosen.scale, zero_point)
+        assert unshifted != pytest.approx(exact, rel=0.3)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_shifted_counts_keep_every_value_and_move_their_mean(seed):
+    """No value is lost, and each channel's mean moves by the shift, to within the bins' width."""
+    rng = np.random.default_rng(seed)
+    x = activations(rng, outliers=False, tokens=400, channels=6)
+    shift = (x.std(axis=0) * rng.normal(size=6)).astype(np.float32)
+    moved = shifted_counts(statistics_of(x).histogram, shift)
+    np.testing.assert_allclose(moved.sum(axis=(1, 2)), 400)
+    magnitudes = histogram_magnitudes()
+    mean = (moved[:, 1] - moved[:, 0]) @ magnitudes / 400
+    reach = np.abs(x).max(axis=0) + np.abs(shift)
+    np.testing.assert_array_less(np.abs(mean - (x - shift).mean(axis=0)), 0.03 * reach)
+    np.testing.assert_array_equal(shifted_counts(statistics_of(x).histogram, 0 * shift), statistics_of(x).histogram)
+
+
+def test_a_few_massive_values_leave_the_central_range_alone():
+    """It is that of quantiles, to within a bin, and never wider than what was seen."""
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=(4000, 5)) + np.array([0, 3, -5, 0.1, 40])).astype(np.float32)
+    x[17, 1] = 3000.0
+    low, high = central_range(statistics_of(x), 0.01)
+    for found, wanted in ((low, np.quantile(x, 0.005, axis=0)), (high, np.quantile(x, 0.995, axis=0))):
+        np.testing.assert_array_less(np.abs(found - wanted), 0.25 * np.abs(wanted) + 0.02)
+    low, high = central_range(statistics_of(x), 0.0)
+    assert np.all(low >= x.min(axis=0))
+    assert np.all(high <= x.max(axis=0))
+    assert high[1] == 3000.0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

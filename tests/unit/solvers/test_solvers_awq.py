@@ -106,7 +106,7 @@ def test_losses_and_choice_are_those_of_materialised_inputs(
     """Every exponent's loss from the Gram matrix equals the error of real outputs; the least of them wins."""
     weights, x = problem()
     used = policy(group_size=group_size, symmetric=symmetric, bits=bits, duo_scaling=duo)
-    alphas = used.algo_args.smooth_alpha
+    alphas = used.exponents
     assert isinstance(alphas, tuple)
     scales, losses = brute_force(weights, x, alphas, duo=duo, group_size=group_size, symmetric=symmetric, bits=bits)
     result = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32")

@@ -56,8 +56,7 @@ def test_every_range_takes_the_ratio_of_least_output_error(symmetric: bool, grou
     weight, x = problem()
     used = policy(group_size=group_size, symmetric=symmetric, bits=bits)
     result = clip_weight(weight, x.T @ x, used, scale_dtype="float32")
-    ratios = used.algo_args.weight_clip_ratio
-    assert isinstance(ratios, tuple)
+    ratios = used.clip_ratios
     size = group_size or 128
     before = after = 0.0
     for row in range(len(weight)):

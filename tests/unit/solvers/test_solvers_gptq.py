@@ -100,11 +100,13 @@ def quadratic(delta: npt.NDArray[Any], gram: npt.NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group_size", [0, 64])
+@pytest.mark.parametrize(("group_size", "columns"), [(0, 192), (64, 192), (64, 64)])
 @pytest.mark.parametrize(("desc_act", "static_groups"), [(False, False), (False, True), (True, False), (True, True)])
-def test_it_gives_the_textbook_weights(symmetric: bool, group_size: int, desc_act: bool, static_groups: bool) -> None:
-    """Every combination of order and groups dequantises to what the float64 column loop gives."""
-    weight, gram = problem()
+def test_it_gives_the_textbook_weights(
+    symmetric: bool, group_size: int, columns: int, desc_act: bool, static_groups: bool
+) -> None:
+    """Every combination of order and groups, one group for all too, dequantises to what the float64 loop gives."""
+    weight, gram = problem(columns=columns)
     used = policy(group_size=group_size, symmetric=symmetric, desc_act=desc_act, static_groups=static_groups)
     order = np.argsort(-np.diagonal(gram), kind="stable") if desc_act else None
     expected = textbook(

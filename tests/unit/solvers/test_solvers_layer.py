@@ -67,7 +67,8 @@ def forward(tensors, hidden):
         return x @ get(f"{name}.weight").T + bias
 
     def norm(name, x):
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True)) * get(f"{name}.weight")
+        bias = get(f"{name}.bias") if f"{name}.bias" in tensors else 0.0
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True)) * get(f"{name}.weight") + bias
 
     x = seen["attention_input"] = norm("input_layernorm", hidden)
     q = linear("self_attn.q_proj", x).reshape(-1, HEADS, HEAD_DIM)
@@ -467,21 +468,59 @@ def test_a_network_without_a_source_reports_the_scale_to_divide_by():
     assert solved.tensors["input_layernorm.weight"] is problem.tensors["input_layernorm.weight"]
 
 
+PLUS = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
+
+
+def off_centre(problem, seen, rng):
+    """The problem with inputs whose channels are far from 0, and those inputs."""
+    moved = {name: x + 4 * x.std(axis=0) * rng.choice([-1, 1], x.shape[1]) for name, x in seen.items()}
+    statistics = {name: statistics_of(x.astype(np.float32), weighted=True, histogram=True) for name, x in moved.items()}
+    return replace(problem, statistics=statistics), moved
+
+
 def test_plus_shifts_where_the_caller_can_subtract():
-    """Without a source, channels are centred and the bias makes up for it."""
-    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
-    problem, _, seen = make_problem(policy)
+    """Without a source, channels far from 0 are centred and the bias makes up for it."""
+    problem, _, seen = make_problem(PLUS)
     problem = replace(problem, inputs=tuple(replace(i, source=None, repeat=1) for i in INPUTS))
+    problem, seen = off_centre(problem, seen, np.random.default_rng(1))
     solved = solve_layer(problem)
-    linear, x = solved.linears["mlp.down_proj"], seen["mlp_activation"]
-    np.testing.assert_allclose(linear.smooth_shift, (x.max(axis=0) + x.min(axis=0)) / 2, rtol=1e-4, atol=1e-6)
-    exact = x @ problem.tensors["mlp.down_proj.weight"].T
+    linear, x = solved.linears["mlp.up_proj"], seen["mlp_input"]
+    spread = x.max(axis=0) - x.min(axis=0)
+    assert np.all(np.abs(linear.smooth_shift - (x.max(axis=0) + x.min(axis=0)) / 2) < 0.35 * spread)
+    exact = x @ problem.tensors["mlp.up_proj.weight"].T
     found = ((x - linear.smooth_shift) / linear.smooth_scale) @ linear.dequantised().T + linear.bias
     assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
 def test_plus_says_where_nothing_absorbs_the_shift():
     """In a decoder without biases the smoothing remains, and the rows note that the shift was left out."""
-    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
-    rows = solve_layer(make_problem(policy)[0]).rows
+    rows = solve_layer(make_problem(PLUS)[0]).rows
     assert all("without shift" in row.notes[0] for row in rows)
+
+
+def test_plus_gives_norms_and_linears_biases_where_they_can_be_published():
+    """The layer computes what it did, reading inputs that are shifted by the biases of norms and values."""
+    problem, hidden, _ = make_problem(PLUS)
+    problem = replace(problem, makes_biases=True)
+    solved = solve_layer(problem)
+    assert {"input_layernorm.bias", "post_attention_layernorm.bias"} <= set(solved.tensors)
+    noted = {row.name: " ".join(row.notes) for row in solved.rows}
+    assert "mlp.up_proj is not all" in noted[PREFIX + "mlp.down_proj"]
+    assert not any("without shift" in note for name, note in noted.items() if "down_proj" not in name)
+    expected, _ = forward(problem.tensors, hidden)
+    found, _ = forward(restored(solved), hidden)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_shift_of_every_input_leaves_the_function_of_the_layer():
+    """Statistics of channels far from 0 shift norms and values; the layer computes what it did all the same."""
+    problem, hidden, seen = make_problem(PLUS)
+    problem, _ = off_centre(problem, seen, np.random.default_rng(2))
+    solved = solve_layer(replace(problem, makes_biases=True))
+    assert np.abs(solved.tensors["input_layernorm.bias"]).max() > 0
+    assert solved.linears["self_attn.v_proj"].bias is not None
+    expected, _ = forward(problem.tensors, hidden)
+    found, shifted = forward(restored(solved), hidden)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    ratio = np.median(np.abs(shifted["mlp_input"].mean(axis=0)) / shifted["mlp_input"].std(axis=0))
+    assert 2 < ratio < 6  # by about the 4 deviations that the statistics spoke of
