@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.architecture import DecoderArchitecture
@@ -14,12 +15,12 @@ from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
-from gs_dist.checkpoint.problems import CheckReport, Problem
+from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
 from gs_dist.checkpoint.values import check_static_linears, check_tensors
 from gs_dist.errors import OutputError, UserError
 
-__all__ = ["CheckReport", "Problem", "check"]
+__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "judge"]
 
 _CHUNK = 16 << 20  # bytes hashed at a time
 
@@ -53,7 +54,39 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
         _check_hashes(inventory, architecture)
     problems = sorted(set(inventory.problems), key=lambda p: (p.file, p.tensor, p.rule))
     return CheckReport(
-        format=dialect, engine=engine, problems=tuple(problems), facts=_facts(inventory, layout, architecture)
+        format=dialect,
+        engine=engine,
+        problems=tuple(problems),
+        facts=_facts(inventory, layout, architecture),
+        notes=tuple(dict.fromkeys(inventory.notes)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineVerdict:
+    """What an engine's rules say of a directory that is otherwise taken to be sound."""
+
+    engine: str
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+
+def judge(directory: Path, engine: str) -> EngineVerdict:
+    """Applies an engine's rules alone, from descriptions and headers; no weight is read.
+
+    Raises:
+        UserError: `directory` is not a directory.
+    """
+    inventory = take_inventory(directory)
+    dialect = detect_format(inventory)
+    if dialect and inventory.architecture is not None:
+        layout = build_layout(inventory, dialect, inventory.architecture)
+        inventory.problems.clear()  # those of the format's own rules
+        ENGINES[engine](inventory, layout)
+    return EngineVerdict(
+        engine=engine,
+        problems=tuple(dict.fromkeys(inventory.problems)),
+        notes=tuple(dict.fromkeys(inventory.notes)),
     )
 
 

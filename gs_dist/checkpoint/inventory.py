@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header, read_json
-from gs_dist.checkpoint.problems import Problem
+from gs_dist.checkpoint.problems import Note, Problem
 from gs_dist.checkpoint.reader import contained_path
 from gs_dist.errors import CheckpointError, UserError
 
@@ -52,10 +52,15 @@ class Inventory:
     files: dict[str, Path] = field(default_factory=dict)
     descriptions: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def report(self, file: str, rule: str, found: object, expected: object, tensor: str = "") -> None:
         """Notes a problem."""
         self.problems.append(Problem(file=file, tensor=tensor, rule=rule, found=str(found), expected=str(expected)))
+
+    def note(self, rule: str, text: str) -> None:
+        """Notes what an engine's user must know."""
+        self.notes.append(Note(rule=rule, text=text))
 
     def report_tensor(self, name: str, rule: str, found: object, expected: object) -> None:
         """Notes a problem of a tensor that is there, under the file that holds it."""

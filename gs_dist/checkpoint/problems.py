@@ -1,11 +1,11 @@
-"""What a check of a model directory found: problems by rule, and facts."""
+"""What a check of a model directory found: problems by rule, notes and facts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CheckReport", "Problem"]
+__all__ = ["CheckReport", "Note", "Problem"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +24,29 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Note:
+    """What one must know to have an engine load the directory; nothing is wrong with it."""
+
+    rule: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"note: [{self.rule}] {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckReport:
     """Result of `check`: the dialect, every problem in order of file and tensor, and what the directory holds.
 
-    `format` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too.
+    `format` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too;
+    `notes` are about it.
     """
 
     format: str
     engine: str | None
     problems: tuple[Problem, ...]
     facts: Mapping[str, str]
+    notes: tuple[Note, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -42,16 +55,17 @@ class CheckReport:
 
     @property
     def exit_code(self) -> int:
-        """0 for a clean directory, 2 for a broken one."""
+        """0 for a clean directory, notes or not; 2 for a broken one."""
         return 0 if self.clean else 2
 
     def render(self, limit: int = 50) -> str:
-        """Plain text: facts, then at most `limit` problems a line each, then a verdict."""
+        """Plain text: facts, then at most `limit` problems a line each, notes, and a verdict."""
         width = max((len(name) for name in self.facts), default=0)
         lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
         lines += [str(problem) for problem in self.problems[:limit]]
         if len(self.problems) > limit:
             lines.append(f"... and {len(self.problems) - limit} more")
+        lines += [str(note) for note in self.notes]
         subject = f"{self.format or 'unknown'} checkpoint" + (f" for {self.engine}" if self.engine else "")
         count = len(self.problems)
         verdict = "no problem found" if self.clean else f"{count} problem{'s' if count > 1 else ''} found"

@@ -2,7 +2,8 @@
 
 Sources: compressed-tensors `quantization/quant_config.py`, `quant_args.py`, `quant_scheme.py` (keys of
 quantization_config, unknown ones are refused); vLLM `layers/quantization/compressed_tensors/compressed_tensors.py`
-(schemes, fused linears).
+(schemes, fused linears) with `schemes/*.py`, `kernels/linear/mixed_precision/*.py` (what a scheme has a kernel for; see
+`vllm_kernels.py`) and `layers/attention/attention.py` (KV cache).
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout, scheme_groups
+import numpy as np
 
-__all__ = ["check_transformers", "check_vllm"]
+from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
+from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
+from gs_dist.checkpoint.layouts import Layout, SchemeGroup, scheme_groups
+
+__all__ = ["DEQUANTIZE", "check_transformers", "check_vllm"]
+
+DEQUANTIZE = "dequantize"  # rule of the note on packed zero points
 
 _FORMATS = ("dense", "int-quantized", "pack-quantized", "mixed-precision", "naive-quantized")
 _STATUSES = ("compressed", "frozen")
@@ -36,10 +42,46 @@ _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.ga
 
 
 def check_transformers(inventory: Inventory, layout: Layout) -> None:
-    """`quant_config.py`: method, status, formats and arguments that the library knows."""
+    """The library's rules; packed zero points are a note, since they load by a way of their own."""
+    if not _check_library(inventory, layout):
+        return
+    if any(group.inputs is None and not _is_symmetric(group.weights) for group in scheme_groups(inventory)):
+        inventory.note(
+            DEQUANTIZE,
+            "packed zero points: transformers 5.23 with compressed-tensors 0.20 loads them only by "
+            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)), as float weights",
+        )
+
+
+def check_vllm(inventory: Inventory, layout: Layout) -> None:
+    """The library's rules, schemes with a kernel, one scheme for linears that are fused, and no int8 cache."""
+    if not _check_library(inventory, layout):
+        return
+    architecture = inventory.architecture
+    assert architecture is not None  # a layout is built from it
+    for group in scheme_groups(inventory):
+        _check_scheme(inventory, group, architecture.dtype)
+    _check_cache(inventory)
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        for members in _FUSED:
+            names = [prefix + member for member in members]
+            kinds = [layout.kinds[name] for name in names]
+            if len(set(kinds)) > 1:
+                expected = "one scheme: they are fused into one linear (get_scheme, should_ignore_layer)"
+                inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, names[0])
+            elif kinds[0] == "W8A8":
+                _check_shared_input(inventory, names)
+    limit = describe_tensor_parallel(_packed_linears(inventory, layout), architecture)
+    if limit is not None:
+        inventory.note("tensor-parallel", limit)
+
+
+def _check_library(inventory: Inventory, layout: Layout) -> bool:
+    """`quant_config.py`: method, status, formats and arguments that the library knows. False for another dialect."""
     if layout.format != "compressed-tensors":
         inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", "compressed-tensors")
-        return
+        return False
     config = inventory.quantization_config
     if config.get("format") not in _FORMATS:
         inventory.report(CONFIG_FILE, "scheme", f"format {config.get('format')!r:.60}", f"one of {', '.join(_FORMATS)}")
@@ -52,22 +94,7 @@ def check_transformers(inventory: Inventory, layout: Layout) -> None:
     for group in scheme_groups(inventory):
         _check_args(inventory, f"{group.label}.weights", group.weights)
         _check_args(inventory, f"{group.label}.input_activations", group.inputs or {})
-
-
-def check_vllm(inventory: Inventory, layout: Layout) -> None:
-    """`compressed_tensors.py`: the library's rules, and one scheme for linears that are fused."""
-    check_transformers(inventory, layout)
-    if layout.format != "compressed-tensors":
-        return
-    architecture = inventory.architecture
-    assert architecture is not None  # a layout is built from it
-    for layer in range(architecture.num_layers):
-        prefix = architecture.layer_prefix(layer)
-        for members in _FUSED:
-            kinds = [layout.kinds[prefix + member] for member in members]
-            if len(set(kinds)) > 1:
-                expected = "one scheme: they are fused into one linear (get_scheme, should_ignore_layer)"
-                inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, prefix + members[0])
+    return True
 
 
 def _check_args(inventory: Inventory, where: str, args: Mapping[str, Any]) -> None:
@@ -78,3 +105,89 @@ def _check_args(inventory: Inventory, where: str, args: Mapping[str, Any]) -> No
     if args and args.get("strategy") not in _STRATEGIES:
         expected = f"one of {', '.join(_STRATEGIES)}"
         inventory.report(CONFIG_FILE, "scheme", f"{where}.strategy {args.get('strategy')!r:.60}", expected)
+    order = args.get("actorder")
+    if order is True or str(order).lower() in ("group", "dynamic"):
+        expected = (
+            "weight, or none: compressed-tensors reads a group index up to 0.18 and refuses it from 0.19 on "
+            "(quant_args.py, validate_actorder); quantise with algo_args static_groups: true"
+        )
+        inventory.report(CONFIG_FILE, "actorder", f"{where}.actorder {order!r:.40}", expected)
+
+
+def _is_symmetric(args: Mapping[str, Any]) -> bool:
+    return bool(args.get("symmetric", True))
+
+
+def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
+    """`compressed_tensors.py`, _get_scheme_from_parts, and the kernels of what it returns."""
+    weights, inputs = group.weights, group.inputs
+    packed = _packed(group)
+    found, expected = "", ""
+    if packed is not None:
+        if not takes_group_size(packed, dtype):
+            found = f"groups of {packed.group_size}"
+            expected = (
+                "groups of 64 or 128, or weights per channel: no kernel takes others on CUDA cards (marlin.py, "
+                "machete.py, conch.py), but for symmetric ones with --dtype float16 (exllama.py)"
+            )
+        elif not packed.symmetric and packed.num_bits == 8:
+            inventory.note(
+                "zero-points",
+                "8-bit weights with zero points: vLLM has a kernel for them on Hopper cards only (machete.py; Marlin "
+                "takes zero points of 4 bits)",
+            )
+    elif inputs is not None and weights.get("num_bits") == 4:
+        found = "4-bit weights with 8-bit activations"
+        expected = (
+            "8-bit weights, or float activations: vLLM runs these on CPUs and Intel XPUs alone (dynamic_4bit.py, which "
+            "compressed_tensors_w4a8_int.py ends in); quantise with act_quant_dtype: null for W4A16"
+        )
+    elif inputs is not None and not _is_symmetric(weights):
+        found = "8-bit activations with asymmetric weights"
+        expected = (
+            "symmetric weights (_is_static_tensor_w8a8, _is_dynamic_token_w8a8); quantise with weight_symmetric: true"
+        )
+    if found:
+        inventory.report(CONFIG_FILE, "engine-kind", f"{group.label}: {found}", expected)
+
+
+def _check_cache(inventory: Inventory) -> None:
+    """`layers/attention/attention.py`: any kv_cache_scheme sets kv_cache_dtype to fp8, whatever its type."""
+    scheme = inventory.quantization_config.get("kv_cache_scheme")
+    if scheme and not (isinstance(scheme, Mapping) and scheme.get("type") == "float"):
+        expected = (
+            "null: vLLM takes any kv_cache_scheme for an FP8 cache (attention.py) and rounds keys and values by these "
+            "int8 steps to e4m3; for an int8 KV cache write the ascend format, for vLLM-Ascend"
+        )
+        inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme of type int", expected)
+
+
+def _check_shared_input(inventory: Inventory, names: list[str]) -> None:
+    """`compressed_tensors_w8a8_int8.py`: a fused linear has one static input scale, made of its members'."""
+    for leaf in ("input_scale", "input_zero_point"):
+        held = [f"{name}.{leaf}" for name in names if f"{name}.{leaf}" in inventory.tensors]
+        values = [inventory.read(name).astype(np.float32).reshape(-1) for name in held]
+        for name, value in zip(held[1:], values[1:], strict=True):
+            if value.size == values[0].size == 1 and value[0] != values[0][0]:
+                expected = f"{values[0][0]:.6g} as {held[0]}, with which vLLM fuses it into one linear with one of both"
+                inventory.report_tensor(name, "shared-input", f"{value[0]:.6g}", expected)
+
+
+def _packed(group: SchemeGroup) -> PackedWeights | None:
+    """How a group of weights alone is stored, None where activations are quantised or sizes are no numbers."""
+    size = group.weights.get("group_size") if group.weights.get("strategy") == "group" else 0
+    bits = group.weights.get("num_bits")
+    if group.inputs is not None or not isinstance(size, int) or size < 0 or not isinstance(bits, int):
+        return None
+    return PackedWeights(num_bits=bits, group_size=size, symmetric=_is_symmetric(group.weights))
+
+
+def _packed_linears(inventory: Inventory, layout: Layout) -> dict[str, PackedWeights]:
+    groups = scheme_groups(inventory)
+    found = {}
+    for name, kind in layout.kinds.items():
+        group = next((group for group in groups if group.takes(name)), None)
+        packed = None if group is None or not kind.endswith("A16") else _packed(group)
+        if packed is not None:
+            found[name] = packed
+    return found

@@ -83,7 +83,10 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
 
 
 def _check_compressed_tensors(inventory: Inventory) -> None:
-    """`compressed_tensors_config.py`, _detect_quant_type: W8A8 and W8A8_DYNAMIC, symmetric on both sides."""
+    """`compressed_tensors_config.py`, _detect_quant_type: W8A8 and W8A8_DYNAMIC, symmetric on both sides.
+
+    The first of them is taken, and then quantises its input with what happens to lie in memory.
+    """
     for group in scheme_groups(inventory):
         if not _is_served(group):
             activations = f"{_summary(group.inputs)} activations" if group.inputs else "no activations"
@@ -93,6 +96,13 @@ def _check_compressed_tensors(inventory: Inventory) -> None:
                 "(_detect_quant_type); W4A16 serves mixture-of-experts layers only"
             )
             inventory.report(CONFIG_FILE, "engine-kind", f"{group.label}: {found}", expected)
+        elif group.inputs and not group.inputs.get("dynamic"):
+            expected = (
+                "the ascend format, or activations per token: for compressed-tensors this engine quantises with an "
+                "input_offset that the checkpoint has not and nothing sets (w8a8_static.py, get_pertensor_param, "
+                "process_weights_after_loading); set format: [ascend], or act_quant_granularity: per_token"
+            )
+            inventory.report(CONFIG_FILE, "engine-static", f"{group.label}: static int8 activations", expected)
     if inventory.quantization_config.get("kv_cache_scheme"):
         expected = "null: this engine ignores it for compressed-tensors; use the ascend format for an int8 KV cache"
         inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme", expected)

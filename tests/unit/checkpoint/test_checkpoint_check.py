@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gs_dist.architecture import DecoderArchitecture
-from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.check import check, judge
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
@@ -28,12 +28,19 @@ from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import UserError
+from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 
 INDEX, OTHER_INDEX = "model.safetensors.index.json", "quant_model_weights.safetensors.index.json"
 ASCEND, GOLDEN = "quant_model_description.json", "quantization_description.json"
 LAYER = "layer-00001.safetensors"
 P = "model.layers.1."
 UP = P + "mlp.up_proj."
+
+W4_GROUPS_OF_256 = QuantPolicy(weight_quant_dtype="qint4x2", weight_quant_granularity="per_group", group_size=256)
+W4_ZERO_POINTS = dialects.W4A16_GROUPS.model_copy(update={"weight_symmetric": False})
+W4_GROUP_INDEX = dialects.W4A16_GROUPS.model_copy(
+    update={"precision_recovery": PrecisionRecovery.GPTQ, "algo_args": AlgoArgs(desc_act=True)}
+)
 
 Break = Callable[[Path], None]
 
@@ -57,6 +64,23 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "ct-asymmetric": (CompressedTensorsFormat(), asymmetric, {}),
         "ct-w4": (CompressedTensorsFormat(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
         "ct-w4-odd": (CompressedTensorsFormat(), dialects.W4A16, odd),
+        "ct-dynamic": (CompressedTensorsFormat(), dialects.W8A8_DYNAMIC, {}),
+        "ct-cache": (CompressedTensorsFormat(), dialects.W8A16, {"hidden_size": 128, "kv_cache": "per_channel"}),
+        "ct-w4-zero-points": (CompressedTensorsFormat(), W4_ZERO_POINTS, {"hidden_size": 128}),
+        "ct-w8-zero-points": (CompressedTensorsFormat(), QuantPolicy(weight_symmetric=False), {"hidden_size": 128}),
+        "ct-w8a8-zero-points": (
+            CompressedTensorsFormat(),
+            QuantPolicy(weight_symmetric=False, act_quant_dtype="int8", act_quant_granularity="per_token"),
+            {},
+        ),
+        "ct-w4a8": (CompressedTensorsFormat(), dialects.W4A8, {}),
+        "ct-wide": (CompressedTensorsFormat(), W4_GROUPS_OF_256, {"hidden_size": 256, "intermediate_size": 256}),
+        "ct-wide-float16": (
+            CompressedTensorsFormat(),
+            W4_GROUPS_OF_256,
+            {"hidden_size": 256, "intermediate_size": 256, "dtype": "float16"},
+        ),
+        "ct-group-index": (CompressedTensorsFormat(), W4_GROUP_INDEX, {"hidden_size": 128}),
     }
     for name, (dialect, policy, options) in specs.items():
         dialects.save_model(root / name, dialect, policy, **options)
@@ -426,6 +450,37 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "fused-label",
         quantization(ignore=["lm_head", r"re:.*\.k_proj$"]),
     ),
+    "an int8 cache in vLLM, which would be FP8": ("ct-cache", "vllm", "engine-kv", lambda directory: None),
+    "a cache that vLLM-Ascend ignores": ("ct-cache", "vllm-ascend", "engine-kv", lambda directory: None),
+    "static input on Ascend, where its offset is not set": (
+        "ct",
+        "vllm-ascend",
+        "engine-static",
+        lambda directory: None,
+    ),
+    "a group index in transformers": ("ct-group-index", "transformers", "actorder", lambda directory: None),
+    "a group index in vLLM": ("ct-group-index", "vllm", "actorder", lambda directory: None),
+    "a group index by its older spelling": (
+        "ct-w4",
+        "transformers",
+        "actorder",
+        scheme(lambda g: g["weights"].update(actorder=True)),
+    ),
+    "weights with zero points beside int8 inputs": (
+        "ct-w8a8-zero-points",
+        "vllm",
+        "engine-kind",
+        lambda directory: None,
+    ),
+    "W4A8 in vLLM": ("ct-w4a8", "vllm", "engine-kind", lambda directory: None),
+    "groups of 256 in vLLM": ("ct-wide", "vllm", "engine-kind", lambda directory: None),
+    "input scales that differ in vLLM": ("ct", "vllm", "shared-input", replace(UP + "input_scale", lambda a: a * 2)),
+    "input zero points that differ in vLLM": (
+        "ct-asymmetric",
+        "vllm",
+        "shared-input",
+        replace(UP + "input_zero_point", lambda a: a + 1),
+    ),
 }
 
 
@@ -459,10 +514,21 @@ def test_a_broken_directory_is_caught_by_the_name_of_its_rule(
         ("golden-w8a16", None),
         ("ct", "vllm"),
         ("ct", "transformers"),
-        ("ct", "vllm-ascend"),
+        ("ct-dynamic", "vllm-ascend"),
+        ("ct-dynamic", "vllm"),
         ("ct-asymmetric", "transformers"),
+        ("ct-asymmetric", "vllm"),
+        ("ct-cache", "transformers"),
+        ("ct-group-index", None),
         ("ct-w4", "vllm"),
         ("ct-w4-odd", None),
+        ("ct-w4-zero-points", "transformers"),
+        ("ct-w4-zero-points", "vllm"),
+        ("ct-w8-zero-points", "vllm"),
+        ("ct-w8a8-zero-points", "transformers"),
+        ("ct-w4a8", "transformers"),
+        ("ct-wide", "transformers"),
+        ("ct-wide-float16", "vllm"),
     ],
 )
 def test_a_clean_directory_passes(name: str, engine: str | None, pristine: dict[str, Path]) -> None:
@@ -472,6 +538,54 @@ def test_a_clean_directory_passes(name: str, engine: str | None, pristine: dict[
     assert report.exit_code == 0
     assert report.format in report.render()
     assert "2 layers" in report.facts["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "rule", "text"),
+    [
+        ("ct-w4-zero-points", "transformers", "dequantize", "CompressedTensorsConfig(dequantize=True)"),
+        ("ct-w8-zero-points", "vllm", "zero-points", "Hopper"),
+        ("ct-w4", "vllm", "tensor-parallel", "up to tensor_parallel_size 1 (2 on Hopper cards)"),
+    ],
+)
+def test_what_a_user_must_know_is_noted_of_a_clean_directory(
+    name: str, engine: str, rule: str, text: str, pristine: dict[str, Path]
+) -> None:
+    """A directory that loads in a certain way only has no problem and exit code 0, and the report says which way."""
+    report = check(pristine[name], engine)
+    assert (report.problems, report.exit_code) == ((), 0)
+    (note,) = [note for note in report.notes if note.rule == rule]
+    assert text in note.text
+    assert f"note: [{rule}] {note.text}" in report.render().splitlines()
+    assert check(pristine[name]).notes == ()
+
+
+def test_input_scales_of_their_own_are_no_matter_to_transformers(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """It runs linears one by one, each with its input scale, so what stops vLLM is clean there."""
+    directory = tmp_path / "model"
+    shutil.copytree(pristine["ct"], directory)
+    replace(UP + "input_scale", lambda a: a * 2)(directory)
+    assert check(directory, "transformers").problems == ()
+
+
+def test_an_fp8_cache_is_what_vllm_makes_of_its_scheme(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """The rule is about int8 steps: a scheme of type float is run as it says."""
+    directory = tmp_path / "model"
+    shutil.copytree(pristine["ct-cache"], directory)
+    scheme_of_floats = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    quantization(kv_cache_scheme=scheme_of_floats)(directory)
+    assert check(directory, "vllm").problems == ()
+
+
+def test_an_engines_verdict_reads_no_weights(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """Its problems and notes are those of the check, told without the format's rules on values."""
+    directory = tmp_path / "model"
+    shutil.copytree(pristine["ct-w8a8-zero-points"], directory)
+    put(UP + "weight_scale", float("nan"))(directory)
+    verdict = judge(directory, "vllm")
+    assert {problem.rule for problem in verdict.problems} == {"engine-kind"}
+    assert {problem.rule for problem in check(directory, "vllm").problems} == {"engine-kind", "value-finite"}
+    assert [note.rule for note in judge(pristine["ct-w4-zero-points"], "transformers").notes] == ["dequantize"]
 
 
 def test_only_the_broken_tensor_is_reported(pristine: dict[str, Path], tmp_path: Path) -> None:
@@ -626,6 +740,7 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         ("ascend", None, INDEX),
         ("golden-w4", "vllm-mindspore", GOLDEN),
         ("ct-w4", "vllm", "config.json"),
+        ("ct", "vllm", "config.json"),
         ("ct", "vllm-ascend", "config.json"),
     ],
 )
