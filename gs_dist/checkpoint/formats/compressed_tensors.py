@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.formats.base import KVKind, Policies
+from gs_dist.checkpoint.formats.compressed_tensors_notes import engine_notes
 from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
     actorder,
     config_groups,
@@ -22,8 +23,8 @@ from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
     matching_group,
     policy_of,
     quantization_args,
-    scheme_key,
 )
+from gs_dist.checkpoint.formats.description import kv_layers
 from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -36,8 +37,6 @@ __all__ = ["CompressedTensorsFormat"]
 
 Array = npt.NDArray[Any]
 
-# Engines that fuse these projections need one scheme for all of a tuple (vLLM's packed_modules_mapping).
-_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 _KV_PARTS = ("k_scale", "v_scale")
 
 
@@ -57,7 +56,7 @@ class CompressedTensorsFormat:
                     f"for {linear.name} in layer_policies"
                 )
         _check_kv(policies, architecture)
-        return _notes(policies, architecture)
+        return engine_notes(policies, architecture)
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """See `CheckpointFormat.encode_layer`. Scales are stored in the model's dtype.
@@ -165,59 +164,19 @@ class CompressedTensorsFormat:
 
 
 def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
+    kv_layers(policies, architecture)  # refuses a cache with a scale a token
     kinds: dict[str | None, str] = {}
     for layer in range(architecture.num_layers):
         for projection in ("k_proj", "v_proj"):
             name = f"{architecture.layer_prefix(layer)}self_attn.{projection}"
             policy = policies.get(name)
-            quantised = policy is not None and policy.kvcache_quant_dtype is not None
-            kinds.setdefault(policy.kvcache_quant_granularity if policy and quantised else None, name)
-    if "per_token" in kinds:
-        raise UserError(
-            f"{kinds['per_token']}: compressed-tensors holds no KV cache scaled per token; set "
-            "kvcache_quant_granularity: per_channel, or another format"
-        )
+            kinds.setdefault(policy.kvcache_quant_dtype if policy else None, name)
     if len(kinds) > 1:
         one, other = kinds.values()
         raise UserError(
             f"{one} and {other} differ in kvcache_quant_dtype; compressed-tensors quantises the KV cache of all layers "
             "or of none: give k_proj and v_proj of every layer the same"
         )
-
-
-def _notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
-    notes = []
-    quantised = {name: policy for name, policy, _ in layer_policies(policies, architecture)}
-    for name, policy in quantised.items():
-        if actorder(policy) == "group":
-            notes.append(
-                f"{name} and perhaps others: desc_act without static_groups stores a group index (actorder: group), "
-                "which compressed-tensors refuses since August 2026; static_groups: true loads everywhere"
-            )
-            break
-    if any(not p.weight_symmetric and p.act_quant_dtype is None for p in quantised.values()):
-        notes.append(
-            "weight_symmetric: false stores packed zero points: vLLM loads them, transformers (5.23 with "
-            "compressed-tensors 0.20) only with quantization_config=CompressedTensorsConfig(dequantize=True)"
-        )
-    if any(not p.weight_symmetric and p.act_quant_dtype is not None for p in quantised.values()):
-        notes.append(
-            "weight_symmetric: false with quantised activations: transformers loads it, serving engines take "
-            "symmetric weights there"
-        )
-    if any(p.kvcache_quant_dtype for p in policies.values() if p is not None):
-        notes.append("compressed-tensors stores one scale for a layer's keys and one for its values, not one a channel")
-    for layer in range(architecture.num_layers):
-        prefix = architecture.layer_prefix(layer)
-        for fused in _FUSED:
-            schemes = {scheme_key(quantised.get(prefix + name)) for name in fused}
-            if len(schemes) > 1:
-                notes.append(
-                    f"{prefix}{fused[0]} and its neighbours {', '.join(fused[1:])} have different schemes: "
-                    "transformers loads them, vLLM fuses them and needs one"
-                )
-                return tuple(notes)
-    return tuple(notes)
 
 
 def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str, StoredTensor]:

@@ -66,7 +66,8 @@ def _scheme(policy: QuantPolicy) -> dict[str, Any]:
         activations = quantization_args(
             8,
             strategy="tensor" if policy.is_static else "token",
-            symmetric=policy.act_symmetric,
+            # Scales per token are symmetric whatever the policy says: solvers and evaluation know no others.
+            symmetric=policy.act_symmetric or not policy.is_static,
             dynamic=not policy.is_static,
         )
     return {

@@ -28,6 +28,7 @@ __all__ = [
     "expected_names",
     "float_dtype",
     "fused_members",
+    "input_settings",
     "kv_layers",
     "label_of",
     "mixed_fusions",
@@ -140,14 +141,25 @@ def fused_members(architecture: DecoderArchitecture) -> Iterator[tuple[str, tupl
 
 
 def kv_layers(policies: Policies, architecture: DecoderArchitecture) -> dict[int, QuantPolicy]:
-    """Layers whose KV cache is quantised, with the policy that says so."""
+    """Layers whose KV cache is quantised, with the policy that says so.
+
+    Raises:
+        RecipeError: a cache with a scale a token, which no dialect has a place for.
+    """
     found = {}
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         for linear in ("self_attn.k_proj", "self_attn.v_proj"):
             policy = policies.get(prefix + linear)
-            if policy is not None and policy.kvcache_quant_dtype is not None:
-                found[layer] = policy
+            if policy is None or policy.kvcache_quant_dtype is None:
+                continue
+            if policy.kvcache_quant_granularity == "per_token":
+                raise RecipeError(
+                    f"{prefix}self_attn: kvcache_quant_granularity is per_token, which leaves nothing to publish and "
+                    "exists in gs_dist.ptq alone; for a job set kvcache_quant_granularity: per_channel, or "
+                    "kvcache_quant_dtype: null"
+                )
+            found[layer] = policy
     return found
 
 
@@ -177,7 +189,7 @@ def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict
                 f"the engine fuses {short} into one linear, and they are {', '.join(labels)}: "
                 "let one entry of layer_policies (or of opname_blacklist) cover all of them"
             )
-        elif labels[0] == "W8A8" and len({_input_settings(policy) for policy in found}) > 1:
+        elif labels[0] == "W8A8" and len({input_settings(policy) for policy in found}) > 1:
             reason = (
                 f"the engine fuses {short} into one linear with one input scale: give them the same act_symmetric, "
                 "act_range, outliers_suppression and algo_args"
@@ -188,7 +200,8 @@ def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict
     return reasons
 
 
-def _input_settings(policy: QuantPolicy | None) -> tuple[object, ...]:
+def input_settings(policy: QuantPolicy | None) -> tuple[object, ...]:
+    """What decides a linear's static input scale: linears of one input that agree on it have the same one."""
     if policy is None:
         return ()
     arguments = (policy.migration_strength, policy.exponents)

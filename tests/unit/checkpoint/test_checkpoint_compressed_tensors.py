@@ -31,7 +31,7 @@ PREFIX = "model.layers.0."
 
 
 def architecture(**overrides: Any) -> DecoderArchitecture:
-    return DecoderArchitecture.from_config(tiny_config(hidden_size=128, **overrides))
+    return DecoderArchitecture.from_config(tiny_config(**{"hidden_size": 128, **overrides}))
 
 
 def uniform(policy: QuantPolicy | None, num_layers: int = 2) -> dict[str, QuantPolicy | None]:
@@ -208,7 +208,7 @@ def test_a_group_index_is_stored_and_read_back(tmp_path: Path) -> None:
     same(layers[1], read)
     np.testing.assert_array_equal(read.linears["mlp.up_proj"].group_index, index)
     notes = FORMAT.check_policies({"model.layers.0.mlp.up_proj": policy}, reader.architecture)
-    assert any("static_groups: true loads everywhere" in note for note in notes)
+    assert any("from 0.19 on" in note and "set algo_args static_groups: true" in note for note in notes)
 
 
 def test_a_uniform_config_is_the_published_one() -> None:
@@ -312,15 +312,89 @@ def test_what_cannot_be_expressed_is_refused(policies: dict[str, QuantPolicy | N
         FORMAT.check_policies(policies, architecture())
 
 
-def test_notes_tell_what_engines_do_not_load() -> None:
-    """Fused projections of different schemes and packed zero points are said, plain recipes need no note."""
-    assert FORMAT.check_policies(uniform(QuantPolicy()), architecture()) == ()
+ZERO_POINTS = {"weight_symmetric": False}
+W4_GROUPS = SCHEMES["W4A16 per group"]
+WIDE = {"hidden_size": 1024, "intermediate_size": 2048}  # four cards hold whole tiles of it
+NOTED: list[tuple[str, dict[str, Any], str]] = [
+    ("packed zero points", {**W4_GROUPS, **ZERO_POINTS}, "CompressedTensorsConfig(dequantize=True)"),
+    ("int8 zero points", ZERO_POINTS, "on Hopper cards only: set weight_symmetric: true"),
+    (
+        "W8A8 with zero points",
+        {**SCHEMES["W8A8 dynamic"], **ZERO_POINTS},
+        "take symmetric weights there: set weight_sym",
+    ),
+    ("W4A8", SCHEMES["W4A8 dynamic"], "on CPUs and Intel XPUs alone: set act_quant_dtype: null"),
+    ("groups of 256", {**W4_GROUPS, "group_size": 256}, "no kernel for groups of 256 on CUDA cards"),
+    ("static activations", SCHEMES["W8A8 static"], "for Ascend cards set format: [ascend], or act_quant_granularity"),
+    ("cache", {"kvcache_quant_dtype": "int8"}, "vLLM takes them for an FP8 cache's"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), [r[1:] for r in NOTED], ids=[r[0] for r in NOTED])
+def test_notes_tell_what_engines_do_not_load(fields: dict[str, Any], text: str) -> None:
+    """A scheme that not every engine runs as it is meant is said before any work, once, with what to set."""
+    notes = FORMAT.check_policies(uniform(QuantPolicy(**fields)), architecture(**WIDE))
+    (note,) = [note for note in notes if text in note]
+    assert note.startswith(
+        "kvcache_quant_dtype" if "kvcache" in text or "FP8" in text else "model.layers.0.self_attn.q"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W8A8 dynamic", "W4A16 per channel", "W4A16 ordered by activation"])
+def test_a_recipe_that_all_engines_run_needs_no_note(scheme: str) -> None:
+    """Weights alone in vLLM and transformers, and int8 per token everywhere, say nothing."""
+    assert FORMAT.check_policies(uniform(QuantPolicy(**SCHEMES[scheme])), architecture(**WIDE)) == ()
+
+
+def test_groups_tell_over_how_many_cards_vllm_splits_them() -> None:
+    """Four heads would let four cards share the model; 128 channels of o_proj in groups of 64 do not."""
+    (note,) = FORMAT.check_policies(uniform(QuantPolicy(**W4_GROUPS)), architecture())
+    assert "up to tensor_parallel_size 1 (2 on Hopper cards)" in note
+
+
+def test_linears_that_an_engine_fuses_and_that_differ_are_noted() -> None:
+    """Of different schemes, or of one scheme with input scales of their own, which transformers alone runs."""
+    static = QuantPolicy(**SCHEMES["W8A8 static"])
     mixed = {**uniform(QuantPolicy()), "model.layers.1.self_attn.q_proj": None}
-    assert "vLLM fuses them" in FORMAT.check_policies(mixed, architecture())[0]
-    asymmetric = uniform(QuantPolicy(weight_symmetric=False))
-    assert "packed zero points" in FORMAT.check_policies(asymmetric, architecture())[0]
-    kv = uniform(QuantPolicy(kvcache_quant_dtype="int8"))
-    assert "one scale" in FORMAT.check_policies(kv, architecture())[0]
+    (note,) = FORMAT.check_policies(mixed, architecture(**WIDE))
+    assert "model.layers.1.self_attn.q_proj and its neighbours k_proj, v_proj have different schemes" in note
+    ranges = {**uniform(static), "model.layers.0.mlp.up_proj": static.model_copy(update={"act_range": "minmax"})}
+    noted = [
+        note for note in FORMAT.check_policies(ranges, architecture(**WIDE)) if "input scales of their own" in note
+    ]
+    assert len(noted) == 1
+    assert noted[0].startswith("model.layers.0.mlp.gate_proj and its neighbours up_proj")
+    dynamic = {
+        name: policy.model_copy(update={"act_quant_granularity": "per_token"})
+        for name, policy in ranges.items()
+        if policy
+    }
+    assert FORMAT.check_policies(dynamic, architecture(**WIDE)) == ()
+
+
+def test_scales_per_token_are_symmetric_whatever_the_policy_says() -> None:
+    """Engines would take a zero point a token, with which neither solvers nor evaluation reckon."""
+    fields = SCHEMES["W8A8 dynamic"]
+    asked = {
+        **uniform(QuantPolicy(**fields)),
+        "model.layers.1.mlp.down_proj": QuantPolicy(**fields, act_symmetric=False),
+    }
+    quantization = FORMAT.config({}, asked, {}, architecture())["quantization_config"]
+    (group,) = quantization["config_groups"].values()
+    assert group["input_activations"]["symmetric"] is True
+    static = uniform(QuantPolicy(**SCHEMES["W8A8 static asymmetric"]))
+    (group,) = FORMAT.config({}, static, {}, architecture())["quantization_config"]["config_groups"].values()
+    assert group["input_activations"]["symmetric"] is False
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cache_with_a_scale_a_token_is_refused_alike_by_every_format(name: str) -> None:
+    """Nothing of it could be published, so that no other format is advised."""
+    policies = uniform(QuantPolicy(kvcache_quant_dtype="int8", kvcache_quant_granularity="per_token"))
+    with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn: .* exists in gs_dist\.ptq alone") as caught:
+        FORMATS[name].check_policies(policies, architecture())
+    assert "kvcache_quant_granularity: per_channel" in str(caught.value)
+    assert "format" not in str(caught.value)
 
 
 def test_a_result_that_cannot_be_held_is_refused(tmp_path: Path) -> None:
