@@ -6,11 +6,13 @@ Nothing in it tells on which machine it was made: paths are reduced to their las
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.check import EngineVerdict, judge
+from gs_dist.checkpoint.engines.compressed_tensors import DEQUANTIZE
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe
 from gs_dist.summary import CalibrationSummary
@@ -18,27 +20,40 @@ from gs_dist.summary import CalibrationSummary
 __all__ = ["render_model_card", "write_model_card"]
 
 _WORST = 5  # linears listed with their error
-_FORMATS: Mapping[str, str] = {
-    "compressed-tensors": "compressed-tensors, for transformers, vLLM and vLLM-Ascend",
-    "ascend": "ModelSlim's layout, for vLLM-Ascend",
-    "golden-stick": "Golden Stick's layout, for vLLM-MindSpore",
+_REASONS = 3  # listed of why an engine does not load the directory
+_FORMATS: Mapping[str, str] = {"ascend": "ModelSlim's layout", "golden-stick": "Golden Stick's layout"}
+_ENGINES: Mapping[str, tuple[str, ...]] = {
+    "compressed-tensors": ("transformers", "vllm", "vllm-ascend"),
+    "ascend": ("vllm-ascend",),
+    "golden-stick": ("vllm-mindspore",),
+}
+_ENGINE_NAMES: Mapping[str, str] = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "vllm-ascend": "vLLM-Ascend",
+    "vllm-mindspore": "vLLM-MindSpore",
 }
 
 
 def write_model_card(
     directory: Path, config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture
 ) -> None:
-    """Publishes `directory/README.md`; the directory's name is the format's.
+    """Publishes `directory/README.md`; the directory's name is the format's, and the rest of it is there already.
 
     Raises:
         OutputError: the directory cannot be written.
     """
-    text = render_model_card(config, summary, architecture, directory.name)
+    verdicts = [judge(directory, engine) for engine in _ENGINES.get(directory.name, ())]
+    text = render_model_card(config, summary, architecture, directory.name, verdicts)
     write_bytes(directory / "README.md", text.encode())
 
 
 def render_model_card(
-    config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture, format_name: str
+    config: CalibrationConfig,
+    summary: CalibrationSummary,
+    architecture: DecoderArchitecture,
+    format_name: str,
+    verdicts: Sequence[EngineVerdict] = (),
 ) -> str:
     """The card as Markdown with the front matter that model hubs read.
 
@@ -47,14 +62,15 @@ def render_model_card(
         summary: of the job; with perplexities where they were measured.
         architecture: of the model.
         format_name: the dialect of this directory.
+        verdicts: what the engines that know the dialect do with the directory, in the order to be shown.
     """
     sections = [
         _front_matter(summary, format_name),
-        f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, format_name)}",
+        f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, format_name, verdicts)}",
         f"## Linears\n\n{_strategies(summary)}",
         f"## Quality\n\n{_quality(summary, format_name)}",
         f"## How it was made\n\n{_recipe(config, summary)}",
-        f"## How to serve it\n\n{_serving(config, summary, architecture, format_name)}",
+        f"## How to serve it\n\n{_serving(architecture, format_name, verdicts)}",
         f"## Origin\n\n{_origin(summary)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -67,14 +83,25 @@ def _front_matter(summary: CalibrationSummary, format_name: str) -> str:
     return "\n".join(["---", f"base_model: {json.dumps(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
 
 
-def _introduction(summary: CalibrationSummary, architecture: DecoderArchitecture, format_name: str) -> str:
+def _introduction(
+    summary: CalibrationSummary,
+    architecture: DecoderArchitecture,
+    format_name: str,
+    verdicts: Iterable[EngineVerdict],
+) -> str:
+    engines = [_ENGINE_NAMES[verdict.engine] for verdict in verdicts if not verdict.problems]
+    form = " for ".join([_FORMATS.get(format_name, format_name), *([_listed(engines)] if engines else [])])
     kind = f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}"
     head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
     return (
         f"Weights of `{summary.model}` ({kind}, {architecture.dtype}, {head}) after post-training quantisation by "
-        f"gs_dist, in the form {_FORMATS.get(format_name, format_name)}. Embedding, norms and head are as they were, "
+        f"gs_dist, in {form}. Embedding, norms and head are as they were, "
         "except for norms that took up a rescaling of channels."
     )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -139,46 +166,43 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=lambda other: getattr(other, "value", str(other)))
 
 
-def _serving(
-    config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture, format_name: str
-) -> str:
-    strategies = [name for name in summary.strategies if name != "NA"]
-    dtype = " --dtype bfloat16" if architecture.dtype == "float32" else ""
-    if format_name == "ascend":
-        text = _command("vLLM-Ascend", f"vllm serve DIRECTORY --quantization ascend{dtype}")
-        if dtype:
-            text += "\n\nThe model's dtype is float32; the engine computes in bfloat16, for which the scales were made."
-        return text
-    if format_name == "golden-stick":
-        text = _command("vLLM-MindSpore", "vllm-mindspore serve DIRECTORY --quantization golden-stick")
-        if any("A8-pertensor" not in name for name in strategies):
-            text += (
-                "\n\nvLLM-MindSpore's own reader knows float linears and W8A8 with static activations; the other "
-                "strategies above are for networks that Golden Stick builds."
-            )
-        return text
-    parts = [
-        "With transformers (`pip install transformers compressed-tensors`):\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("DIRECTORY")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n```',
-        _command("vLLM", f"vllm serve DIRECTORY{dtype}"),
-    ]
-    symmetric = config.ptq.act_symmetric and not any(
-        override and override.get("act_symmetric") is False for override in config.layer_policies.values()
-    )
-    if strategies and all("A8" in name and "W8" in name for name in strategies) and symmetric:
-        parts.append(_command("vLLM-Ascend", f"vllm serve DIRECTORY{dtype}"))
-    else:
-        parts.append(
-            "vLLM-Ascend loads compressed-tensors with int8 weights and symmetric int8 activations only, "
-            "so not this one."
-        )
+def _serving(architecture: DecoderArchitecture, format_name: str, verdicts: Sequence[EngineVerdict]) -> str:
+    parts = [_engine(verdict, architecture, format_name) for verdict in verdicts]
+    if format_name == "golden-stick" and any(verdict.problems for verdict in verdicts):
+        parts.append("Networks that Golden Stick builds load every strategy above.")
+    if architecture.dtype == "float32" and "--dtype bfloat16" in "".join(parts):
+        parts.append("The model's dtype is float32; engines compute in bfloat16.")
     return "\n\n".join(parts)
 
 
-def _command(engine: str, command: str) -> str:
-    return f"With {engine}:\n\n```shell\n{command}\n```"
+def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, format_name: str) -> str:
+    """How to serve with an engine and what to know of it, or why not to."""
+    name = _ENGINE_NAMES[verdict.engine]
+    if verdict.problems:
+        reasons = list(dict.fromkeys(f"* found {p.found}; expected {p.expected}" for p in verdict.problems))
+        if len(reasons) > _REASONS:
+            more = f"* and {len(reasons) - _REASONS} more, which `gs-dist check DIRECTORY --for {verdict.engine}` lists"
+            reasons[_REASONS:] = [more]
+        return f"**Not with {name}**, which does not load this as it is meant:\n\n" + "\n".join(reasons)
+    if verdict.engine == "transformers":
+        text = _transformers(dequantize=any(note.rule == DEQUANTIZE for note in verdict.notes))
+    else:
+        program = "vllm-mindspore" if verdict.engine == "vllm-mindspore" else "vllm"
+        method = "" if format_name == "compressed-tensors" else f" --quantization {format_name}"
+        dtype = " --dtype bfloat16" if architecture.dtype == "float32" and program == "vllm" else ""
+        text = f"With {name}:\n\n```shell\n{program} serve DIRECTORY{method}{dtype}\n```"
+    return "\n\n".join([text, *(f"* {note.text}" for note in verdict.notes)])
+
+
+def _transformers(*, dequantize: bool) -> str:
+    more = ", CompressedTensorsConfig" if dequantize else ""
+    option = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dequantize else ""
+    return (
+        "With transformers (`pip install transformers compressed-tensors`):\n\n```python\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{option})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n```'
+    )
 
 
 def _origin(summary: CalibrationSummary) -> str:

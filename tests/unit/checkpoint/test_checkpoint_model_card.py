@@ -6,18 +6,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import dialects
 import pytest
 import yaml
 from checkpoints import tiny_config
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.check import EngineVerdict, Problem
+from gs_dist.checkpoint.formats.ascend import AscendFormat
+from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
+from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
 from gs_dist.checkpoint.model_card import render_model_card, write_model_card
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig
+from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import LinearSummary
 from gs_dist.summary import CalibrationSummary
 
 ARCHITECTURE = DecoderArchitecture.from_config(tiny_config(torch_dtype="bfloat16"))
-STATIC, GROUPS = "SmoothQuant-W8-perchannel-A8-pertensor", "GPTQ-W4-pergroup"
+STATIC = "SmoothQuant-W8-perchannel-A8-pertensor"
 
 
 def recipe(**changes: Any) -> CalibrationConfig:
@@ -91,28 +98,140 @@ def test_perplexities_are_shown_where_they_were_measured() -> None:
     assert "gs-dist evaluate" in render_model_card(recipe(), summary(), ARCHITECTURE, "ascend")
 
 
-@pytest.mark.parametrize(
-    ("format_name", "strategy", "said", "unsaid"),
-    [
-        ("ascend", STATIC, "vllm serve DIRECTORY --quantization ascend\n", "transformers"),
-        ("golden-stick", STATIC, "vllm-mindspore serve DIRECTORY --quantization golden-stick", "networks that Golden"),
-        ("golden-stick", GROUPS, "networks that Golden Stick builds", "transformers"),
-        ("compressed-tensors", STATIC, "With vLLM-Ascend", "so not this one"),
-        ("compressed-tensors", GROUPS, "so not this one", "With vLLM-Ascend:"),
-    ],
-)
-def test_serving_is_told_for_the_engines_that_load_it(format_name: str, strategy: str, said: str, unsaid: str) -> None:
-    """Each format names its engines and commands, and what would not load there."""
-    card = render_model_card(recipe(), summary(strategy), ARCHITECTURE, format_name)
-    serving = card.split("## How to serve it")[1].split("## Origin")[0]
-    assert said in serving
-    assert unsaid not in serving
+FORMATS = {dialect.name: dialect for dialect in (CompressedTensorsFormat(), AscendFormat(), GoldenStickFormat())}
 
 
-def test_a_float32_model_is_served_in_bfloat16() -> None:
-    """Ascend engines compute a float32 model in bfloat16, so the command says so."""
-    single = DecoderArchitecture.from_config(tiny_config())
-    assert "--dtype bfloat16" in render_model_card(recipe(), summary(), single, "ascend")
+def serving(directory: Path, format_name: str, policy: QuantPolicy, **options: Any) -> str:
+    """The section of the card that is written beside a model of that policy."""
+    dialects.save_model(directory / format_name, FORMATS[format_name], policy, **options)
+    architecture = CheckpointReader(directory / format_name, quantized=True).architecture
+    write_model_card(directory / format_name, recipe(), summary(), architecture)
+    card = (directory / format_name / "README.md").read_text()
+    return card.split("## How to serve it")[1].split("## Origin")[0]
+
+
+GROUPS_OF_64 = dialects.W4A16_GROUPS
+ZERO_POINTS = GROUPS_OF_64.model_copy(update={"weight_symmetric": False})
+ASYMMETRIC_WEIGHTS = dialects.W8A8_DYNAMIC.model_copy(update={"weight_symmetric": False})
+PLAIN = 'from_pretrained("DIRECTORY")'
+SERVED: list[tuple[str, str, QuantPolicy, dict[str, Any], list[str], list[str]]] = [
+    (
+        "static on Ascend",
+        "ascend",
+        dialects.W8A8,
+        {},
+        ["serve DIRECTORY --quantization ascend\n"],
+        ["transformers", "Not"],
+    ),
+    (
+        "static of Golden Stick",
+        "golden-stick",
+        dialects.W8A8,
+        {},
+        ["vllm-mindspore serve DIRECTORY --q"],
+        ["Not", "Netw"],
+    ),
+    (
+        "int8 of Golden Stick",
+        "golden-stick",
+        dialects.W8A16,
+        {},
+        ["Not with vLLM-MindSpore", "Golden Stick builds"],
+        [],
+    ),
+    (
+        "static for GPUs",
+        "compressed-tensors",
+        dialects.W8A8,
+        {},
+        [PLAIN, "With vLLM:", "Not with vLLM-Ascend", "format: [ascend]"],
+        ["With vLLM-Ascend", "dequantize"],
+    ),
+    (
+        "dynamic",
+        "compressed-tensors",
+        dialects.W8A8_DYNAMIC,
+        {},
+        [PLAIN, "With vLLM:", "With vLLM-Ascend:"],
+        ["Not with"],
+    ),
+    (
+        "asymmetric weights",
+        "compressed-tensors",
+        ASYMMETRIC_WEIGHTS,
+        {},
+        [PLAIN, "Not with vLLM**", "Not with vLLM-Ascend", "weight_symmetric: true"],
+        ["vllm serve"],
+    ),
+    ("W4A8", "compressed-tensors", dialects.W4A8, {}, [PLAIN, "Not with vLLM**"], ["vllm serve"]),
+    (
+        "int8 cache",
+        "compressed-tensors",
+        dialects.W8A16,
+        {"kv_cache": "per_channel"},
+        [PLAIN, "Not with vLLM**", "FP8"],
+        ["vllm serve"],
+    ),
+    (
+        "packed zero points",
+        "compressed-tensors",
+        ZERO_POINTS,
+        {"hidden_size": 128},
+        [
+            "import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig",
+            'from_pretrained("DIRECTORY", quantization_config=CompressedTensorsConfig(dequantize=True))',
+            "With vLLM:",
+        ],
+        ['model = AutoModelForCausalLM.from_pretrained("DIRECTORY")'],
+    ),
+    (
+        "groups over cards",
+        "compressed-tensors",
+        GROUPS_OF_64,
+        {"hidden_size": 128},
+        ["With vLLM:", "* vLLM goes up to tensor_parallel_size 1"],
+        ["dequantize"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=[case[0] for case in SERVED])
+def test_serving_is_told_as_the_engines_rules_have_it(
+    case: tuple[str, str, QuantPolicy, dict[str, Any], list[str], list[str]], tmp_path: Path
+) -> None:
+    """An engine is shown with its command and what to know of it, or with the rule that keeps it from loading."""
+    _, format_name, policy, options, said, unsaid = case
+    section = serving(tmp_path, format_name, policy, **options)
+    for text in said:
+        assert text in section
+    for text in unsaid:
+        assert text not in section
+
+
+def test_the_introduction_names_the_engines_that_load_it(tmp_path: Path) -> None:
+    """Those that its rules let pass, and no others."""
+    serving(tmp_path, "compressed-tensors", dialects.W8A8)
+    assert (
+        "in compressed-tensors for transformers and vLLM. " in (tmp_path / "compressed-tensors/README.md").read_text()
+    )
+    serving(tmp_path, "golden-stick", dialects.W8A16)
+    assert "in Golden Stick's layout. " in (tmp_path / "golden-stick/README.md").read_text()
+
+
+def test_many_reasons_are_cut_short(tmp_path: Path) -> None:
+    """Three reasons against an engine, and the command that lists the rest."""
+    problems = tuple(
+        Problem(file="config.json", tensor="", rule="r", found=f"f{n}", expected="e") for n in (1, 2, 3, 4, 5, 5)
+    )
+    verdict = EngineVerdict(engine="vllm", problems=problems)
+    card = render_model_card(recipe(), summary(), ARCHITECTURE, "compressed-tensors", [verdict])
+    assert "* found f3; expected e\n* and 2 more, which `gs-dist check DIRECTORY --for vllm` lists" in card
+
+
+@pytest.mark.parametrize("format_name", ["ascend", "compressed-tensors"])
+def test_a_float32_model_is_served_in_bfloat16(format_name: str, tmp_path: Path) -> None:
+    """Engines compute a float32 model in bfloat16, so the command says so."""
+    assert "--dtype bfloat16" in serving(tmp_path, format_name, dialects.W8A8_DYNAMIC, dtype="float32")
 
 
 def test_front_matter_and_recipe_are_yaml_and_patterns_do_not_break_the_tables() -> None:
