@@ -59,20 +59,26 @@ def check_vllm(inventory: Inventory, layout: Layout) -> None:
         return
     architecture = inventory.architecture
     assert architecture is not None  # a layout is built from it
-    for group in scheme_groups(inventory):
+    groups = scheme_groups(inventory)
+    for group in groups:
         _check_scheme(inventory, group, architecture.dtype)
     _check_cache(inventory)
+    quantised = {
+        name: next((group for group in groups if group.takes(name)), None) if kind != "FLOAT" else None
+        for name, kind in layout.kinds.items()
+    }
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         for members in _FUSED:
             names = [prefix + member for member in members]
-            kinds = [layout.kinds[name] for name in names]
+            kinds = [_summary(layout.kinds[name], quantised[name]) for name in names]
             if len(set(kinds)) > 1:
                 expected = "one scheme: they are fused into one linear (get_scheme, should_ignore_layer)"
                 inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, names[0])
-            elif kinds[0] == "W8A8":
+            elif layout.kinds[names[0]] == "W8A8":
                 _check_shared_input(inventory, names)
-    limit = describe_tensor_parallel(_packed_linears(inventory, layout), architecture)
+    packed = {name: _packed(group) for name, group in quantised.items() if group is not None}
+    limit = describe_tensor_parallel({name: found for name, found in packed.items() if found}, architecture)
     if limit is not None:
         inventory.note("tensor-parallel", limit)
 
@@ -182,12 +188,11 @@ def _packed(group: SchemeGroup) -> PackedWeights | None:
     return PackedWeights(num_bits=bits, group_size=size, symmetric=_is_symmetric(group.weights))
 
 
-def _packed_linears(inventory: Inventory, layout: Layout) -> dict[str, PackedWeights]:
-    groups = scheme_groups(inventory)
-    found = {}
-    for name, kind in layout.kinds.items():
-        group = next((group for group in groups if group.takes(name)), None)
-        packed = None if group is None or not kind.endswith("A16") else _packed(group)
-        if packed is not None:
-            found[name] = packed
-    return found
+def _summary(kind: str, group: SchemeGroup | None) -> str:
+    """A linear's kind with what else decides the parameters that vLLM makes for it."""
+    if group is None:
+        return kind
+    sides = (("weights", group.weights), ("inputs", group.inputs or {}))
+    more = [f"{side} with zero points" for side, args in sides if not _is_symmetric(args)]
+    more += [f"groups of {group.weights['group_size']!r:.20}"] if group.weights.get("group_size") else []
+    return " ".join([kind, *([f"({', '.join(more)})"] if more else [])])

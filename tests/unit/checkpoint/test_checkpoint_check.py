@@ -42,6 +42,14 @@ W4_GROUP_INDEX = dialects.W4A16_GROUPS.model_copy(
     update={"precision_recovery": PrecisionRecovery.GPTQ, "algo_args": AlgoArgs(desc_act=True)}
 )
 
+
+def two_sizes() -> dict[str, QuantPolicy | None]:
+    """Gates in groups of 128, everything else in groups of 64."""
+    policies = dialects.uniform_policies(DecoderArchitecture.from_config(tiny_config()), dialects.W4A16_GROUPS)
+    wide = dialects.W4A16_GROUPS.model_copy(update={"group_size": 128})
+    return {name: wide if name.endswith("gate_proj") else policy for name, policy in policies.items()}
+
+
 Break = Callable[[Path], None]
 
 
@@ -80,6 +88,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             W4_GROUPS_OF_256,
             {"hidden_size": 256, "intermediate_size": 256, "dtype": "float16"},
         ),
+        "ct-two-sizes": (CompressedTensorsFormat(), two_sizes(), {"hidden_size": 128}),
         "ct-group-index": (CompressedTensorsFormat(), W4_GROUP_INDEX, {"hidden_size": 128}),
     }
     for name, (dialect, policy, options) in specs.items():
@@ -450,6 +459,7 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "fused-label",
         quantization(ignore=["lm_head", r"re:.*\.k_proj$"]),
     ),
+    "groups of two sizes in vLLM": ("ct-two-sizes", "vllm", "fused-label", lambda directory: None),
     "an int8 cache in vLLM, which would be FP8": ("ct-cache", "vllm", "engine-kv", lambda directory: None),
     "a cache that vLLM-Ascend ignores": ("ct-cache", "vllm-ascend", "engine-kv", lambda directory: None),
     "static input on Ascend, where its offset is not set": (
