@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dialects
 import pytest
 import yaml
-from checkpoints import header_only_checkpoint
+from checkpoints import header_only_checkpoint, tiny_config
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gs_dist
+from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.plan import ClusterFacts, make_plan
+from gs_dist.policy import resolve_policies
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
@@ -207,6 +212,32 @@ def test_recipes_load(recipe: Path) -> None:
     """Every recipe that is shipped passes the checks of a recipe, and writes to a place of its own."""
     config = load_recipe(recipe)
     assert Path(config.output).name == recipe.stem
+
+
+ENGINES = {
+    "llama3-70b-w8a8": ["vllm-ascend"],
+    "qwen3-32b-w8a8": ["vllm-ascend"],
+    "llama3-70b-w4a16": ["vllm", "transformers"],
+    "smollm2-w8a8": ["vllm", "transformers", "vllm-ascend"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) -> None:
+    """A model of a recipe's policies, in each of its formats, breaks no rule of the engines that the recipe is for."""
+    config = load_recipe(recipe)
+    architecture = DecoderArchitecture.from_config(tiny_config(hidden_size=128))
+    policies = resolve_policies(
+        architecture.linear_names(),
+        config.network_policy,
+        config.resolved_layer_policies,
+        config.ptq.opname_blacklist,
+    )
+    for name in config.format:
+        FORMATS[name].check_policies(policies, architecture)
+        dialects.save_model(tmp_path / name, FORMATS[name], dict(policies), hidden_size=128)
+        for engine in ENGINES[recipe.stem]:
+            assert check(tmp_path / name, engine).problems == ()
 
 
 @pytest.mark.parametrize(
