@@ -11,10 +11,11 @@ import pytest
 from checkpoints import tiny_checkpoint
 from quantized_layers import LINEARS, SCHEMES, quantise
 
+from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.policy import QuantPolicy
+from gs_dist.policy import AlgoArgs, QuantPolicy
 from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 torch = pytest.importorskip("torch", reason="needs the [interop] extra")
@@ -87,6 +88,35 @@ def test_transformers_computes_what_the_integers_say(model_type: str, scheme: st
     assert np.median(np.abs(found - wanted)) < 2e-5 * np.abs(wanted).max()
     assert np.abs(found - wanted).max() < (1e-4 if policy.act_quant_dtype is None else 0.05) * np.abs(wanted).max()
     assert np.abs(wanted - logits(load(source))).max() > 1e-3  # quantisation was there at all
+
+
+GROUP_INDEX = {**SCHEMES["W4A16 per group"], "precision_recovery": "gptq", "algo_args": AlgoArgs(desc_act=True)}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules", "notes"),
+    [
+        (SCHEMES["W4A16 per group"], set(), []),
+        (SCHEMES["W4A16 per group asymmetric"], set(), ["dequantize"]),
+        (SCHEMES["W8A8 static asymmetric"], set(), []),
+        (SCHEMES["W4A8 dynamic"], set(), []),
+        (GROUP_INDEX, {"actorder"}, []),
+    ],
+)
+def test_the_check_for_transformers_says_what_it_does(
+    scheme: dict[str, Any], rules: set[str], notes: list[str], tmp_path: Path
+) -> None:
+    """What has a problem raises, what has a note raises unless loaded as it says, everything else loads as it is."""
+    source = tiny_checkpoint(tmp_path / "source", hidden_size=128)
+    publish(source, tmp_path / "run", [dict.fromkeys(LINEARS, QuantPolicy(**scheme))] * 2)
+    directory = tmp_path / "run" / "compressed-tensors"
+    report = check(directory, "transformers")
+    assert ({problem.rule for problem in report.problems}, [note.rule for note in report.notes]) == (rules, notes)
+    if rules or notes:
+        with pytest.raises((RuntimeError, ValueError)):
+            load(directory)
+    if not rules:
+        logits(load(directory, dequantize="dequantize" in notes))
 
 
 def test_mixed_policies_load(tmp_path: Path) -> None:
