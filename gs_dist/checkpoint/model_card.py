@@ -183,7 +183,7 @@ def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, format_na
         if len(reasons) > _REASONS:
             more = f"* and {len(reasons) - _REASONS} more, which `gs-dist check DIRECTORY --for {verdict.engine}` lists"
             reasons[_REASONS:] = [more]
-        return f"**Not with {name}**, which does not load this as it is meant:\n\n" + "\n".join(reasons)
+        return f"**Not with {name}**, which does not run this as it is meant:\n\n" + "\n".join(reasons)
     if verdict.engine == "transformers":
         text = _transformers(dequantize=any(note.rule == DEQUANTIZE for note in verdict.notes))
     else:
