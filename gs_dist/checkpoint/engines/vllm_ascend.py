@@ -92,8 +92,8 @@ def _check_compressed_tensors(inventory: Inventory) -> None:
             activations = f"{_summary(group.inputs)} activations" if group.inputs else "no activations"
             found = f"{_summary(group.weights)} weights, {activations}"
             expected = (
-                "symmetric int8 weights per channel with symmetric int8 activations per token (_detect_quant_type); W4A16 "
-                "serves mixture-of-experts layers only"
+                "symmetric int8 weights per channel with symmetric int8 activations per token (_detect_quant_type); "
+                "W4A16 serves mixture-of-experts layers only"
             )
             inventory.report(CONFIG_FILE, "engine-kind", f"{group.label}: {found}", expected)
         elif group.inputs and not group.inputs.get("dynamic"):
