@@ -131,6 +131,14 @@ class QuantPolicy(BaseModel):
         return PLUS_EXPONENTS if plus else EXPONENTS
 
     @property
+    def makes_bias(self) -> bool:
+        """Whether the linear may end up with a bias that the source model lacks, where a checkpoint has room for one.
+
+        A static linear's integer product has a correction added anyway, which holds it at no cost.
+        """
+        return self.is_static and self.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+
+    @property
     def clips_weights(self) -> bool:
         """Whether the weight's ranges are searched.
 

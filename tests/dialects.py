@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 
 W8A8 = QuantPolicy(act_quant_dtype="int8")
 W8A8_ASYMMETRIC = QuantPolicy(act_quant_dtype="int8", act_symmetric=False)
+W8A8_PLUS = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
 W8A8_DYNAMIC = QuantPolicy(act_quant_dtype="int8", act_quant_granularity="per_token")
 W8A16 = QuantPolicy()
 W4A16 = QuantPolicy(weight_quant_dtype="qint4x2")

@@ -44,6 +44,12 @@ def _rows(factor: Tensor, height: int) -> Tensor:
     return ops.tile(factor, (height, 1))
 
 
+def _normalise(x: Tensor, norm: tuple[Tensor, ...], epsilon: float) -> Tensor:
+    """RMSNorm of the rows of x (n, c) by norm[0] (c,), plus the bias norm[1] (c,) if there is one."""
+    normed = normalise(x, norm[0], epsilon)
+    return normed if len(norm) == 1 else normed + _rows(norm[1], x.shape[0])
+
+
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of the rows of x (n, c), in float32 as transformers does it."""
     wide = ops.cast(x, ms.float32)
@@ -164,7 +170,8 @@ def layer_forward(
     Args:
         hidden: (b, t, h) in the compute dtype.
         linears: the seven linears in checkpoint order, each (weight,) or (weight, bias).
-        norms: input norm, post-attention norm and, for a model with q/k norms, those two.
+        norms: input norm, post-attention norm and, for a model with q/k norms, those two; each (weight,) or
+            (weight, bias).
         rotary: cosine and sine for queries (times 1 / sqrt(d)), then for keys, (t, 1, d) each.
         mask: added to scores: (block, block) causal, or the band of a sliding window.
         scales: (7, 2) float32 scale and zero point of the linears' inputs, scales (K * d,) of keys and values.
@@ -178,20 +185,20 @@ def layer_forward(
     inputs = scales[0]
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attention_input = normalise(hidden, norms[0], epsilon)
+    attention_input = _normalise(hidden, norms[0], epsilon)
     query = _linear(_round_input(attention_input, schemes[0], inputs, 0), linears[0])
     key = _linear(_round_input(attention_input, schemes[1], inputs, 1), linears[1])
     value = _linear(_round_input(attention_input, schemes[2], inputs, 2), linears[2])
     if len(norms) > 2:
-        query = ops.reshape(normalise(ops.reshape(query, (-1, size)), norms[2], epsilon), query.shape)
-        key = ops.reshape(normalise(ops.reshape(key, (-1, size)), norms[3], epsilon), key.shape)
+        query = ops.reshape(_normalise(ops.reshape(query, (-1, size)), norms[2], epsilon), query.shape)
+        key = ops.reshape(_normalise(ops.reshape(key, (-1, size)), norms[3], epsilon), key.shape)
     query = _rotate(query, rotary[0], rotary[1], size)
     key = _rotate(key, rotary[2], rotary[3], size)
     cached_key = _round_cache(key, kv_schemes[0], scales[1])
     cached_value = _round_cache(value, kv_schemes[1], scales[2])
     attention_output = _attend(query, cached_key, cached_value, mask, samples[1], static)
     hidden = hidden + _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
-    mlp_input = normalise(hidden, norms[1], epsilon)
+    mlp_input = _normalise(hidden, norms[1], epsilon)
     gate = _linear(_round_input(mlp_input, schemes[4], inputs, 4), linears[4])
     up = _linear(_round_input(mlp_input, schemes[5], inputs, 5), linears[5])
     mlp_activation = ops.silu(gate) * up

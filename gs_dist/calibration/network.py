@@ -101,7 +101,7 @@ class DecoderNetwork:
         names = ["input_layernorm", "post_attention_layernorm"]
         if self.architecture.qk_norm:
             names += ["self_attn.q_norm", "self_attn.k_norm"]
-        norms = tuple(self._tensor(present[f"{name}.weight"]) for name in names)
+        norms = tuple(self._with_bias(name, present) for name in names)
         scales, schemes, kv_schemes = self._schemes(quantized)
         return LayerWeights(
             linears=ms.mutable(linears), norms=ms.mutable(norms), scales=scales, schemes=schemes, kv_schemes=kv_schemes
@@ -189,14 +189,17 @@ class DecoderNetwork:
         assert outer.head is not None, "this stage has no head"
         return outer.norm, outer.head
 
+    def _with_bias(self, name: str, tensors: Mapping[str, Array]) -> tuple[Tensor, ...]:
+        weight, bias = self._tensor(tensors[f"{name}.weight"]), tensors.get(f"{name}.bias")
+        return (weight,) if bias is None else (weight, self._tensor(bias))
+
     def _linear(
         self, name: str, tensors: Mapping[str, Array], quantized: Mapping[str, QuantizedLinear]
     ) -> tuple[Tensor, ...]:
         linear = quantized.get(name)
         if linear is None:
-            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-        else:
-            weight, bias = linear.dequantised(), linear.bias
+            return self._with_bias(name, tensors)
+        weight, bias = linear.dequantised(), linear.bias
         return (self._tensor(weight),) if bias is None else (self._tensor(weight), self._tensor(bias))
 
     def _schemes(self, quantized: QuantizedLayer | None) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:

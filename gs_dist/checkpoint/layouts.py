@@ -160,6 +160,7 @@ def _ascend(inventory: Inventory, layout: Layout, architecture: DecoderArchitect
             leaves["quant_bias"] = Expectation(dtypes=("int32",), shape=(rows,))
         quantised[name] = leaves
     description = inventory.descriptions[file]
+    _made_biases(layout, description, architecture)
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer) + "self_attn."
         if any(f"{prefix}{projection}.kv_cache_scale" in description for projection in ("k_proj", "v_proj")):
@@ -173,6 +174,17 @@ def _ascend(inventory: Inventory, layout: Layout, architecture: DecoderArchitect
         found = f"kv_cache_type {description.get('kv_cache_type')!r:.40}"
         inventory.report(file, "description-kv", found, "C8, since there are KV cache scales")
     return quantised
+
+
+def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: DecoderArchitecture) -> None:
+    """Biases that the source model lacks: of norms (vllm_ascend/ops/layernorm.py), and of static linears."""
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), architecture.hidden_size)
+        static = [n for n in architecture.linears if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
+        for name, size in {**sizes, **{linear.name: linear.out_features for linear in static}}.items():
+            if f"{prefix}{name}.bias" in description:
+                layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOATS, shape=(size,), values="float")
 
 
 def _golden_stick(inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:

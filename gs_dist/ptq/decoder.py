@@ -36,17 +36,19 @@ _MASKED = -1e30  # far below any score, and finite
 
 
 class _RmsNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in float32; plus a bias where there is one."""
 
-    def __init__(self, weight: ms.Tensor, epsilon: float) -> None:
+    def __init__(self, weight: ms.Tensor, epsilon: float, bias: ms.Tensor | None = None) -> None:
         super().__init__()
         self.weight = ms.Parameter(weight, name="weight")
+        self.bias = None if bias is None else ms.Parameter(bias, name="bias")
         self.epsilon = epsilon
 
     def construct(self, x: Any) -> Any:
         wide = x.astype(ms.float32)
         normed = wide * mint.rsqrt(mint.mean(wide * wide, -1, True) + self.epsilon)
-        return normed.astype(x.dtype) * self.weight
+        scaled = normed.astype(x.dtype) * self.weight
+        return scaled if self.bias is None else scaled + self.bias
 
 
 class _Attention(nn.Cell):
@@ -200,7 +202,8 @@ class _Source:
         return self._device.to_tensor(self._tensors[name].copy(), self._dtype)
 
     def norm(self, name: str) -> _RmsNorm:
-        return _RmsNorm(self.tensor(f"{name}.weight"), self.architecture.rms_norm_eps)
+        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self._tensors else None
+        return _RmsNorm(self.tensor(f"{name}.weight"), self.architecture.rms_norm_eps, bias)
 
     def linear(self, prefix: str, name: str) -> nn.Dense:
         """The `nn.Dense` of a layer's linear."""

@@ -39,6 +39,9 @@ def float_tensors(reader: CheckpointReader) -> dict[str, Array]:
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         shapes.update({prefix + name: shape for name, shape in architecture.layer_tensors().items()})
+        for norm in ("input_layernorm", "post_attention_layernorm"):  # which Outlier Suppression Plus gives a bias
+            if f"{prefix}{norm}.bias" in reader.tensors:
+                shapes[f"{prefix}{norm}.bias"] = (architecture.hidden_size,)
     stored = [
         name
         for name, shape in shapes.items()

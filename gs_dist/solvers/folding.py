@@ -99,6 +99,17 @@ class FoldedTensors:
             name = f"{layer_input.source}.bias"
             self._bias_shift[name] = self._bias_shift.get(name, 0.0) - source_channels(shift, layer_input)
 
+    def shift_in_force(self, layer_input: LayerInput, shift: Float32, scale: Float32) -> Float32:
+        """What the source really subtracts after `shift` and `fold`, whose result `scale` is: (channels,).
+
+        A norm's bias is stored in the checkpoint's dtype, and in bfloat16 a shift of 100 may become one of 99.5.
+        """
+        name = f"{layer_input.source}.bias"
+        if name not in self._replaced:
+            return shift
+        before = self._tensors[name].astype(np.float32) if name in self._tensors else np.float32(0)
+        return np.asarray(before - self._replaced[name].astype(np.float32) * scale, dtype=np.float32)
+
     def shape(self, linear: str) -> tuple[int, int]:
         """(out, in) of a linear's weight."""
         rows, columns = self._tensors[f"{linear}.weight"].shape

@@ -42,8 +42,8 @@ class LayerProblem:
         statistics: of each input by name, and of `key` and `value` for a KV cache.
         policies: by linear name within the layer; None (or no entry) leaves a linear as it is.
         scale_dtype: dtype scales will be stored in: "float32", "float16" or "bfloat16".
-        makes_biases: the layer may be published with biases that the source lacks: of norms, and of linears with
-            static activations. Outlier Suppression Plus needs them.
+        makes_biases: linears whose policy `makes_bias`, and norms that only such linears read, may be published with
+            a bias that the source lacks.
     """
 
     layer: int
@@ -186,9 +186,10 @@ def _new_biases(problem: LayerProblem) -> frozenset[str]:
     """Norms and linears that can be published with a bias though the source has none."""
     if not problem.makes_biases:
         return frozenset()
+    made = {name for name, policy in problem.policies.items() if policy is not None and policy.makes_bias}
     linears = {linear.name for linear in problem.linears}
-    static = {name for name in linears if (policy := problem.policies.get(name)) is not None and policy.is_static}
-    return frozenset(static | {i.source for i in problem.inputs if i.source is not None and i.source not in linears})
+    norms = {i.source for i in problem.inputs if i.source not in linears and made.issuperset(i.linears)}
+    return frozenset(made | {norm for norm in norms if norm is not None})
 
 
 def _check_statistics(problem: LayerProblem) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -179,7 +179,10 @@ def _shifted(search: _Search, new_biases: Collection[str]) -> Rescaling:
     notes = () if lacking is None else (f"outlier-suppression+ without shift: {lacking}",)
     if lacking is None and source is not None:  # a zero where it stays, so that the bias is always there
         folded.shift(layer_input, np.zeros(layer_input.channels, np.float32) if shift is None else shift)
-    return _fold(layer_input, folded, best.scale, shift=shift, means=means, notes=notes)
+    rescaling = _fold(layer_input, folded, best.scale, means=means, notes=notes)
+    if shift is None or rescaling.scale is None:
+        return rescaling
+    return replace(rescaling, shift=folded.shift_in_force(layer_input, shift, rescaling.scale))
 
 
 def _takes_bias(name: str, folded: FoldedTensors, new_biases: Collection[str]) -> bool:

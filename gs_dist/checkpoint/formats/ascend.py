@@ -16,6 +16,10 @@ Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype:
   models int64 holding the float32's bits; quant_bias int32 (N,) with the linear's bias folded in, because the
   engine ignores `<p>.bias` there; weight_scale, weight_offset pd (N, 1), which the engine does not use; bias pd.
 * `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1); bias pd.
+* After Outlier Suppression Plus, static, also for a source without biases: a norm's bias pd (hidden_size,), which
+  the engine has once a name in the description contains `norm.bias` (`ops/layernorm.py`, made for ModelSlim's
+  `anti_method: m4`); and the bias of each linear float32, as ModelSlim writes it. vLLM's `load_weights` passes over a
+  bias that is no parameter of its model; the engine computes with quant_bias, where it is folded in.
 * KV cache `C8`: `self_attn.{k,v}_proj.kv_cache_scale` pd (num_kv_heads * head_dim,), `kv_cache_offset` (zero) likewise.
 """
 
@@ -66,6 +70,7 @@ class AscendFormat:
     """Writes and reads vLLM-Ascend's ModelSlim layout; see the module's page for the tensors."""
 
     name = "ascend"
+    makes_biases = True
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """Refuses what vLLM-Ascend cannot load, naming what to choose in its place; returns notes.
@@ -96,8 +101,11 @@ class AscendFormat:
         prefix = architecture.layer_prefix(layer.layer)
         dtype = float_dtype(architecture.dtype)
         tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
+        norms, linears = _made_biases({name: linear.policy for name, linear in layer.linears.items()}, "", architecture)
+        none = np.zeros(architecture.hidden_size, dtype)
+        tensors |= {f"{prefix}{n}.bias": np.asarray(layer.tensors.get(f"{n}.bias", none)).astype(dtype) for n in norms}
         for name, linear in layer.linears.items():
-            encoded = _encode_linear(linear, dtype, prefix + name)
+            encoded = _encode_linear(linear, dtype, prefix + name, makes_bias=name in linears)
             tensors.update({f"{prefix}{name}.{leaf}": array for leaf, array in encoded.items()})
         if layer.kv_cache is not None:
             tensors.update(_encode_kv(layer.kv_cache, dtype, prefix))
@@ -110,6 +118,7 @@ class AscendFormat:
         prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
         shapes = architecture.layer_tensors()
         found: dict[str, StoredTensor] = {}
+        norms, made = _made_biases(policies, prefix, architecture)
         for linear in architecture.linears:
             policy = policies.get(prefix + linear.name)
             if policy is None or not policy.quantises_linear:
@@ -122,6 +131,8 @@ class AscendFormat:
             }
             if shapes.pop(linear.name + ".bias", None) is not None:
                 leaves["bias"] = (model_dtype, rows)
+            if linear.name in made:
+                leaves["bias"] = ("float32", rows)
             if policy.is_static:
                 leaves |= {
                     "input_scale": (model_dtype, (1,)),
@@ -133,6 +144,9 @@ class AscendFormat:
                 f"{prefix}{linear.name}.{leaf}": StoredTensor(dtype=dtype, shape=shape)
                 for leaf, (dtype, shape) in leaves.items()
             }
+        found |= {
+            f"{prefix}{norm}.bias": StoredTensor(dtype=model_dtype, shape=(architecture.hidden_size,)) for norm in norms
+        }
         if kv_cache is not None:
             stored = StoredTensor(dtype=model_dtype, shape=(architecture.kv_size,))
             found |= {
@@ -206,6 +220,15 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _made_biases(policies: Policies, prefix: str, architecture: DecoderArchitecture) -> tuple[list[str], list[str]]:
+    """Norms and linears of a layer, by name within it, that the source model gives no bias and this dialect does."""
+    linears = {linear.name for linear in architecture.linears if not linear.bias}
+    made = {n.name for n in architecture.linears if (p := policies.get(prefix + n.name)) is not None and p.makes_bias}
+    names = {linear.name for linear in architecture.linears}
+    sources = {i.source for i in architecture.inputs if i.source not in names and made.issuperset(i.linears)}
+    return sorted(norm for norm in sources if norm is not None), sorted(made & linears)
+
+
 def _unloadable(policy: QuantPolicy | None) -> list[str]:
     if policy is None or not policy.quantises_linear:
         return []
@@ -238,14 +261,17 @@ def _unloadable_kv(policy: QuantPolicy, architecture: DecoderArchitecture) -> li
     return reasons
 
 
-def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str) -> dict[str, Array]:
+def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str, *, makes_bias: bool) -> dict[str, Array]:
+    """Tensors by last name, with a bias in any case where one is made that the source lacks."""
     scale = cast_scale(linear.scale.reshape(-1, 1), dtype, where + " weight_scale")
     tensors: dict[str, Array] = {
         "weight": np.ascontiguousarray(linear.codes),
         "weight_scale": scale,
         "weight_offset": np.zeros_like(scale),
     }
-    if linear.bias is not None:
+    if makes_bias:
+        tensors["bias"] = np.zeros(len(scale), np.float32) if linear.bias is None else linear.bias
+    elif linear.bias is not None:
         tensors["bias"] = linear.bias.astype(dtype)
     if not linear.policy.is_static:
         return tensors

@@ -32,6 +32,10 @@ class CheckpointFormat(Protocol):
     def name(self) -> str:
         """Spelling in a recipe's `format`; also the directory's name in the output."""
 
+    @property
+    def makes_biases(self) -> bool:
+        """Whether its engine adds biases that the source model lacks: of norms, and of static linears (quant_bias)."""
+
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """Refuses what the dialect cannot express, before any work.
 

@@ -44,6 +44,7 @@ class CompressedTensorsFormat:
     """Writes and reads back compressed-tensors checkpoints."""
 
     name = "compressed-tensors"
+    makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """See `CheckpointFormat.check_policies`."""

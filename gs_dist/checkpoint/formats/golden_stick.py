@@ -61,6 +61,7 @@ class GoldenStickFormat:
     """Writes and reads Golden Stick's layout; see the module's page for the tensors."""
 
     name = "golden-stick"
+    makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """Refuses what the layout has no place for, naming what to choose in its place; returns notes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import QuantizedLayer
 
 FORMAT = AscendFormat()
-POLICIES = (None, dialects.W8A8, dialects.W8A8_DYNAMIC, dialects.W8A16)
+POLICIES = (None, dialects.W8A8, dialects.W8A8_PLUS, dialects.W8A8_DYNAMIC, dialects.W8A16)
 STATIC = {"weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias"}
 DYNAMIC = {"weight", "weight_scale", "weight_offset"}
 
@@ -46,11 +47,16 @@ def engine_static(tensors: dict[str, Any], p: str, x: np.ndarray) -> np.ndarray:
     """
     scale = np.float64(tensors[p + ".input_scale"].astype(np.float32)[0])
     quantised = np.clip(np.rint(x / scale) + tensors[p + ".input_offset"].astype(np.int64), -128, 127)
-    deq = tensors[p + ".deq_scale"]
-    if deq.dtype == np.int64:
-        deq = np.array([np.frombuffer(int(v).to_bytes(4, "little"), np.float32)[0] for v in deq])
+    deq = engine_deq_scale(tensors[p + ".deq_scale"])
     accumulated = quantised @ tensors[p + ".weight"].astype(np.int64).T
-    return (accumulated + tensors[p + ".quant_bias"].astype(np.int64)) * deq.astype(np.float64)
+    return (accumulated + tensors[p + ".quant_bias"].astype(np.int64)) * deq
+
+
+def engine_deq_scale(stored: np.ndarray) -> np.ndarray:
+    """Float32, or as the float16 kernel reads it: the low half of an int64."""
+    if stored.dtype == np.int64:
+        stored = np.array([np.frombuffer(int(v).to_bytes(4, "little"), np.float32)[0] for v in stored])
+    return stored.astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -140,6 +146,36 @@ def test_every_linear_is_found_by_the_engines_look_ups(tmp_path: Path) -> None:
     assert description["model.layers.1.self_attn.o_proj.weight"] == "W8A8"
     assert description["model_quant_type"] == "W8A8"
     assert description["version"] == "1.0.0"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_norms_and_linears_get_a_place_for_the_biases_of_a_shift(tmp_path: Path, dtype: str) -> None:
+    """The engine's norms have a bias once the description names one; a layer that was not shifted has zeros there.
+
+    `AscendRMSNorm` in vllm_ascend/ops/layernorm.py looks for `norm.bias` in the description.
+    """
+    architecture, layer, encoded, description = build(tmp_path, dialects.W8A8_PLUS, dtype)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        name = f"model.layers.1.{norm}.bias"
+        assert description[name] == "FLOAT"
+        assert any("norm.bias" in key for key in description)
+        assert (encoded[name].dtype, encoded[name].shape) == (DTYPES[dtype], (architecture.hidden_size,))
+        assert not encoded[name].astype(np.float32).any()
+    linear = replace(layer.linears["mlp.up_proj"], bias=np.linspace(-3, 3, 128, dtype=np.float32))
+    shift = np.arange(architecture.hidden_size, dtype=np.float32)
+    shifted = replace(
+        layer,
+        linears={**layer.linears, "mlp.up_proj": linear},
+        tensors={**layer.tensors, "post_attention_layernorm.bias": shift},
+    )
+    encoded = FORMAT.encode_layer(shifted, architecture)
+    up = "model.layers.1.mlp.up_proj."
+    np.testing.assert_array_equal(encoded["model.layers.1.post_attention_layernorm.bias"], shift.astype(DTYPES[dtype]))
+    np.testing.assert_array_equal(encoded[up + "bias"], linear.bias)
+    unshifted = FORMAT.encode_layer(layer, architecture)
+    deq_scale = engine_deq_scale(encoded[up + "deq_scale"])
+    difference = (encoded[up + "quant_bias"] - unshifted[up + "quant_bias"]) * deq_scale
+    assert np.abs(difference - linear.bias).max() <= 0.51 * deq_scale.max()
 
 
 def test_kv_scales_are_named_as_the_cache_scale_mapper_expects(tmp_path: Path) -> None:
@@ -270,9 +306,12 @@ def test_a_bias_that_int32_cannot_hold_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_expected_tensors_are_what_is_written(tmp_path: Path, policy: QuantPolicy | None, dtype: str) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_expected_tensors_are_what_is_written(
+    tmp_path: Path, policy: QuantPolicy | None, dtype: str, model_type: str
+) -> None:
     """Names, dtypes and shapes foretold from the policies are those of the encoded layer."""
-    architecture, _, encoded, _ = build(tmp_path, policy, dtype, model_type="qwen2")
+    architecture, _, encoded, _ = build(tmp_path, policy, dtype, model_type=model_type)
     policies = dialects.uniform_policies(architecture, policy)
     expected = FORMAT.expected_tensors(1, policies, None, architecture)
     assert {n: (t.dtype or dtype, t.shape) for n, t in expected.items()} == {

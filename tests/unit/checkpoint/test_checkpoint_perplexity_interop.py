@@ -47,11 +47,12 @@ ALL: dict[str, dict[str, Any]] = {
     **SCHEMES,
     "W4A16 with group index": GROUP_INDEX,
     "W8A16 with KV cache": {"kvcache_quant_dtype": "int8"},
+    "W8A8 static with made biases": {"act_quant_dtype": "int8", "outliers_suppression": "outlier-suppression+"},
 }
 STATIC_AND_DYNAMIC = ("W8A16", "W8A8 static", "W8A8 static asymmetric", "W8A8 dynamic")
 HOLDS = {
-    "compressed-tensors": tuple(ALL),
-    "ascend": (*STATIC_AND_DYNAMIC, "W8A16 with KV cache"),
+    "compressed-tensors": tuple(name for name in ALL if "made" not in name),
+    "ascend": (*STATIC_AND_DYNAMIC, "W8A16 with KV cache", "W8A8 static with made biases"),
     "golden-stick": (*STATIC_AND_DYNAMIC, "W4A16 per channel", "W4A16 per group", "W4A16 ordered by activation"),
 }
 CASES = [(name, scheme) for name, schemes in HOLDS.items() for scheme in schemes]
@@ -203,8 +204,10 @@ class Files:
 # The model around the linears.
 
 
-def normed(x: Array, weight: Array, epsilon: float) -> Array:
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon) * weight
+def normed(x: Array, name: str, files: Files) -> Array:
+    """RMSNorm, with a bias where the files give it one (vLLM-Ascend, ops/layernorm.py)."""
+    scaled = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + files.config["rms_norm_eps"])
+    return scaled * files.tensors[f"{name}.weight"] + files.tensors.get(f"{name}.bias", 0.0)
 
 
 def rotated(x: Array, theta: float) -> Array:
@@ -246,18 +249,17 @@ def attention(files: Files, prefix: str, x: Array, seen: Mapping[str, Array]) ->
 
 def reference_logits(files: Files, ids: Array, seen: list[dict[str, Array]]) -> Array:
     """Logits (tokens, vocabulary) of one sample; `seen` holds what the network rounds, by layer."""
-    tensors, epsilon = files.tensors, files.config["rms_norm_eps"]
-    x = tensors["model.embed_tokens.weight"][ids]
+    x = files.tensors["model.embed_tokens.weight"][ids]
     for layer, own in enumerate(seen):
         prefix = f"model.layers.{layer}"
-        read = settled(normed(x, tensors[f"{prefix}.input_layernorm.weight"], epsilon), own["attention_input"])
+        read = settled(normed(x, f"{prefix}.input_layernorm", files), own["attention_input"])
         mixed = settled(attention(files, f"{prefix}.self_attn", read, own), own["attention_output"])
         x = x + files.linear(f"{prefix}.self_attn.o_proj")(mixed)
-        read = settled(normed(x, tensors[f"{prefix}.post_attention_layernorm.weight"], epsilon), own["mlp_input"])
+        read = settled(normed(x, f"{prefix}.post_attention_layernorm", files), own["mlp_input"])
         gate, up = (files.linear(f"{prefix}.mlp.{name}")(read) for name in ("gate_proj", "up_proj"))
         activated = settled(gate / (1 + np.exp(-gate)) * up, own["mlp_activation"])
         x = x + files.linear(f"{prefix}.mlp.down_proj")(activated)
-    return files.linear("lm_head")(normed(x, tensors["model.norm.weight"], epsilon))
+    return files.linear("lm_head")(normed(x, "model.norm", files))
 
 
 def reference_perplexity(logits: Array, ids: Array) -> float:
@@ -282,6 +284,8 @@ def solved(reader: CheckpointReader, layer: int, policy: QuantPolicy) -> Quantiz
             leaf = name.rpartition(".")[2]
             scale = INPUT_SCALES[INPUT_OF.get(leaf, leaf)] * (1 + layer / 8)
             linear = dataclasses.replace(linear, input_scale=float(scale))
+        if policy.makes_bias:
+            linear = dataclasses.replace(linear, bias=rng.normal(0, 0.1, len(linear.codes)).astype(np.float32))
         if policy.precision_recovery == "gptq" and not policy.algo_args.static_groups:
             order = rng.permutation(linear.codes.shape[1])
             place = np.argsort(order)
@@ -295,7 +299,10 @@ def solved(reader: CheckpointReader, layer: int, policy: QuantPolicy) -> Quantiz
     if policy.kvcache_quant_dtype is not None:
         scales = rng.uniform(0.03, 0.09, (2, reader.architecture.kv_size)).astype(dtype).astype(np.float32)
         cache = QuantizedKVCache(key_scale=scales[0], value_scale=scales[1])
-    return dataclasses.replace(rough, linears=linears, kv_cache=cache)
+    tensors = dict(rough.tensors)
+    for norm in ("input_layernorm", "post_attention_layernorm") if policy.makes_bias else ():
+        tensors[f"{norm}.bias"] = rng.normal(0, 0.2, reader.architecture.hidden_size).astype(dtype)
+    return dataclasses.replace(rough, linears=linears, tensors=tensors, kv_cache=cache)
 
 
 def published(source: Path, output: Path, name: str, policy: QuantPolicy) -> Path:

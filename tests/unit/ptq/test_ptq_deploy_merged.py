@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ DEPLOY_W4 = {
     "group_size": 64,
 }
 STATIC = {"act_quant_dtype": "int8", "act_symmetric": False, "outliers_suppression": "smooth"}
+PLUS = {"act_quant_dtype": "int8", "outliers_suppression": "outlier-suppression+"}
+DEPLOY_PLUS = {
+    "act_quant_dtype": ms.int8,
+    "outliers_suppression": OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS,
+}
 DEPLOY_STATIC = {"act_quant_dtype": ms.int8, "outliers_suppression": OutliersSuppressionType.SMOOTH}
 PER_TOKEN = {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"}
 DEPLOY_PER_TOKEN = {"act_quant_dtype": ms.int8, "act_quant_granularity": QuantGranularity.PER_TOKEN}
@@ -47,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "golden-stick W8A16": ("golden-stick", {}, {}),
     "golden-stick W4A16": ("golden-stick", W4, DEPLOY_W4),
     "ascend W8A8 static": ("ascend", STATIC, DEPLOY_STATIC),
+    "ascend W8A8 static, shifted by the biases of norms": ("ascend", PLUS, DEPLOY_PLUS),
     "ascend W8A8 dynamic": ("ascend", PER_TOKEN, DEPLOY_PER_TOKEN),
     "compressed-tensors W8A8 static": ("compressed-tensors", STATIC, DEPLOY_STATIC),
     "compressed-tensors W8A16 and KV cache": (
@@ -91,7 +98,9 @@ def fake_quantised(model: Path, name: str) -> Any:
         prefix = f"model.layers.{layer}."
         decoded = FORMATS[name].decode_layer(reader, layer)
         for linear, found in decoded.linears.items():
-            exchanged[prefix + linear] = FakeQuantDense(linear_form(prefix + linear, cells[prefix + linear]), "", found)
+            form = linear_form(prefix + linear, cells[prefix + linear])
+            form = replace(form, bias=form.bias or found.bias is not None)
+            exchanged[prefix + linear] = FakeQuantDense(form, "", found)
         for tensor, array in decoded.tensors.items():
             parameters[prefix + tensor].set_data(ms.Tensor(np.array(array)))
         if decoded.kv_cache is not None:
