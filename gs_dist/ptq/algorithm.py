@@ -78,7 +78,9 @@ class PTQ:
             network_helper: drives the network, needed in DEPLOY mode; without, rows of the data are the
                 arguments of the network.
             datasets: calibration data, see `calibration_rows.read_rows`; unused in DEPLOY mode.
-            **kwargs: `decoder_layer_types`, a sequence that takes the place of the attribute.
+            **kwargs: `decoder_layer_types`, a sequence that takes the place of the attribute; `propagation`,
+                "original" (the default: every layer is observed in the network as it is) or "quantized" (each layer
+                behind the quantised ones before it, as Golden Stick's GPTQ does, at the price of one pass a layer).
 
         Returns:
             A new network. It shares the parameters of what was not quantised with the caller's.
@@ -86,14 +88,18 @@ class PTQ:
         Raises:
             RuntimeError: the algorithm was not initialised; two patterns match one layer.
             TypeError: `network` is no Cell; an unknown keyword; data of an unknown kind.
-            ValueError: DEPLOY without helper; no data; QUANTIZE outside PyNative mode; a setting that
-                affects no layer, or nothing is quantised.
+            ValueError: DEPLOY without helper; another `propagation`; no data; QUANTIZE outside PyNative mode; a setting
+                that affects no layer, or nothing is quantised.
         """
         self._require_initialised()
         _require_cell("network", network)
         layer_types = tuple(kwargs.pop("decoder_layer_types", self.decoder_layer_types))
+        propagation = kwargs.pop("propagation", "original")
         if kwargs:
-            raise TypeError(f"apply knows no keyword {next(iter(kwargs))!r}: it takes decoder_layer_types")
+            known = "decoder_layer_types and propagation"
+            raise TypeError(f"apply knows no keyword {next(iter(kwargs))!r}: it takes {known}")
+        if propagation not in ("original", "quantized"):
+            raise ValueError(f"propagation must be 'original' or 'quantized', but got {propagation!r}")
         if network_helper is not None and not isinstance(network_helper, NetworkHelper):
             raise TypeError(f"network_helper must be a NetworkHelper, but got {type(network_helper).__name__}")
         deploy = self._config.mode is PTQMode.DEPLOY
@@ -106,7 +112,8 @@ class PTQ:
         policies = self._resolve(network, layers, list(caches))
         if deploy:
             return copy_network(network, dict(_placeholders(network, caches, policies)))
-        return copy_network(network, solve_network(network, layers, caches, policies, rows, network_helper))
+        cells = solve_network(network, layers, caches, policies, rows, network_helper, propagation=propagation)
+        return copy_network(network, cells)
 
     def convert(self, net_opt: Any, ckpt_path: str = "") -> Any:
         """Returns a copy of a fake-quantised network that holds integers, and prints its summary.

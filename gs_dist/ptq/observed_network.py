@@ -1,7 +1,7 @@
 """A network seen as one observable layer, so that the layer loop of the distributed job serves it too.
 
 The whole network runs once for each row, whatever lies between its layers, and the inputs of its linears
-are shown to the observers. Every layer sees what the unquantised network sends it.
+are shown to the observers. Every layer sees what the network that is given sends it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import mindspore as ms
 
@@ -16,14 +16,17 @@ from gs_dist.ptq.cells import FakeQuantDense, LinearForm
 from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.observed_network import ObservedNetwork
-from gs_dist.ptq.structure import NetworkLayer, display_name, find_linears
+from gs_dist.ptq.structure import NetworkLayer, copy_network, display_name, find_linears
 from gs_dist.quantized import QuantizedKVCache
 from gs_dist.solvers.kv_cache import cache_scale
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.strategy import strategy
 from gs_dist.statistics import HISTOGRAM_BINS, LayerStatistics, StatisticsSettings, block_bounds
 
-__all__ = ["STATISTICS_BYTES", "solve_network"]
+__all__ = ["STATISTICS_BYTES", "Propagation", "solve_network"]
+
+Propagation = Literal["original", "quantized"]
+"""What layers see while they are observed; as a recipe's `propagation`."""
 
 # Statistics held at a time; a network whose Gram matrices need more is run through several times.
 STATISTICS_BYTES = 4 << 30
@@ -42,6 +45,8 @@ def solve_network(
     policies: Mapping[str, QuantPolicy | None],
     rows: Sequence[Row],
     helper: NetworkHelper | None,
+    *,
+    propagation: Propagation = "original",
 ) -> dict[str, Any]:
     """Observes the network on `rows` and solves layer after layer.
 
@@ -52,6 +57,8 @@ def solve_network(
         policies: of every linear and cache by full name; None leaves it alone.
         rows: calibration data.
         helper: drives the network.
+        propagation: "original" observes all layers in the network as it is, at once where memory allows;
+            "quantized" each layer behind the quantised ones before it, with a pass of its own.
 
     Returns:
         Full name to fake-quantised cell.
@@ -60,7 +67,41 @@ def solve_network(
         UserError: a linear or cache that is to be quantised was never reached.
         LayerError: activations that are not finite.
     """
-    forms = [form for form in find_linears(network) if policies.get(form.name)]
+    forms = _by_layer(layers, [form for form in find_linears(network) if policies.get(form.name)])
+    asked = [name for name in caches if policies.get(name) is not None]
+    if propagation == "original":
+        return _solve_part(network, forms, {name: caches[name] for name in asked}, policies, rows, helper)
+    cells: dict[str, Any] = {}
+    for part in _parts(layers, forms, asked):
+        behind = copy_network(network, cells) if cells else network
+        own = [(index, form) for index, form in forms if form.name in part]
+        held = {name: caches[name] for name in asked if name in part}
+        cells.update(_solve_part(behind, own, held, policies, rows, helper))
+    return cells
+
+
+def _parts(
+    layers: Sequence[NetworkLayer], linears: Sequence[tuple[int, LinearForm]], caches: Sequence[str]
+) -> list[set[str]]:
+    """Names of linears and caches that are solved together, in the network's order: a layer's, or one outside all."""
+    within = {form.name: layer.index for layer in layers for form in layer.linears}
+    within |= {name: layer.index for layer in layers for name in caches if name.startswith(f"{layer.name}.")}
+    parts: dict[object, set[str]] = {}
+    for name in [*(form.name for _, form in linears), *caches]:
+        parts.setdefault(within.get(name, name), set()).add(name)
+    return list(parts.values())
+
+
+def _solve_part(
+    network: Any,
+    linears: Sequence[tuple[int, LinearForm]],
+    caches: Mapping[str, Any],
+    policies: Mapping[str, QuantPolicy | None],
+    rows: Sequence[Row],
+    helper: NetworkHelper | None,
+) -> dict[str, Any]:
+    """Cells of those linears, given with their layers, and of `caches`, all observed in `network` as it is."""
+    forms = [form for _, form in linears]
     asked = {name: policy for name in caches if (policy := policies.get(name)) is not None}
     static = [name for name, policy in asked.items() if policy.kvcache_quant_granularity == "per_channel"]
     observed = ObservedNetwork(
@@ -76,7 +117,7 @@ def solve_network(
         cells[name] = QuantKVCache(name, caches[name].channels, asked[name])
     if static:
         _fill_caches(static, cells, _observe(observed, dict.fromkeys(_cache_names(static), _CHEAP), rows))
-    for group in _passes(_by_layer(layers, forms), settings):
+    for group in _passes(linears, settings):
         statistics = _observe(observed, {form.name: settings[form.name] for _, form in group}, rows)
         for index in sorted({index for index, _ in group}):
             chosen = [form for layer, form in group if layer == index]

@@ -187,6 +187,8 @@ def test_unknown_keyword_of_apply_is_a_type_error():
     """A keyword that would have no effect is refused."""
     with pytest.raises(TypeError, match="framework"):
         PTQ().apply(Mlp(), datasets=batches(), framework="mindone")
+    with pytest.raises(ValueError, match="'original' or 'quantized', but got 'float'"):
+        PTQ().apply(Mlp(), datasets=batches(), propagation="float")
 
 
 # Which layers ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ def test_every_scheme_from_apply_to_summary(strategy: str, capsys: pytest.Captur
     codes = converted.layers[0].q_proj.weight
     assert codes.dtype == ms.int8
     assert codes.shape == ((CHANNELS, CHANNELS // 2) if "W4" in strategy else (CHANNELS, CHANNELS))
+
+
+@pytest.mark.parametrize("strategy", ["GPTQ-W4-pergroup", "SmoothQuant-W8-perchannel-A8-pertensor"])
+def test_quantised_propagation_shows_each_layer_the_quantised_ones_before_it(strategy: str):
+    """Layer by layer is what quantising the second layer of a network whose first one is quantised already gives."""
+    network, x = Decoder(), ms.Tensor(batches(1, seed=9)[0])
+
+    def applied(network: Any, leave: str | None = None, **kwargs: Any) -> Any:
+        ptq = PTQ(PTQConfig(**SCHEMES[strategy]), None if leave is None else OrderedDict({leave: None}))
+        ptq.decoder_layer_types.append(DecoderLayer)
+        return ptq.apply(network, datasets=batches(3), **kwargs)
+
+    found = applied(network, propagation="quantized")
+    by_hand = applied(applied(network, leave=r"layers\.1\."))
+    np.testing.assert_array_equal(found(x).asnumpy(), by_hand(x).asnumpy())
+    original = applied(network, propagation="original")(x).asnumpy()
+    np.testing.assert_array_equal(applied(network)(x).asnumpy(), original)
+    assert not np.array_equal(found(x).asnumpy(), original)
 
 
 def round_reference(x: np.ndarray, scale: Any, zero: Any = 0.0) -> np.ndarray:
