@@ -125,20 +125,68 @@ def common(
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """Show stages, waves and memory of a job, from headers alone; refuse one that cannot fit."""
     config = load_recipe(recipe, overrides or ())
-    made, notes = _planned(config)
+    described = ClusterFacts.described(
+        num_nodes=nodes,
+        npus=npus,
+        cpus=cpus,
+        memory=None if memory is None else _size(memory, "--memory-per-node"),
+        device=config.parallel.device,
+    )
+    if address is not None and described is not None:
+        raise UserError(
+            "--address asks a cluster that runs what it holds, and the other options describe one: give either"
+        )
+    facts = described or (ClusterFacts.of_this_machine() if address is None else _facts_of(address))
+    made, notes = _planned(config, facts)
+    if described is not None or address is not None:
+        notes += _lacking(config, made, facts, waits=described is None)
     console = _console()
     print_plan(console, made, Path(config.model).name)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _planned(config: CalibrationConfig) -> tuple[CalibrationPlan, list[str]]:
+def _size(text: str, option: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def _facts_of(address: str) -> ClusterFacts:
+    from gs_dist.runtime import coordinator  # imports Ray
+
+    with coordinator.cluster(address, None) as facts:
+        return facts
+
+
+def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFacts, *, waits: bool) -> list[str]:
+    """What a cluster too small for the plan has room for; one that is only described must hold what suffices."""
+    room = facts.room(threads=made.threads_per_worker, npus=1 if made.device == "ascend" else 0)
+    if room >= made.num_workers:
+        return []
+    least = made.pipeline_parallel_size * min(config.parallel.min_data_parallel_size, made.data_parallel_size)
+    found = (
+        f"the cluster has room for {room} of {made.num_workers} workers ({made.pipeline_parallel_size} stages x "
+        f"{made.data_parallel_size} replicas)"
+    )
+    if room < least and not waits:
+        raise UserError(
+            f"{found}, and needs it for {least} at least (parallel.min_data_parallel_size): give more --nodes, or "
+            "lower parallel.pipeline_parallel_size, data_parallel_size or threads_per_worker"
+        )
+    if room >= least:
+        return [f"{found}: a job starts with fewer replicas, and takes more when nodes join"]
+    return [f"{found}: a job waits up to {config.parallel.timeout:g} s for more nodes, and then ends"]
+
+
+def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[CalibrationPlan, list[str]]:
     """The plan, and what the formats have to say about it."""
     from gs_dist.checkpoint.formats import FORMATS
     from gs_dist.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(Path(config.model))
-    made = make_plan(config, reader.architecture, reader.tensors, ClusterFacts.of_this_machine())
+    made = make_plan(config, reader.architecture, reader.tensors, facts)
     notes: list[str] = []
     for name in config.format:
         if name not in FORMATS:

@@ -69,6 +69,7 @@ class CalibrationPlan:
     device: str  # "cpu" or "ascend"
     threads_per_worker: int
     memory_per_worker: int
+    host_memory: int | None  # that a card's worker may use of its node; None without cards, or if nodes are unknown
     micro_batch_size: int
     sequence_length: int
     num_samples: int
@@ -98,6 +99,16 @@ class CalibrationPlan:
     def num_workers(self) -> int:
         """Stages times replicas."""
         return len(self.stages) * self.data_parallel_size
+
+    @property
+    def nodes_known(self) -> bool:
+        """Whether it was planned for nodes of known memory and cores."""
+        return self.device == "cpu" or self.host_memory is not None
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory of the costliest worker."""
+        return max(stage.memory.host_peak for stage in self.stages)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -219,6 +230,7 @@ def _plan_of(
         device=device,
         threads_per_worker=threads_of(config, available, num_workers),
         memory_per_worker=spread.memory_per_worker,
+        host_memory=spread.host_memory,
         micro_batch_size=data.samples_per_micro_batch,
         sequence_length=data.sequence_length,
         num_samples=data.num_samples,

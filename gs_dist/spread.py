@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
 from gs_dist.memory import GIB
@@ -15,36 +14,21 @@ from gs_dist.statistics import block_bounds
 from gs_dist.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
 from gs_dist.workload import Workload, count_operations, without_gram
 
-__all__ = ["ClusterFacts", "Spread", "blocks_of", "choose_spread", "device_of", "format_bytes", "shares", "threads_of"]
+__all__ = [
+    "ClusterFacts",
+    "Spread",
+    "blocks_of",
+    "choose_spread",
+    "device_of",
+    "format_bytes",
+    "host_share",
+    "shares",
+    "threads_of",
+]
 
 IN_FLIGHT_PER_STAGE = 2  # one at work and one waiting keeps a stage busy; more only fills memory
-CPU_MEMORY_SHARE = 0.8  # of the machine, for workers: the rest is the object store's and the system's
+CPU_MEMORY_SHARE = 0.8  # of a node's memory, for workers: the rest is the object store's and the system's
 ASCEND_MEMORY_PER_WORKER = 60 * GIB  # of a card with 64 GB, what its driver leaves free
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterFacts:
-    """What there is to run on: totals over all nodes; `num_npus` is 0 where there is none, or none is known."""
-
-    num_cpus: int
-    num_npus: int
-    memory_bytes: int
-
-    @classmethod
-    def of_this_machine(cls) -> ClusterFacts:
-        """Cores, memory (or the container's limit) and Ascend cards of the machine this runs on."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            memory = min(memory, int(text))
-        cards = [path for path in Path("/dev").glob("davinci*") if path.name.removeprefix("davinci").isdigit()]
-        num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(num_cpus=num_cpus, num_npus=len(cards), memory_bytes=memory)
-
-    def lacking(self, *, cpus: int, npus: int) -> str:
-        """`2 of 8 NPU` for what there is too little of, "" where there is enough."""
-        asked = (("CPU", self.num_cpus, cpus), ("NPU", self.num_npus, npus))
-        return ", ".join(f"{held} of {wanted} {name}" for name, held, wanted in asked if held < wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +38,7 @@ class Spread:
     pipeline_parallel_size: int
     data_parallel_size: int
     memory_per_worker: int
-    host_memory: int | None  # of a card's worker, where the cluster is known
+    host_memory: int | None  # that a card's worker may use, where the cluster is known
     max_in_flight: int
     choices: tuple[WaveChoice, ...]
 
@@ -218,11 +202,10 @@ def _try(
     num_workers = num_stages * num_replicas
     limit = parallel.memory_per_worker
     if limit == "auto":
-        share = int(available.memory_bytes * CPU_MEMORY_SHARE) // num_workers
-        limit = share if device == "cpu" else ASCEND_MEMORY_PER_WORKER
+        limit = host_share(config, available, num_workers) if device == "cpu" else ASCEND_MEMORY_PER_WORKER
     host_limit = None
     if device == "ascend" and available.num_npus:
-        host_limit = int(available.memory_bytes * CPU_MEMORY_SHARE) // num_workers
+        host_limit = host_share(config, available, num_workers)
     shape = workload.shape(
         device=device,
         micro_batch_size=data.samples_per_micro_batch,
@@ -271,13 +254,26 @@ def shares(config: CalibrationConfig, num_replicas: int) -> tuple[int, list[int]
     return most, at_end, kept
 
 
+def host_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
+    """Memory of its node that a worker may use, where as many share the node as may come to lie on it."""
+    asked, share = config.parallel.threads_per_worker, _threads_share(available, num_workers)
+    npus = 1 if device_of(config, available) == "ascend" else 0
+    beside = available.workers_per_node(num_workers, threads=share if asked == "auto" else min(asked, share), npus=npus)
+    return int(available.memory_per_node * CPU_MEMORY_SHARE) // beside
+
+
+def _threads_share(available: ClusterFacts, num_workers: int) -> int:
+    """Cores of a node over its workers, where they are dealt evenly."""
+    return max(1, available.num_cpus // available.num_nodes // -(-num_workers // available.num_nodes))
+
+
 def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
-    """Threads of each worker: an even share of the cores, or fewer.
+    """Threads of each worker: an even share of its node's cores, or fewer.
 
     Raises:
         PlanError: the recipe asks for more.
     """
-    share = max(1, available.num_cpus // num_workers)
+    share = _threads_share(available, num_workers)
     asked = config.parallel.threads_per_worker
     if asked == "auto":
         return share
@@ -308,6 +304,9 @@ def _explain_misfit(
     per_wave = max(len(wave) for wave in choice.waves)
     first, last = choice.waves[0][0], choice.waves[-1][-1]
     ways = [f"  {way}" for way in _ways_out(config, workload, available, spread)]
+    if memory.peak <= spread.memory_per_worker and spread.host_memory is not None:
+        size = _node_memory(available, spread, memory.host_peak)
+        ways.append(f"  nodes of {size} GiB of memory each, as Ray counts it")
     advice = ["Any one of these would make it fit:", *ways]
     if not ways:
         advice = [
@@ -321,6 +320,12 @@ def _explain_misfit(
             *advice,
         ]
     )
+
+
+def _node_memory(available: ClusterFacts, spread: Spread, host_peak: int) -> int:
+    """GiB of a node of which each of its workers would have `host_peak` bytes."""
+    assert spread.host_memory is not None
+    return -(-available.memory_per_node * host_peak // (spread.host_memory * GIB))
 
 
 def _changed(config: CalibrationConfig, section: str, **values: Any) -> CalibrationConfig:

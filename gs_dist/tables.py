@@ -20,6 +20,7 @@ __all__ = ["print_plan", "print_summary"]
 
 ROWS_WITHOUT_GROUPING = 60  # more than fits a tall terminal; past it, linears of one role share a line
 WORST_ROWS = 10
+CARDS_OF_A_NODE = 8  # of an Ascend training server, where nothing is said of the nodes
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
@@ -52,6 +53,30 @@ def _stage_rows(plan: CalibrationPlan, *, host: bool) -> list[list[str]]:
     return rows
 
 
+def _share(plan: CalibrationPlan) -> str:
+    """What each worker may use, as far as its node is known."""
+    size = format_bytes(plan.memory_per_worker)
+    if plan.host_memory is not None:
+        host = format_bytes(plan.host_memory)
+        return f"{plan.threads_per_worker} threads and at most {size} of a card and {host} of host memory each"
+    if plan.nodes_known:
+        return f"{plan.threads_per_worker} threads and at most {size} each"
+    return f"at most {size} of a card each"
+
+
+def _unknown_nodes(plan: CalibrationPlan) -> list[str]:
+    """What is not planned where nothing is known of the cards' nodes."""
+    if plan.nodes_known:
+        return []
+    peak, beside = plan.host_peak, min(plan.num_workers, CARDS_OF_A_NODE)
+    return [
+        "NOT PLANNED: host memory and cores of the nodes are unknown. These waves would take "
+        f"{format_bytes(peak)} of host memory a worker, {format_bytes(peak * beside)} for {beside} workers a node. "
+        "To have waves planned for the nodes, or the job refused, give --npus-per-node, --cpus-per-node, "
+        "--memory-per-node and --nodes, or --address of a cluster that runs"
+    ]
+
+
 def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     """Stages with layers, waves and peak memory by item; then totals."""
     columns = ["stage", "layers", "waves", "peak", *ITEMS]
@@ -65,12 +90,13 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"model {model}: {a.model_type}, {a.num_layers} layers, {a.dtype}; "
         f"{quantised} of {len(plan.policies)} linears are quantised",
         f"workers: {plan.pipeline_parallel_size} stages x {plan.data_parallel_size} replicas on {plan.device}, "
-        f"{plan.threads_per_worker} threads and at most {format_bytes(plan.memory_per_worker)} each",
+        + _share(plan),
         f"samples: {plan.num_samples} x {plan.sequence_length} tokens in {plan.num_micro_batches} micro-batches of "
         f"{plan.micro_batch_size}, {plan.num_blocks} reduction blocks; at most {plan.max_in_flight} in flight",
         f"propagation {plan.propagation}; Gram matrices {'on' if plan.gram else 'only where a solver needs them'}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
         f"operations: forward {operations.forward:.3g}, Gram {operations.gram:.3g}, solve {operations.solve:.3g}",
+        *_unknown_nodes(plan),
         *(f"note: {note}" for note in plan.notes),
     ]
     for line in lines:

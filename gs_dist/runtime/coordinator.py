@@ -375,6 +375,21 @@ def _refuse_silence(address: str) -> None:
         ) from error
 
 
+def _held() -> ClusterFacts:
+    """What the nodes hold that workers may be placed on: those with cards where there are any, else those with cores.
+
+    A head that is kept free of workers (KubeRay's, with `num-cpus: "0"`) has memory that no worker can use.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = [node for node in nodes if node.get("NPU", 0) >= 1] or nodes
+    return ClusterFacts(
+        num_cpus=int(sum(node["CPU"] for node in nodes)) or 1,
+        num_npus=int(sum(node.get("NPU", 0) for node in nodes)),
+        memory_bytes=int(sum(node.get("memory", 0) for node in nodes)),
+        num_nodes=len(nodes) or 1,
+    )
+
+
 @contextmanager
 def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]:
     """Joins the Ray cluster at `address`, or starts one here; gives what it holds.
@@ -404,12 +419,10 @@ def cluster(address: str | None, num_cpus: int | None) -> Iterator[ClusterFacts]
                 "`ray start --head`, check --address, or leave it out to run on this machine"
             ) from error
     try:
-        held = ray.cluster_resources()
-        yield ClusterFacts(
-            num_cpus=int(held.get("CPU", 1)),
-            num_npus=int(held.get("NPU", 0)),
-            memory_bytes=ClusterFacts.of_this_machine().memory_bytes if address is None else int(held.get("memory", 0)),
-        )
+        facts = _held()
+        if address is None:
+            facts = dataclasses.replace(facts, memory_bytes=ClusterFacts.of_this_machine().memory_bytes)
+        yield facts
     finally:
         if not already:
             ray.shutdown()
