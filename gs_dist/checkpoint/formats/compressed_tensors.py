@@ -24,7 +24,7 @@ from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
     policy_of,
     quantization_args,
 )
-from gs_dist.checkpoint.formats.description import kv_layers
+from gs_dist.checkpoint.formats.description import kv_layers, shift_notes
 from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -57,7 +57,7 @@ class CompressedTensorsFormat:
                     f"for {linear.name} in layer_policies"
                 )
         _check_kv(policies, architecture)
-        return engine_notes(policies, architecture)
+        return (*shift_notes(self.name, policies), *engine_notes(policies, architecture))
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """See `CheckpointFormat.encode_layer`. Scales are stored in the model's dtype.

@@ -36,6 +36,7 @@ __all__ = [
     "refuse",
     "require_shared_input",
     "row_sums",
+    "shift_notes",
     "split_linears",
     "static_parameters",
 ]
@@ -235,6 +236,16 @@ def cast_scale(values: Float32, dtype: np.dtype[Any], where: str) -> Array:
             f"{dtype.name}; set outliers_suppression: none for this linear, or leave it float (layer_policies: null)"
         )
     return cast
+
+
+def shift_notes(dialect: str, policies: Policies) -> tuple[str, ...]:
+    """A note where Outlier Suppression Plus is asked for and the dialect has no room for the biases that it makes."""
+    if not any(policy is not None and policy.makes_bias for policy in policies.values()):
+        return ()
+    return (
+        f"{dialect} has no place for the biases of norms by which outlier-suppression+ shifts inputs: it rescales them "
+        "only, in every format of this run; format: [ascend] alone has",
+    )
 
 
 def row_sums(codes: Int8) -> npt.NDArray[np.int64]:

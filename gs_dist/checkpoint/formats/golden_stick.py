@@ -41,6 +41,7 @@ from gs_dist.checkpoint.formats.description import (
     refuse,
     require_shared_input,
     row_sums,
+    shift_notes,
     split_linears,
     static_parameters,
 )
@@ -88,13 +89,15 @@ class GoldenStickFormat:
             )
             reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
         refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
+        notes = shift_notes(self.name, policies)
         others = sorted({label_of(policy) for policy in policies.values()} - {FLOAT, "W8A8"})
         if others:
             return (
+                *notes,
                 f"golden-stick: vLLM-MindSpore's own reader knows W8A8 and float linears; {', '.join(others)} is for "
                 "networks that Golden Stick builds",
             )
-        return ()
+        return notes
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """Tensors of a decoder layer under their full names.

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gs_dist.architecture import DecoderArchitecture
+from gs_dist.checkpoint.formats.base import CheckpointFormat
+from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat, pack_int4, unpack_int4
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError
@@ -243,3 +245,13 @@ def test_expected_tensors_are_what_is_written(tmp_path: Path, policy: QuantPolic
     assert {n: (t.dtype or dtype, t.shape) for n, t in expected.items()} == {
         n: (a.dtype.name, a.shape) for n, a in encoded.items()
     }
+
+
+@pytest.mark.parametrize("dialect", [FORMAT, CompressedTensorsFormat()], ids=["golden-stick", "compressed-tensors"])
+def test_a_shift_that_has_no_place_is_told_beforehand(dialect: CheckpointFormat) -> None:
+    """Outlier Suppression Plus then only rescales, and the note names the format that has room for the shift."""
+    architecture = DecoderArchitecture.from_config(tiny_config("llama"))
+    notes = dialect.check_policies(dialects.uniform_policies(architecture, dialects.W8A8_PLUS), architecture)
+    assert any("outlier-suppression+" in note and "format: [ascend]" in note for note in notes)
+    plain = dialect.check_policies(dialects.uniform_policies(architecture, dialects.W8A8), architecture)
+    assert not any("outlier-suppression+" in note for note in plain)
