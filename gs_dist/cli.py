@@ -122,8 +122,26 @@ def common(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Show stages, waves and memory of a job, from headers alone; refuse one that cannot fit."""
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    address: Annotated[str | None, typer.Option(help="Ray cluster that runs, to plan for what it holds.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a cluster that need not run yet; 1.")] = None,
+    npus: Annotated[int | None, typer.Option("--npus-per-node", min=0, help="Ascend cards of each.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-node", min=1, help="Cores of each.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-per-node", help="Memory of each as Ray counts it: a pod's limit, or `ray start --memory`."
+        ),
+    ] = None,
+) -> None:
+    """Show stages, waves and memory of a job, from headers alone; refuse one that cannot fit.
+
+    Without --address or a description of the nodes it is planned for this machine; if that has no Ascend card and the
+    recipe needs some, memory and cores of their nodes are unknown, and said to be.
+    """
     config = load_recipe(recipe, overrides or ())
     described = ClusterFacts.described(
         num_nodes=nodes,
