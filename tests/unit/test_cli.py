@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsForma
 from gs_dist.cli import app
 from gs_dist.config import CalibrationConfig, CalibrationData
 from gs_dist.errors import ClusterError, LayerError
+from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.quantized import LinearSummary
 from gs_dist.summary import CalibrationSummary, read_summary, write_summary
 
@@ -121,11 +124,20 @@ def test_plan_shows_stages_memory_and_totals(recipe: Path) -> None:
     assert "samples: 8 x 32 tokens in 1 micro-batches of 8, 8 reduction blocks" in result.stdout
 
 
-def test_plan_of_a_70b_model_needs_headers_only(tmp_path: Path, recipe: Path) -> None:
-    """Sixteen cards are planned on a machine that has none, from files without data."""
+@pytest.fixture
+def large(tmp_path: Path, recipe: Path) -> tuple[object, ...]:
+    """`plan` of a 70B model on sixteen cards, from files without data, and on a machine that has no card."""
     header_only_checkpoint(tmp_path / "large", "llama-3-70b")
     settings = ["parallel.device=ascend", "parallel.pipeline_parallel_size=8", "parallel.data_parallel_size=2"]
-    result = run("plan", recipe, f"model={tmp_path}/large", "calibration.sequence_length=2048", *settings)
+    return ("plan", recipe, f"model={tmp_path}/large", "calibration.sequence_length=2048", *settings)
+
+
+NODES = ("--npus-per-node", 8, "--cpus-per-node", 160, "--memory-per-node")
+
+
+def test_plan_of_a_70b_model_needs_headers_only(large: tuple[object, ...]) -> None:
+    """What cards need is planned; of their nodes, of which nothing is said, it says that it is not."""
+    result = run(*large)
     assert result.exit_code == 0
     assert "70-79" in result.stdout
     assert "Memory of an Ascend card" in result.stdout
@@ -143,6 +155,74 @@ def test_a_plan_that_cannot_fit_is_the_users_turn(recipe: Path) -> None:
 
 def test_a_bad_recipe_is_told_in_full(recipe: Path) -> None:
     """Every problem of recipe and overrides comes at once, on stderr."""
+    assert "8 stages x 2 replicas on ascend, at most 60.0 GiB of a card each\n" in result.stdout
+    assert "NOT PLANNED: host memory and cores of the nodes are unknown. These waves would take " in result.stdout
+    assert " GiB of host memory a worker, " in result.stdout
+    assert " for 8 workers a node. " in result.stdout
+    assert " threads" not in result.stdout
+
+
+def test_plan_for_nodes_that_do_not_run_yet(large: tuple[object, ...]) -> None:
+    """With the nodes' sizes, threads and host memory are planned, and what does not fit is refused."""
+    result = run(*large, "--nodes", 2, *NODES, "768GiB")
+    assert result.exit_code == 0
+    assert "20 threads and at most 60.0 GiB of a card and 76.8 GiB of host memory each\n" in result.stdout
+    assert "NOT PLANNED" not in result.stdout
+    assert "room for" not in result.stdout
+    refused = run(*large, "--nodes", 2, *NODES, "64GiB")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "of host memory a worker and the cluster has 6.4 GiB for each" in refused.stderr
+
+
+def test_plan_for_fewer_nodes_than_the_job_asks_for(large: tuple[object, ...]) -> None:
+    """A replica may be missing; where not even the least number fits, the plan is refused."""
+    one = run(*large, *NODES, "768GiB")
+    assert one.exit_code == 0
+    assert (
+        "note: the cluster has room for 8 of 16 workers (8 stages x 2 replicas): a job starts with fewer" in one.stdout
+    )
+    refused = run(*large, *NODES, "768GiB", "parallel.min_data_parallel_size=2")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "has room for 8 of 16 workers (8 stages x 2 replicas), and needs it for 16 at least" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--nodes", 2), "lacks --npus-per-node and --cpus-per-node and --memory-per-node: "),
+        ((*NODES, "768"), "gs-dist: --memory-per-node: '768' is no size: "),
+        ((*NODES, "768GiB", "--address", "auto"), "gs-dist: --address asks a cluster that runs "),
+    ],
+)
+def test_a_cluster_is_described_in_full_or_asked(
+    large: tuple[object, ...], options: tuple[object, ...], message: str
+) -> None:
+    """One message says what is missing or too much."""
+    result = run(*large, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("gs-dist: ") == 1
+
+
+def test_plan_asks_a_cluster_that_runs(
+    large: tuple[object, ...], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cluster holds is planned for as if it were described; it may still grow, so that a job would wait."""
+    facts = {"10.0.0.1:6379": ClusterFacts(num_cpus=320, num_npus=16, memory_bytes=1536 << 30, num_nodes=2)}
+    facts["auto"] = ClusterFacts(num_cpus=160, num_npus=4, memory_bytes=768 << 30)
+
+    @contextlib.contextmanager
+    def cluster(address: str, num_cpus: int | None) -> Iterator[ClusterFacts]:
+        assert num_cpus is None
+        yield facts[address]
+
+    monkeypatch.setattr(sys.modules["gs_dist.runtime.coordinator"], "cluster", cluster, raising=False)
+    result = run(*large, "--address", "10.0.0.1:6379")
+    assert result.exit_code == 0
+    assert result.stdout == run(*large, "--nodes", 2, *NODES, "768GiB").stdout
+    small = run(*large, "--address", "auto")
+    assert small.exit_code == 0
+    assert "has room for 4 of 16 workers (8 stages x 2 replicas): a job waits up to 600 s for more" in small.stdout
     result = run("plan", recipe, "paralel.x=1", "calibration.num_samples=0")
     assert result.exit_code == 2
     assert result.stderr == (

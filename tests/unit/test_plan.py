@@ -18,7 +18,7 @@ from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, User
 from gs_dist.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.probe_memory import choose_groups, evaluation_shape
-from gs_dist.spread import format_bytes
+from gs_dist.spread import format_bytes, threads_of
 from gs_dist.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
 from gs_dist.waves import count_partial_sums, split_evenly, split_stages
 
@@ -390,6 +390,99 @@ def test_a_cluster_says_what_it_lacks() -> None:
     assert cluster.lacking(cpus=8, npus=2) == ""
     assert cluster.lacking(cpus=4, npus=8) == "2 of 8 NPU"
     assert cluster.lacking(cpus=16, npus=8) == "8 of 16 CPU, 2 of 8 NPU"
+
+
+NODES = {"cpus": 160, "npus": 8, "memory": 768 * GIB}
+W4A16 = {
+    "weight_quant_dtype": "qint4x2",
+    "weight_quant_granularity": "per_group",
+    "group_size": 128,
+    "outliers_suppression": "awq",
+    "precision_recovery": "gptq",
+    "algo_args": {"desc_act": True, "static_groups": True},
+    "opname_blacklist": ["lm_head"],
+}
+CARDS = {"pipeline_parallel_size": 8, "data_parallel_size": 2, "memory_per_worker": "60GiB", "device": "ascend"}
+
+
+def described(device: str = "ascend", **changes: Any) -> ClusterFacts | None:
+    return ClusterFacts.described(**{"num_nodes": None, **NODES, "device": device, **changes})
+
+
+def test_a_described_cluster_holds_its_nodes_together() -> None:
+    """Totals over the nodes, one of which is meant where no number is given; nothing said describes nothing."""
+    assert described(num_nodes=2) == ClusterFacts(
+        num_cpus=320, num_npus=16, memory_bytes=1536 * GIB, num_nodes=2
+    )  # fmt: skip
+    assert described() == ClusterFacts(num_cpus=160, num_npus=8, memory_bytes=768 * GIB)
+    assert described("cpu", npus=None) == ClusterFacts(num_cpus=160, num_npus=0, memory_bytes=768 * GIB)
+    assert described(cpus=None, npus=None, memory=None) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "message"),
+    [
+        ("ascend", {"npus": None}, "lacks --npus-per-node: waves"),
+        ("auto", {"cpus": None, "npus": 8}, "lacks --cpus-per-node: waves"),
+        ("ascend", {"num_nodes": 2, "cpus": None, "memory": None}, "lacks --cpus-per-node and --memory-per-node: "),
+        ("ascend", {"npus": 0}, "parallel.device is ascend and --npus-per-node is 0: give the cards of a node, or "),
+    ],
+)
+def test_part_of_a_description_describes_nothing(device: str, changes: dict[str, Any], message: str) -> None:
+    """All that is missing is named at once, and what contradicts the recipe."""
+    with pytest.raises(UserError, match=message):
+        described(device, **changes)
+
+
+def test_waves_are_those_that_the_nodes_memory_allows(large: CheckpointReader) -> None:
+    """Waves that the cards alone would allow shrink until eight workers fit their node, and no further."""
+    config = recipe(ptq=W4A16, **CARDS)
+    unknown = planned(large, config)
+    assert max(len(wave) for stage in unknown.stages for wave in stage.waves) > 1
+    assert (unknown.host_memory, unknown.nodes_known) == (None, False)
+    for memory, waves in ((768, 10), (1024, 5)):
+        plan = planned(large, config, described(num_nodes=2, memory=memory * GIB) or LAPTOP)
+        assert {len(stage.waves) for stage in plan.stages} == {waves}
+        assert plan.threads_per_worker == 20
+        assert plan.host_memory == int(0.8 * memory * GIB) // 8
+        assert plan.host_peak <= plan.host_memory
+        assert plan.nodes_known
+
+
+def test_nodes_too_small_are_refused_with_a_size_that_would_do(large: CheckpointReader) -> None:
+    """The memory named is enough, and a GiB less is not."""
+    config = recipe(ptq=W4A16, **CARDS)
+    with pytest.raises(PlanError) as caught:
+        planned(large, config, described(num_nodes=2, memory=548 * GIB) or LAPTOP)
+    assert "of host memory a worker and the cluster has 54.8 GiB for each" in str(caught.value)
+    (size,) = map(int, re.findall(r"nodes of (\d+) GiB of memory each", str(caught.value)))
+    planned(large, config, described(num_nodes=2, memory=size * GIB) or LAPTOP)
+    with pytest.raises(PlanError):
+        planned(large, config, described(num_nodes=2, memory=(size - 1) * GIB) or LAPTOP)
+
+
+def test_a_node_may_be_given_all_workers_that_it_has_cards_for(large: CheckpointReader) -> None:
+    """Eight workers of few threads may come to lie on one of two nodes; cores for all on both keep them apart."""
+    config = {**CARDS, "data_parallel_size": 1}
+    nodes = described(num_nodes=2) or LAPTOP
+    assert planned(large, recipe(**config), nodes).host_memory == int(0.8 * 768 * GIB) // 4
+    assert planned(large, recipe(**config), nodes).threads_per_worker == 40
+    assert planned(large, recipe(**config, threads_per_worker=20), nodes).host_memory == int(0.8 * 768 * GIB) // 8
+
+
+@given(num_nodes=st.integers(1, 5), cpus=st.integers(1, 64), npus=st.integers(1, 8), num_workers=st.integers(1, 40))
+def test_threads_leave_room_for_every_worker_on_some_node(
+    num_nodes: int, cpus: int, npus: int, num_workers: int
+) -> None:
+    """Where cards and cores suffice, the cores of no worker are spread over two nodes, and no node gets too many."""
+    facts = ClusterFacts(num_cpus=num_nodes * cpus, num_npus=num_nodes * npus, memory_bytes=GIB, num_nodes=num_nodes)
+    threads = threads_of(recipe(device="ascend"), facts, num_workers)
+    beside = facts.workers_per_node(num_workers, threads=threads, npus=1)
+    assert 1 <= beside <= npus
+    if num_workers <= num_nodes * min(npus, cpus):
+        assert facts.room(threads=threads, npus=1) >= num_workers
+        assert beside * threads <= cpus
+        assert beside * num_nodes >= num_workers
 
 
 def probing(**changes: Any) -> Any:
