@@ -6,12 +6,12 @@ Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -19,16 +19,13 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from gs_dist import __version__
-from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe, parse_size
+from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe, parse_size, read_published_recipe
 from gs_dist.console import show_progress
 from gs_dist.errors import UserError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.recipe import problems_of
-from gs_dist.summary import JSON_NAME, CalibrationSummary, read_summary, write_summary
+from gs_dist.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.tables import print_plan, print_summary
-
-if TYPE_CHECKING:
-    from gs_dist.runtime.evaluate import Perplexity
 
 __all__ = ["app", "main"]
 
@@ -292,6 +289,9 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
     *,
     data: Annotated[list[str], typer.Option(help="Files, directories, patterns or URIs; may be given again.")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="Format to evaluate, all of the job's if left out; may be given again.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="The float model, to compare with.")] = None,
     num_samples: Annotated[int, typer.Option(help="How many samples at most.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
@@ -320,6 +320,7 @@ def evaluate(
         found = runtime.evaluate(
             str(directory),
             samples,
+            formats=tuple(format or ()),
             model=None if model is None else str(model),
             pipeline_parallel_size=stages,
             memory_per_worker=memory_per_worker,
@@ -331,34 +332,34 @@ def evaluate(
     _record_perplexity(directory, found)
 
 
-def _show_perplexity(found: Perplexity) -> None:
-    typer.echo(f"{found.num_samples} samples, {found.num_tokens} predicted tokens")
-    if found.float_model is not None:
-        typer.echo(f"perplexity of the float model:     {found.float_model:.4f}")
-    typer.echo(f"perplexity of the quantised model: {found.quantized:.4f}")
-    if found.float_model is not None:
-        typer.echo(f"increase: {found.quantized / found.float_model - 1:+.2%}")
+def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
+    """A line a model, the float one first."""
+    typer.echo(f"over {found[0].basis()}")
+    lines = [("the float model", found[0].float_perplexity, "")]
+    for entry in found:
+        reference = entry.float_perplexity
+        change = "" if reference is None else f"  ({entry.perplexity / reference - 1:+.2%})"
+        lines.append((f"the {entry.format} model", entry.perplexity, change))
+    width = max(len(name) for name, _, _ in lines)
+    for name, perplexity, change in lines:
+        if perplexity is not None:
+            typer.echo(f"perplexity of {name + ':':<{width + 1}} {perplexity:.4f}{change}")
 
 
-def _record_perplexity(directory: Path, found: Perplexity) -> None:
-    """Adds what was measured to the summary and the model cards of the run that the directory belongs to, if any."""
+def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:
+    """Adds what was measured to summary and model cards of the run that the directory belongs to, if any."""
     from gs_dist.checkpoint.model_card import write_model_card
     from gs_dist.checkpoint.reader import CheckpointReader
 
     run = _run_directory(directory)
     if not (run / JSON_NAME).exists():
         return
-    known: CalibrationSummary = read_summary(run)
-    measured = dataclasses.replace(
-        known,
-        perplexity=found.quantized,
-        float_perplexity=found.float_model if found.float_model is not None else known.float_perplexity,
-    )
+    measured = read_summary(run).with_evaluations(found)
     write_summary(run, measured)
     if not (run / "recipe.yaml").is_file():
         return
-    recipe = load_recipe(run / "recipe.yaml")
-    for name in known.formats:
+    recipe = read_published_recipe(run / "recipe.yaml")
+    for name in (entry.format for entry in found):
         architecture = CheckpointReader(run / name, quantized=True).architecture
         write_model_card(run / name, recipe, measured, architecture)
 

@@ -40,9 +40,11 @@ __all__ = [
     "PTQSection",
     "ParallelConfig",
     "ProbeConfig",
+    "base_name",
     "load_recipe",
     "parse_size",
     "published_recipe",
+    "read_published_recipe",
     "recipe_fingerprint",
 ]
 
@@ -439,7 +441,7 @@ def recipe_fingerprint(config: CalibrationConfig, **more: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _base_name(path: str) -> str:
+def base_name(path: str) -> str:
     """The last part of a path or URI, without the query that may hold keys."""
     plain = path.split("?", 1)[0] if "://" in path else path
     return plain.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1] or "."
@@ -448,12 +450,24 @@ def _base_name(path: str) -> str:
 def published_recipe(config: CalibrationConfig) -> str:
     """The recipe as YAML with every value spelt out and every path reduced to its last part."""
     document = config.model_dump(mode="json")
-    document["model"] = _base_name(config.model)
-    document["output"] = _base_name(config.output)
-    document["calibration"]["data"] = [_base_name(path) for path in config.calibration.data]
+    document["model"] = base_name(config.model)
+    document["output"] = base_name(config.output)
+    document["calibration"]["data"] = [base_name(path) for path in config.calibration.data]
     if config.probe.data is not None:
-        document["probe"]["data"] = [_base_name(path) for path in config.probe.data]
+        document["probe"]["data"] = [base_name(path) for path in config.probe.data]
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_published_recipe(path: str | os.PathLike[str]) -> CalibrationConfig:
+    """What `published_recipe` wrote; its paths are names, which name nothing by themselves.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds what this version does not know.
+    """
+    # Model and output may be of one name, which would be refused as one directory.
+    config = load_recipe(path, ["model=/"])
+    document = parse_document(Path(path).read_text(encoding="utf-8"), Path(path).name)
+    return config.model_copy(update={"model": str(document["model"])})
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CalibrationConfig:

@@ -10,15 +10,22 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gs_dist.errors import OutputError
 from gs_dist.quantized import LinearSummary
 
-__all__ = ["CalibrationSummary", "ProbeSummary", "StageSummary", "read_summary", "write_summary"]
+__all__ = [
+    "CalibrationSummary",
+    "PerplexitySummary",
+    "ProbeSummary",
+    "StageSummary",
+    "read_summary",
+    "write_summary",
+]
 
 SUMMARY_VERSION = 1
 JSON_NAME = "summary.json"
@@ -83,6 +90,43 @@ class ProbeSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerplexitySummary:
+    """What `gs-dist evaluate` measured of a published model.
+
+    Attributes:
+        format: the dialect.
+        perplexity, float_perplexity: of the published and of the float model, None where that was not named.
+        num_samples, sequence_length, num_tokens: samples, tokens of each, and tokens predicted in all of them.
+        data: base names of what the samples were read from.
+        data_fingerprint: of the samples, sha256 in hex: equal where two figures may be compared.
+    """
+
+    format: str
+    perplexity: float
+    float_perplexity: float | None
+    num_samples: int
+    sequence_length: int
+    num_tokens: int
+    data: tuple[str, ...]
+    data_fingerprint: str
+
+    def sentence(self) -> str:
+        """The figures and what they are over, in words, without the format."""
+        change = ""
+        if self.float_perplexity is not None:
+            increase = self.perplexity / self.float_perplexity - 1
+            change = f", of the float model {self.float_perplexity:.4g} ({increase:+.2%})"
+        return f"perplexity {self.perplexity:.4g}{change}, over {self.basis()}"
+
+    def basis(self) -> str:
+        """What the figures are over."""
+        return (
+            f"{self.num_samples} samples of {self.sequence_length} tokens of {', '.join(self.data)} "
+            f"({self.num_tokens} predicted tokens, data {self.data_fingerprint[:12]})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSummary:
     """A job's summary.
 
@@ -96,9 +140,9 @@ class CalibrationSummary:
         fingerprints: of recipe, source checkpoint and samples, sha256 in hex.
         rows: one a linear, layer by layer, the head last.
         stages: one a worker.
-        perplexity, float_perplexity: of the published and of the float model, where they were measured.
         notes: what a person should know of the run as a whole.
         probes: one a format, where the job was to compare what it published with the float model.
+        evaluations: the last one of each format that was evaluated since.
     """
 
     model: str
@@ -111,15 +155,30 @@ class CalibrationSummary:
     fingerprints: Mapping[str, str]
     rows: tuple[LinearSummary, ...]
     stages: tuple[StageSummary, ...]
-    perplexity: float | None = None
-    float_perplexity: float | None = None
     notes: tuple[str, ...] = field(default=())
     probes: tuple[ProbeSummary, ...] = ()
+    evaluations: tuple[PerplexitySummary, ...] = ()
 
     @property
     def strategies(self) -> dict[str, int]:
         """Strategy to number of linears, the commonest first; `NA` stands for those left as they are."""
         return dict(Counter(row.strategy for row in self.rows).most_common())
+
+    def with_evaluations(self, measured: Sequence[PerplexitySummary]) -> CalibrationSummary:
+        """The same with what was measured in place of earlier figures of the same formats.
+
+        A figure of the float model that was not measured again is taken from an earlier one over the same samples.
+        """
+        floats = {known.data_fingerprint: known.float_perplexity for known in self.evaluations}
+        latest = {known.format: known for known in self.evaluations}
+        for found in measured:
+            known_float = floats.get(found.data_fingerprint)
+            latest[found.format] = (
+                found if found.float_perplexity is not None else replace(found, float_perplexity=known_float)
+            )
+        order = {name: position for position, name in enumerate(self.formats)}
+        ordered = sorted(latest.values(), key=lambda found: order.get(found.format, len(order)))
+        return replace(self, evaluations=tuple(ordered))
 
     def sorted_rows(self, order: str = "layer") -> list[LinearSummary]:
         """Rows in model order (`layer`), or the largest number first; rows without one come last.
@@ -157,10 +216,14 @@ class CalibrationSummary:
                     f"{JSON_NAME} has version {version} and this gs-dist reads version {SUMMARY_VERSION}: "
                     "use the gs-dist that wrote it"
                 )
+            for name in ("perplexity", "float_perplexity"):  # once written without format and samples: no figures
+                document.pop(name, None)
             rows = tuple(_rebuilt(LinearSummary, row) for row in document.pop("rows"))
             stages = tuple(_rebuilt(StageSummary, stage) for stage in document.pop("stages"))
             probes = tuple(_rebuilt(ProbeSummary, probe) for probe in document.pop("probes", ()))
-            return _rebuilt(cls, {**document, "rows": rows, "stages": stages, "probes": probes})
+            found = tuple(_rebuilt(PerplexitySummary, entry) for entry in document.pop("evaluations", ()))
+            parts = {"rows": rows, "stages": stages, "probes": probes, "evaluations": found}
+            return _rebuilt(cls, {**document, **parts})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, OutputError):
                 raise
@@ -235,12 +298,11 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
 
 
 def _parquet_metadata(summary: CalibrationSummary) -> dict[str, str]:
-    """What is said of the run as a whole; perplexities only where they were measured."""
+    """What is said of the run as a whole; perplexities where they were measured."""
     texts = {"model": summary.model, "propagation": summary.propagation, "gs_dist_summary": str(SUMMARY_VERSION)}
-    measured = {"perplexity": summary.perplexity, "float_perplexity": summary.float_perplexity}
-    texts |= {name: repr(value) for name, value in measured.items() if value is not None}
-    if summary.probes:
-        texts["probes"] = json.dumps(_finite([dataclasses.asdict(probe) for probe in summary.probes]))
+    for name, found in (("probes", summary.probes), ("evaluations", summary.evaluations)):
+        if found:
+            texts[name] = json.dumps(_finite([dataclasses.asdict(entry) for entry in found]))
     return texts
 
 

@@ -221,8 +221,6 @@ def _totals(summary: CalibrationSummary) -> list[str]:
         f"model {summary.model} as {', '.join(summary.formats)}; {summary.num_samples} samples, "
         f"{summary.num_tokens} tokens, propagation {summary.propagation}, {summary.seconds:.1f} s",
     ]
-    if summary.perplexity is not None:
-        float_part = "" if summary.float_perplexity is None else f", of the float model {summary.float_perplexity:.4g}"
-        lines.append(f"perplexity {summary.perplexity:.4g}{float_part}")
+    lines += [f"{found.format}: {found.sentence()}" for found in summary.evaluations]
     lines += [f"probe of {probe.format}: {probe.sentence()}" for probe in summary.probes]
     return [*lines, *(f"note: {note}" for note in summary.notes)]

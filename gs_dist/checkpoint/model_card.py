@@ -130,15 +130,16 @@ def _strategies(summary: CalibrationSummary) -> str:
 def _quality(summary: CalibrationSummary, format_name: str) -> str:
     worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:_WORST]
     parts = []
-    if summary.perplexity is not None:
-        rows = [("quantised", f"{summary.perplexity:.4f}")]
-        if summary.float_perplexity is not None:
-            change = summary.perplexity / summary.float_perplexity - 1
-            rows = [("float", f"{summary.float_perplexity:.4f}"), (f"quantised ({change:+.2%})", rows[0][1])]
-        parts.append(_table(("model", "perplexity"), rows))
-    else:
-        parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
     probed = [probe.sentence() for probe in summary.probes if probe.format == format_name]
+    evaluated = [found for found in summary.evaluations if found.format == format_name]
+    for found in evaluated:
+        rows = [("quantised", f"{found.perplexity:.4f}")]
+        if found.float_perplexity is not None:
+            change = found.perplexity / found.float_perplexity - 1
+            rows = [("float", f"{found.float_perplexity:.4f}"), (f"quantised ({change:+.2%})", rows[0][1])]
+        parts.append(f"{_table(('model', 'perplexity'), rows)}\n\nOver {found.basis()}.")
+    if not probed and not evaluated:
+        parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
     parts += [f"Before it was published: {sentence}." for sentence in probed]
     if worst:
         lines = [(f"`{row.name}`", f"`{row.strategy}`", f"{row.relative_error:.2e}") for row in worst]

@@ -9,7 +9,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ __all__ = [
     "LAYER_POLICIES",
     "RunDirectory",
     "StatisticsOrigin",
-    "find_model",
+    "find_models",
     "holds_statistics",
     "published_format",
     "read_origin",
@@ -278,18 +278,27 @@ def published_format(directory: Path) -> str | None:
     return "compressed-tensors" if config.get("quantization_config") is not None else None
 
 
-def find_model(directory: Path) -> tuple[Path, str]:
-    """The model directory and its format, given a job's output or a model directory itself.
+def find_models(directory: Path, formats: Sequence[str] = ()) -> dict[str, Path]:
+    """Format to model directory, given a job's output or a model directory itself.
+
+    Args:
+        directory: where to look.
+        formats: those that are wanted; all that are there where none is named.
 
     Raises:
-        CheckpointError: there is no finished model.
+        CheckpointError: there is no finished model, or none in a format that is wanted.
     """
-    for name in FORMATS:
-        if (directory / name / INDEX_FILE).is_file():
-            return directory / name, name
-    found = published_format(directory) if (directory / INDEX_FILE).is_file() else None
-    if found is not None:
-        return directory, found
+    found = {name: directory / name for name in FORMATS if (directory / name / INDEX_FILE).is_file()}
+    itself = published_format(directory) if not found and (directory / INDEX_FILE).is_file() else None
+    if itself is not None:
+        found = {itself: directory}
+    missing = [name for name in formats if name not in found]
+    if found and missing:
+        raise CheckpointError(
+            f"{str(directory)!r} holds no finished model as {' or '.join(missing)}: choose from {', '.join(found)}"
+        )
+    if found:
+        return {name: path for name, path in found.items() if not formats or name in formats}
     raise CheckpointError(
         f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
     )

@@ -5,40 +5,44 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import find_model
-from gs_dist.config import CalibrationData
+from gs_dist.checkpoint.run_directory import find_models
+from gs_dist.config import CalibrationData, base_name
 from gs_dist.errors import CheckpointError, PlanError
 from gs_dist.probe_memory import choose_groups, evaluation_shape
 from gs_dist.progress import Progress
 from gs_dist.runtime.coordinator import cluster, evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
-from gs_dist.runtime.perplexity import Perplexity, measure
+from gs_dist.runtime.perplexity import measure
 from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, CPU_MEMORY_SHARE, ClusterFacts, format_bytes
+from gs_dist.summary import PerplexitySummary
 
-__all__ = ["Perplexity", "evaluate"]
+__all__ = ["evaluate"]
 
 
 def evaluate(
     directory: str,
     data: CalibrationData,
     *,
+    formats: Sequence[str] = (),
     model: str | None = None,
     pipeline_parallel_size: int | None = None,
     memory_per_worker: int | None = None,
     address: str | None = None,
     timeout: float = 600.0,
     progress: Progress,
-) -> Perplexity:
-    """Perplexity of a published model, and of the float model it was made of.
+) -> tuple[PerplexitySummary, ...]:
+    """Perplexity of a published model in each of its formats, and of the float model it was made of.
 
     Args:
         directory: a job's output, or the model directory within it.
         data: `num_samples` is a limit; fewer are taken where there are no more.
+        formats: those to evaluate; every one that the directory holds where none is named.
         model: directory of the float model, None to leave it out.
         pipeline_parallel_size: stages; one per CPU of the machine, at most two, where None.
         memory_per_worker: bytes that a worker may use; None for its share of the machine, or of a card.
@@ -49,8 +53,8 @@ def evaluate(
     Raises:
         UserError: a directory or the data cannot be used, or not even one layer fits.
     """
-    model_directory, format_name = find_model(Path(directory))
-    reader = CheckpointReader(model_directory, quantized=True)
+    published = find_models(Path(directory), formats)
+    reader = CheckpointReader(next(iter(published.values())), quantized=True)
     num_layers = reader.architecture.num_layers
     if model is not None:
         source = CheckpointReader(Path(model))
@@ -63,12 +67,13 @@ def evaluate(
         eos_token_id=reader.architecture.end_of_text_id,
         fewer_samples=True,
     )
+    fingerprint = dataset.fingerprint()
     threads = len(os.sched_getaffinity(0))
     num_stages = pipeline_parallel_size or min(2, threads, num_layers)
     edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     evaluation = Evaluation(
         model=model,
-        published={format_name: str(model_directory)},
+        published={name: str(path) for name, path in published.items()},
         data=data,
         stages=tuple((bounds,) for bounds in itertools.pairwise(edges)),
         max_in_flight=2 * num_stages,
@@ -81,9 +86,22 @@ def evaluate(
             progress.message(f"up to {count} of a stage's layers are in memory at a time, since they do not all fit")
         group = evaluation_workers(evaluation, timeout)
         try:
-            return measure(group, evaluation, dataset.num_samples, dataset.num_micro_batches, timeout, progress)
+            found = measure(group, evaluation, dataset.num_samples, dataset.num_micro_batches, timeout, progress)
         finally:
             group.close()
+    return tuple(
+        PerplexitySummary(
+            format=name,
+            perplexity=perplexity,
+            float_perplexity=found.float_model,
+            num_samples=found.num_samples,
+            sequence_length=data.sequence_length,
+            num_tokens=found.num_tokens,
+            data=tuple(map(base_name, data.data)),
+            data_fingerprint=fingerprint,
+        )
+        for name, perplexity in found.published.items()
+    )
 
 
 def _fitted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gs_dist.progress import Progress
@@ -15,9 +16,12 @@ __all__ = ["Perplexity", "measure", "perplexity_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Perplexity over `num_tokens` predicted tokens of `num_samples` samples; `float_model` None if not asked for."""
+    """Perplexity over `num_tokens` predicted tokens of `num_samples` samples.
 
-    quantized: float
+    `published` holds that of each format; `float_model` is None where it was not asked for.
+    """
+
+    published: Mapping[str, float]
     float_model: float | None
     num_samples: int
     num_tokens: int
@@ -31,16 +35,20 @@ def measure(
     timeout: float,
     progress: Progress,
 ) -> Perplexity:
-    """Runs the float model, if any, then the one published model, over all micro-batches."""
+    """Runs the float model, if any, then each published one, over all micro-batches."""
 
     def taken(which: str) -> tuple[float, int]:
         model = EvaluatedModel(which=which, evaluation=evaluation, group=group, timeout=timeout)
         return perplexity_of(model, num_micro_batches, progress)
 
     float_model = None if evaluation.model is None else taken(FLOAT)[0]
-    (name,) = evaluation.published
-    quantized, num_tokens = taken(name)
-    return Perplexity(quantized=quantized, float_model=float_model, num_samples=num_samples, num_tokens=num_tokens)
+    found = {name: taken(name) for name in evaluation.published}
+    return Perplexity(
+        published={name: perplexity for name, (perplexity, _) in found.items()},
+        float_model=float_model,
+        num_samples=num_samples,
+        num_tokens=next(num_tokens for _, num_tokens in found.values()),  # the same samples for all
+    )
 
 
 def perplexity_of(model: EvaluatedModel, num_micro_batches: int, progress: Progress) -> tuple[float, int]:

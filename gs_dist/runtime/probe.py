@@ -101,7 +101,7 @@ class Probe:
             progress: told what is going on.
 
         Returns:
-            The summary with what was found; its perplexity is that of the worst format.
+            The summary with what was found.
 
         Raises:
             JobFailure: perplexity rises by more than the recipe allows, or logits are not finite.
@@ -130,13 +130,7 @@ class Probe:
                     f"{probe.format}: {probe.sentence()}; that is above max_perplexity_increase "
                     f"{self._limit:g} ({self._limit:.4%}){self._advice(summary)}"
                 )
-        worst = max(probes, key=lambda probe: probe.perplexity)
-        return dataclasses.replace(
-            summary,
-            perplexity=worst.perplexity,
-            float_perplexity=worst.float_perplexity,
-            probes=tuple(probes),
-        )
+        return dataclasses.replace(summary, probes=tuple(probes))
 
     def _all_findings(self, make_group: MakeEvaluationGroup, progress: Progress) -> dict[str, _Findings]:
         """By model, the float one first; workers that were lost are started again, for models not yet through."""

@@ -121,12 +121,13 @@ def test_evaluate_compares_both_models_and_remembers_it(job: tuple[Path, Calibra
         "32",
     )
     assert found.returncode == 0, found.stderr
-    summary = read_summary(Path(config.output))
-    assert summary.perplexity is not None
-    assert summary.float_perplexity is not None
-    assert summary.perplexity == pytest.approx(summary.float_perplexity, rel=0.02)
-    assert f"{summary.perplexity:.4f}" in found.stdout
-    assert f"{summary.perplexity:.2f}" in (Path(config.output) / "compressed-tensors" / "README.md").read_text()
+    (measured,) = read_summary(Path(config.output)).evaluations
+    assert measured.float_perplexity is not None
+    assert measured.perplexity == pytest.approx(measured.float_perplexity, rel=0.02)
+    assert f"{measured.perplexity:.4f}" in found.stdout
+    card = (Path(config.output) / "compressed-tensors" / "README.md").read_text()
+    assert f"{measured.perplexity:.4f}" in card
+    assert "Over 8 samples of 32 tokens of samples.parquet (248 predicted tokens" in card
 
 
 def test_the_published_directory_passes_its_own_check(job: tuple[Path, CalibrationConfig]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +18,14 @@ from checkpoints import header_only_checkpoint, tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from gs_dist import __version__
+from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.cli import app
+from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.config import CalibrationConfig, CalibrationData
 from gs_dist.errors import ClusterError, LayerError
-from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary, read_summary, write_summary
+from gs_dist.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
 
 
 @pytest.fixture
@@ -89,9 +91,20 @@ class Runtime:
         self.calls.append(((directory, data), options))
         if self.error is not None:
             raise self.error
-        found = ModuleType("found")
-        found.__dict__.update(quantized=33.0, float_model=30.0, num_samples=4, num_tokens=2044)
-        return found
+        return tuple(
+            PerplexitySummary(
+                format=name,
+                perplexity=perplexity,
+                float_perplexity=None if options["model"] is None else 30.0,
+                num_samples=4,
+                sequence_length=data.sequence_length,
+                num_tokens=2044,
+                data=("a.parquet",),
+                data_fingerprint="ab" * 32,
+            )
+            for name, perplexity in (("ascend", 33.0), ("compressed-tensors", 31.5))
+            if name in (options["formats"] or (name,))
+        )
 
 
 @pytest.fixture
@@ -142,19 +155,6 @@ def test_plan_of_a_70b_model_needs_headers_only(large: tuple[object, ...]) -> No
     assert "70-79" in result.stdout
     assert "Memory of an Ascend card" in result.stdout
     assert "Memory of a worker's host" in result.stdout
-
-
-def test_a_plan_that_cannot_fit_is_the_users_turn(recipe: Path) -> None:
-    """Exit code 2, and the message names the setting."""
-    result = run("plan", recipe, "parallel.memory_per_worker=64MiB", "parallel.pipeline_parallel_size=1")
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("gs-dist: stage 0 of 1 (layers 0 to 1, ")
-    assert "\n  parallel.memory_per_worker: " in result.stderr
-
-
-def test_a_bad_recipe_is_told_in_full(recipe: Path) -> None:
-    """Every problem of recipe and overrides comes at once, on stderr."""
     assert "8 stages x 2 replicas on ascend, at most 60.0 GiB of a card each\n" in result.stdout
     assert "NOT PLANNED: host memory and cores of the nodes are unknown. These waves would take " in result.stdout
     assert " GiB of host memory a worker, " in result.stdout
@@ -223,6 +223,19 @@ def test_plan_asks_a_cluster_that_runs(
     small = run(*large, "--address", "auto")
     assert small.exit_code == 0
     assert "has room for 4 of 16 workers (8 stages x 2 replicas): a job waits up to 600 s for more" in small.stdout
+
+
+def test_a_plan_that_cannot_fit_is_the_users_turn(recipe: Path) -> None:
+    """Exit code 2, and the message names the setting."""
+    result = run("plan", recipe, "parallel.memory_per_worker=64MiB", "parallel.pipeline_parallel_size=1")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("gs-dist: stage 0 of 1 (layers 0 to 1, ")
+    assert "\n  parallel.memory_per_worker: " in result.stderr
+
+
+def test_a_bad_recipe_is_told_in_full(recipe: Path) -> None:
+    """Every problem of recipe and overrides comes at once, on stderr."""
     result = run("plan", recipe, "paralel.x=1", "calibration.num_samples=0")
     assert result.exit_code == 2
     assert result.stderr == (
@@ -336,14 +349,22 @@ def test_a_directory_without_summary_is_the_users_turn(tmp_path: Path) -> None:
 
 
 def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runtime: Runtime) -> None:
-    """Side by side, and kept in the run's summary."""
-    write_summary(tmp_path, a_summary())
+    """Side by side, each format's kept in the run's summary and on its own card."""
+    formats = ("ascend", "compressed-tensors")
+    write_summary(tmp_path, replace(a_summary(), formats=formats))
+    # Model and output of one base name, as in models/tiny and runs/tiny.
+    (tmp_path / "recipe.yaml").write_text("model: tiny\noutput: tiny\ncalibration: {data: c.parquet}\n")
+    dialects.save_model(tmp_path / "ascend", AscendFormat(), dialects.W8A8)
+    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsFormat(), dialects.W8A8)
     data = ["--data", "a.parquet", "--data", "b.parquet", "--num-samples", "4", "--no-packing"]
     result = run("evaluate", tmp_path, *data, "--model", tmp_path / "float")
     assert result.exit_code == 0
-    assert "perplexity of the float model:     30.0000" in result.stdout
-    assert "perplexity of the quantised model: 33.0000" in result.stdout
-    assert "increase: +10.00%" in result.stdout
+    assert result.stdout == (
+        "over 4 samples of 512 tokens of a.parquet (2044 predicted tokens, data abababababab)\n"
+        "perplexity of the float model:              30.0000\n"
+        "perplexity of the ascend model:             33.0000  (+10.00%)\n"
+        "perplexity of the compressed-tensors model: 31.5000  (+5.00%)\n"
+    )
     (((directory, samples), options),) = runtime.calls
     assert directory == str(tmp_path)
     assert samples == CalibrationData(
@@ -351,7 +372,15 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     )
     assert options["model"] == f"{tmp_path}/float"
     assert options["memory_per_worker"] is None
-    assert (read_summary(tmp_path).perplexity, read_summary(tmp_path).float_perplexity) == (33.0, 30.0)
+    assert options["formats"] == ()
+    kept = {found.format: found.perplexity for found in read_summary(tmp_path).evaluations}
+    assert kept == {"ascend": 33.0, "compressed-tensors": 31.5}
+    cards = [(tmp_path / name / "README.md").read_text() for name in formats]
+    assert ["33.0000" in card for card in cards] == [True, False]
+    assert ["31.5000" in card for card in cards] == [False, True]
+    assert "model: tiny\noutput: tiny\n" in cards[0]
+    run("evaluate", tmp_path, "--data", "a.parquet", "--format", "ascend")
+    assert runtime.calls[-1][1]["formats"] == ("ascend",)
 
 
 def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Runtime) -> None:

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from gs_dist.errors import OutputError
 from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary, ProbeSummary, StageSummary, read_summary, write_summary
+from gs_dist.summary import (
+    CalibrationSummary,
+    PerplexitySummary,
+    ProbeSummary,
+    StageSummary,
+    read_summary,
+    write_summary,
+)
 from gs_dist.tables import print_summary
 
 W8A8 = "SmoothQuant-W8-perchannel-A8-pertensor"
@@ -81,6 +88,18 @@ PROBE = ProbeSummary(
 )
 
 
+EVALUATION = PerplexitySummary(
+    format="ascend",
+    perplexity=31.5,
+    float_perplexity=30.0,
+    num_samples=64,
+    sequence_length=512,
+    num_tokens=32704,
+    data=("evaluation.parquet",),
+    data_fingerprint="ab" * 32,
+)
+
+
 def shown(summary: CalibrationSummary, **options: object) -> str:
     stream = io.StringIO()
     print_summary(Console(file=stream, width=200), summary, **options)  # type: ignore[arg-type]  # passed on as they come
@@ -89,7 +108,7 @@ def shown(summary: CalibrationSummary, **options: object) -> str:
 
 def test_a_summary_survives_json(tmp_path: Path) -> None:
     """What is written is what is read, field by field."""
-    full = replace(SMALL, perplexity=31.5, float_perplexity=30.28, notes=("resumed",), probes=(PROBE,))
+    full = replace(SMALL, notes=("resumed",), probes=(PROBE,), evaluations=(EVALUATION,))
     write_summary(tmp_path, full)
     assert read_summary(tmp_path) == full
 
@@ -252,4 +271,26 @@ def test_a_summary_without_probes_is_still_read(tmp_path: Path) -> None:
     """Summaries written before there were probes have no such key."""
     document = json.loads(SMALL.to_json())
     del document["probes"]
+    assert CalibrationSummary.from_json(json.dumps(document)) == SMALL
+
+
+def test_what_was_evaluated_is_kept_by_format() -> None:
+    """A new figure takes the place of the same format's; a float figure over the same samples is known already."""
+    other = replace(EVALUATION, format="compressed-tensors", float_perplexity=None, perplexity=32.0)
+    both = replace(SMALL, formats=("compressed-tensors", "ascend")).with_evaluations([EVALUATION])
+    both = both.with_evaluations([other])
+    assert both.evaluations == (replace(other, float_perplexity=30.0), EVALUATION)
+    elsewhere = replace(other, data_fingerprint="cd" * 32, perplexity=9.0)
+    assert both.with_evaluations([elsewhere]).evaluations == (elsewhere, EVALUATION)
+    text = shown(both)
+    assert (
+        "ascend: perplexity 31.5, of the float model 30 (+5.00%), over 64 samples of 512 tokens of evaluation.parquet "
+        "(32704 predicted tokens, data abababababab)\n"
+    ) in text
+    assert "compressed-tensors: perplexity 32, of the float model 30 (+6.67%)" in text
+
+
+def test_a_figure_without_format_and_samples_is_none(tmp_path: Path) -> None:
+    """A summary that was written with one perplexity for all formats is read without it."""
+    document = {**json.loads(SMALL.to_json()), "perplexity": 31.5, "float_perplexity": 30.0}
     assert CalibrationSummary.from_json(json.dumps(document)) == SMALL

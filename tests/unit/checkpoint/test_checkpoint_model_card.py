@@ -21,7 +21,7 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary
+from gs_dist.summary import CalibrationSummary, PerplexitySummary
 
 ARCHITECTURE = DecoderArchitecture.from_config(tiny_config(torch_dtype="bfloat16"))
 STATIC = "SmoothQuant-W8-perchannel-A8-pertensor"
@@ -88,14 +88,29 @@ def test_it_counts_linears_by_strategy_and_lists_the_worst() -> None:
 
 
 def test_perplexities_are_shown_where_they_were_measured() -> None:
-    """Both figures with the change between them, one alone, or the command that measures them."""
-    measured = dataclasses.replace(summary(), perplexity=30.6, float_perplexity=30.0)
+    """Both figures with the change between them, one alone, or the command; and what they are over."""
+    found = PerplexitySummary(
+        format="ascend",
+        perplexity=30.6,
+        float_perplexity=30.0,
+        num_samples=64,
+        sequence_length=512,
+        num_tokens=32704,
+        data=("evaluation.parquet",),
+        data_fingerprint="ab" * 32,
+    )
+    measured = summary(evaluations=(found,))
     both = render_model_card(recipe(), measured, ARCHITECTURE, "ascend")
     assert "| float | 30.0000 |" in both
     assert "| quantised (+2.00%) | 30.6000 |" in both
-    alone = render_model_card(recipe(), dataclasses.replace(summary(), perplexity=30.6), ARCHITECTURE, "ascend")
-    assert "| quantised | 30.6000 |" in alone
+    over = "Over 64 samples of 512 tokens of evaluation.parquet (32704 predicted tokens, data abababababab)."
+    assert over in both
+    alone = summary(evaluations=(dataclasses.replace(found, float_perplexity=None),))
+    assert "| quantised | 30.6000 |" in render_model_card(recipe(), alone, ARCHITECTURE, "ascend")
     assert "gs-dist evaluate" in render_model_card(recipe(), summary(), ARCHITECTURE, "ascend")
+    other_format = render_model_card(recipe(), measured, ARCHITECTURE, "golden-stick")
+    assert "30.6" not in other_format
+    assert "Perplexity was not measured" in other_format
 
 
 FORMATS = {dialect.name: dialect for dialect in (CompressedTensorsFormat(), AscendFormat(), GoldenStickFormat())}

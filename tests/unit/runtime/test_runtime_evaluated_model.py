@@ -15,10 +15,11 @@ import pytest
 from runs import inline_evaluation_group, plan_of, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
+from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig
-from gs_dist.errors import PlanError, WorkerLostError
+from gs_dist.errors import CheckpointError, PlanError, WorkerLostError
 from gs_dist.memory import probe_memory
 from gs_dist.plan import ClusterFacts
 from gs_dist.probe_memory import evaluation_shape
@@ -26,11 +27,10 @@ from gs_dist.progress import SilentProgress
 from gs_dist.runtime.evaluate import evaluate
 from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
-from gs_dist.runtime.perplexity import Perplexity
 from gs_dist.runtime.probe import Probe
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import CalibrationSummary
+from gs_dist.summary import CalibrationSummary, PerplexitySummary
 
 FORMAT = "compressed-tensors"
 NUM_LAYERS = 5
@@ -222,7 +222,7 @@ def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
 ) -> None:
     """Perplexities are the same, the user is told, and where no layer fits the options to change are named."""
 
-    def run(memory_per_worker: int | None, progress: Heard) -> Perplexity:
+    def run(memory_per_worker: int | None, progress: Heard) -> tuple[PerplexitySummary, ...]:
         return evaluate(
             config.output,
             config.probe_data,
@@ -246,3 +246,27 @@ def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
         PlanError, match=r"with one layer in memory at a time stage 0 of 2 needs .* --memory-per-worker"
     ):
         run(1, heard)
+
+
+def test_every_format_of_a_job_is_evaluated(tmp_path: Path, inline: list[Evaluation]) -> None:
+    """Each on its own files, the float model once; figures tell the samples they are over; one format can be named."""
+    formats = ["compressed-tensors", "golden-stick"]
+    job = small_recipe(tmp_path, num_layers=1, ptq={"weight_quant_dtype": "int8"}, format=formats)
+    run_inline(job)
+    heard = Heard()
+    both = evaluate(job.output, job.calibration, model=job.model, progress=heard)
+    assert [found.format for found in both] == formats
+    assert list(inline[-1].published.values()) == [f"{job.output}/{name}" for name in formats]
+    passes = {what for _, done, total, what in heard.steps if done == total}
+    assert passes == {"float, perplexity", *(f"{name}, perplexity" for name in formats)}
+    dataset = open_dataset(job.calibration, CheckpointReader(Path(job.model)).architecture.vocab_size)
+    for found in both:
+        assert found.float_perplexity == pytest.approx(found.perplexity, rel=0.01)
+        assert (found.num_samples, found.sequence_length, found.num_tokens) == (20, 32, 20 * 31)
+        assert (found.data, found.data_fingerprint) == (("samples.parquet",), dataset.fingerprint())
+    (one,) = evaluate(job.output, job.calibration, formats=["golden-stick"], progress=heard)
+    assert (one.format, one.perplexity, one.float_perplexity) == ("golden-stick", both[1].perplexity, None)
+    (inside,) = evaluate(f"{job.output}/golden-stick", job.calibration, progress=heard)
+    assert inside == one
+    with pytest.raises(CheckpointError, match="no finished model as ascend: choose from compressed-tensors, golden-st"):
+        evaluate(job.output, job.calibration, formats=["ascend"], progress=heard)

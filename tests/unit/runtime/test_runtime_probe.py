@@ -108,13 +108,11 @@ def test_a_probe_that_passes_is_in_summary_table_and_card(directory: Path) -> No
     assert (probe.num_new_tokens, probe.num_equal_tokens) == (4, equal)
     output = Path(config.output)
     assert read_summary(output) == summary
-    assert (summary.perplexity, summary.float_perplexity) == (probe.perplexity, probe.float_perplexity)
     assert (output / "done").exists()
     card = (output / "compressed-tensors" / "README.md").read_text()
-    assert f"| float | {probe.float_perplexity:.4f} |" in card
+    assert f"Before it was published: {probe.sentence()}." in card
     assert f"over 5 samples of the calibration data (155 predicted tokens); {equal} of 4 generated tokens" in card
     metadata = pq.read_schema(output / "summary.parquet").metadata
-    assert float(metadata[b"perplexity"]) == probe.perplexity
     assert json.loads(metadata[b"probes"]) == [dataclasses.asdict(probe)]
     assert "max_perplexity_increase: 0.5\n" in (output / "recipe.yaml").read_text()
 
@@ -136,9 +134,8 @@ def test_the_figures_are_those_that_evaluation_measures(directory: Path) -> None
         )
         group = inline_evaluation_group(evaluation, 60.0)
         found = measure(group, evaluation, 8, 4, 60.0, SilentProgress())
-        assert (probe.perplexity, probe.float_perplexity) == (found.quantized, found.float_model)
+        assert (probe.perplexity, probe.float_perplexity) == (found.published[probe.format], found.float_model)
         assert probe.num_tokens == found.num_tokens
-    assert summary.perplexity == max(probe.perplexity for probe in summary.probes)
 
 
 def test_a_probe_above_the_limit_fails_and_a_higher_limit_only_probes(directory: Path) -> None:
