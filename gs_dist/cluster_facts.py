@@ -84,6 +84,10 @@ class ClusterFacts:
         """Bytes."""
         return self.memory_bytes // self.num_nodes
 
+    def threads_share(self, num_workers: int) -> int:
+        """Cores of a node over its workers, where they are dealt evenly."""
+        return max(1, self.num_cpus // self.num_nodes // -(-num_workers // self.num_nodes))
+
     def workers_per_node(self, num_workers: int, *, threads: int, npus: int) -> int:
         """The most workers that one node may be given: Ray fills a node before it turns to the next.
 

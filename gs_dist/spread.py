@@ -200,12 +200,14 @@ def _try(
     device, parallel, data = device_of(config, available), config.parallel, config.calibration
     in_flight = IN_FLIGHT_PER_STAGE * num_stages if parallel.max_in_flight == "auto" else parallel.max_in_flight
     num_workers = num_stages * num_replicas
+    threads = available.threads_share(num_workers)
+    if parallel.threads_per_worker != "auto":
+        threads = min(threads, parallel.threads_per_worker)  # more is refused, by `threads_of`
+    on_host = host_share(available, num_workers, threads=threads, npus=1 if device == "ascend" else 0)
     limit = parallel.memory_per_worker
     if limit == "auto":
-        limit = host_share(config, available, num_workers) if device == "cpu" else ASCEND_MEMORY_PER_WORKER
-    host_limit = None
-    if device == "ascend" and available.num_npus:
-        host_limit = host_share(config, available, num_workers)
+        limit = on_host if device == "cpu" else ASCEND_MEMORY_PER_WORKER
+    host_limit = on_host if device == "ascend" and available.num_npus else None
     shape = workload.shape(
         device=device,
         micro_batch_size=data.samples_per_micro_batch,
@@ -254,17 +256,17 @@ def shares(config: CalibrationConfig, num_replicas: int) -> tuple[int, list[int]
     return most, at_end, kept
 
 
-def host_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
-    """Memory of its node that a worker may use, where as many share the node as may come to lie on it."""
-    asked, share = config.parallel.threads_per_worker, _threads_share(available, num_workers)
-    npus = 1 if device_of(config, available) == "ascend" else 0
-    beside = available.workers_per_node(num_workers, threads=share if asked == "auto" else min(asked, share), npus=npus)
+def host_share(available: ClusterFacts, num_workers: int, *, threads: int, npus: int) -> int:
+    """Memory of its node that a worker may use, where as many share the node as may come to lie on it.
+
+    Args:
+        available: what there is to run on.
+        num_workers: of the job.
+        threads: of each worker.
+        npus: cards of each worker.
+    """
+    beside = available.workers_per_node(num_workers, threads=threads, npus=npus)
     return int(available.memory_per_node * CPU_MEMORY_SHARE) // beside
-
-
-def _threads_share(available: ClusterFacts, num_workers: int) -> int:
-    """Cores of a node over its workers, where they are dealt evenly."""
-    return max(1, available.num_cpus // available.num_nodes // -(-num_workers // available.num_nodes))
 
 
 def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
@@ -273,8 +275,7 @@ def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: 
     Raises:
         PlanError: the recipe asks for more.
     """
-    share = _threads_share(available, num_workers)
-    asked = config.parallel.threads_per_worker
+    share, asked = available.threads_share(num_workers), config.parallel.threads_per_worker
     if asked == "auto":
         return share
     known = device_of(config, available) == "cpu" or available.num_npus > 0

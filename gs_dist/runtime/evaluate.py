@@ -19,7 +19,7 @@ from gs_dist.progress import Progress
 from gs_dist.runtime.coordinator import cluster, evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import measure
-from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, CPU_MEMORY_SHARE, ClusterFacts, format_bytes
+from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, ClusterFacts, format_bytes, host_share
 from gs_dist.summary import PerplexitySummary
 
 __all__ = ["evaluate"]
@@ -111,10 +111,11 @@ def _fitted(
     facts: ClusterFacts,
     memory_per_worker: int | None,
 ) -> Evaluation:
-    """The same on the cluster's device, with as many of a stage's layers at a time as fit."""
+    """The same on the cluster's device and cores, with as many of a stage's layers at a time as fit."""
     device: Literal["cpu", "ascend"] = "ascend" if facts.num_npus else "cpu"
     num_stages = len(evaluation.stages)
-    share = int(facts.memory_bytes * CPU_MEMORY_SHARE) // num_stages
+    threads = facts.threads_share(num_stages)
+    share = host_share(facts, num_stages, threads=threads, npus=1 if device == "ascend" else 0)
     limit = memory_per_worker or (share if device == "cpu" else ASCEND_MEMORY_PER_WORKER)
     in_flight = min(evaluation.max_in_flight, num_micro_batches)
     shape = evaluation_shape(reader.architecture, device, evaluation.data, max_in_flight=in_flight)
@@ -139,4 +140,4 @@ def _fitted(
                 "--memory-per-worker, lower --num-samples or --sequence-length, or change --pipeline-parallel-size"
             )
         stages.append(groups.bounds)
-    return dataclasses.replace(evaluation, device=device, stages=tuple(stages))
+    return dataclasses.replace(evaluation, device=device, stages=tuple(stages), threads_per_worker=threads)
