@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,12 @@ class Submission:
         command += [] if address is None else ["--address", address]
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env=environment(mark), start_new_session=True
+                command,
+                stdout=stream,
+                stderr=stream,
+                env=environment(mark),
+                cwd=log.parent,  # which Ray puts first in the workers' search path
+                start_new_session=True,
             )
         return cls(process, log)
 
@@ -126,15 +131,15 @@ class FaultCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add_node(self) -> None:
-        saved = os.environ.get(MARK)
-        os.environ[MARK] = self.mark
+    def add_node(self, extra: Mapping[str, str] | None = None) -> None:
+        """`extra` stands in the environment of the node and its workers."""
+        saved = dict(os.environ)
+        os.environ.update({MARK: self.mark, **(extra or {})})
         try:
             self.nodes.append(self._cluster.add_node(num_cpus=1, wait=True))
         finally:
-            os.environ.pop(MARK)
-            if saved is not None:
-                os.environ[MARK] = saved
+            os.environ.clear()
+            os.environ.update(saved)
 
     def kill_node(self, node: Any) -> None:
         self.nodes.remove(node)

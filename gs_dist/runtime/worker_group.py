@@ -5,13 +5,17 @@ The coordinator knows only the `WorkerGroup` protocol; Ray is one way to hold th
 
 from __future__ import annotations
 
+import re
+import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import ray
 import ray.exceptions
+import ray.util.client
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +25,13 @@ __all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
 
 
 _TRIAL_PATIENCE = 2.0  # seconds for places that are free to be reserved; it takes a tenth of one
+_HEAD_PATIENCE = 10.0  # seconds for the cluster's head to take a connection
+_MORE_REPLICAS_PATIENCE = 5.0  # seconds for a replica that the job can do without
+
+_NO_HEAD = (
+    "the head of the Ray cluster at {} does not answer any more: check that it runs and that this machine reaches it, "
+    "then submit the same recipe again to go on from the layers that are published"
+)
 
 
 class WorkerKey(NamedTuple):
@@ -73,7 +84,7 @@ class RayWorkerGroup:
         timeout: seconds to wait for the cluster to have room.
 
     Raises:
-        ClusterError: there is no room for `min_replicas` replicas.
+        ClusterError: there is no room for `min_replicas` replicas, or the cluster's head does not answer.
     """
 
     def __init__(
@@ -92,7 +103,8 @@ class RayWorkerGroup:
         bundle = {"CPU": float(num_threads)} | ({"NPU": float(npus)} if npus else {})
         self._bundles = [bundle] * num_stages
         try:
-            self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
+            with _head_asked():
+                self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
             environment = {"env_vars": _thread_environment(num_threads)}
             actor_class = ray.remote(_Worker)
             for replica, group in enumerate(self._groups):
@@ -113,16 +125,19 @@ class RayWorkerGroup:
         self, bundle: Mapping[str, float], num_stages: int, num_replicas: int, min_replicas: int, timeout: float
     ) -> None:
         groups = [placement_group([dict(bundle)] * num_stages, strategy="PACK") for _ in range(num_replicas)]
+        pending = {group.ready(): group for group in groups}
         deadline = time.monotonic() + timeout
-        for number, group in enumerate(groups):
-            # Replicas beyond the necessary ones get a moment, not the whole wait.
-            patience = max(0.0, deadline - time.monotonic()) if number < min_replicas else 5.0
-            ready, _ = ray.wait([group.ready()], timeout=patience)
+        while pending:
+            # Any of them will do: one may wait for a node that is silent and not yet given up by Ray. Replicas beyond
+            # the necessary ones get a moment, not the whole wait.
+            enough = len(self._groups) >= min_replicas
+            patience = _MORE_REPLICAS_PATIENCE if enough else max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(pending), timeout=patience)
             if not ready:
-                for unplaced in groups[number:]:
-                    remove_placement_group(unplaced)
                 break
-            self._groups.append(group)
+            self._groups.append(pending.pop(ready[0]))
+        for unplaced in pending.values():
+            remove_placement_group(unplaced)
         if len(self._groups) < min_replicas:
             raise ClusterError(_no_room(bundle, num_stages, min_replicas, timeout))
 
@@ -162,15 +177,25 @@ class RayWorkerGroup:
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
-            raise _reason_of(error) from None
+            raise _reason_of(error, self._name_of) from None
+
+    def _name_of(self, actor_id: str | None) -> str:
+        # Which actor a handle is of is told by nothing public.
+        names = {actor._actor_id.hex(): str(key) for key, actor in self._actors.items()}
+        return names.get(actor_id or "", "a worker")
 
     def close(self) -> None:
         """Ends the workers at once; what they had not published is lost."""
-        for actor in self._actors.values():
-            ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
+        actors, groups = list(self._actors.values()), self._groups
         self._actors, self._groups = {}, []
+        _, head_answers = _look_for_head()
+        if not head_answers:
+            return  # what is done is done all the same, and whoever needs the head next is told
+        with suppress(ray.exceptions.GetTimeoutError):
+            for actor in actors:
+                ray.kill(actor)
+            for group in groups:
+                remove_placement_group(group)
 
 
 class _Worker:
@@ -186,6 +211,34 @@ class _Worker:
         if self._worker is None:
             self._worker = self._make()
         return getattr(self._worker, method)(*args)
+
+
+@contextmanager
+def _head_asked() -> Iterator[None]:
+    """Where the cluster's head, which the block asks for something, does not answer, one message says so."""
+    address, answers = _look_for_head()
+    if not answers:
+        raise ClusterError(_NO_HEAD.format(address))
+    try:
+        yield
+    except ray.exceptions.GetTimeoutError as error:
+        raise ClusterError(_NO_HEAD.format(address)) from error
+
+
+def _look_for_head() -> tuple[str, bool]:
+    """Address of the cluster's head, and whether it takes a connection.
+
+    Ray itself would try for a minute, and then end this process.
+    """
+    if ray.util.client.ray.is_connected():
+        return "", True  # it is reached through a server, which is asked in any case
+    address = str(ray.get_runtime_context().gcs_address)
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_PATIENCE).close()
+    except OSError:
+        return address, False
+    return address, True
 
 
 def _thread_environment(num_threads: int) -> dict[str, str]:
@@ -218,20 +271,38 @@ _LOSSES = (
 )
 
 
-def _reason_of(error: BaseException) -> BaseException:
+def _reason_of(
+    error: BaseException, name_of: Callable[[str | None], str] = lambda actor_id: "a worker"
+) -> BaseException:
     """What to raise for an error of Ray's: the method's own error, or a loss of workers.
 
     A call whose argument was to come from a dead worker fails with the death wrapped, once for every call
-    that it came through.
+    that it came through. `name_of` says which worker an actor is.
     """
     reason = error
     while isinstance(reason, ray.exceptions.RayTaskError) and isinstance(reason.cause, BaseException):
         reason = reason.cause
+    if isinstance(reason, ray.exceptions.ActorDiedError):
+        return WorkerLostError(f"{name_of(reason.actor_id)} died{_circumstances(str(reason))}")
+    if isinstance(reason, ray.exceptions.ObjectLostError):
+        return WorkerLostError(
+            f"what a worker had computed is lost, most likely with its node: {type(reason).__name__}"
+        )
     if isinstance(reason, _LOSSES):
         return WorkerLostError(f"a worker died: {_first_line(reason)}")
     if isinstance(reason, ray.exceptions.RayError):
         return JobFailure(f"Ray failed: {type(reason).__name__}: {_first_line(reason)}")
     return reason
+
+
+def _circumstances(told: str) -> str:
+    """Of Ray's many lines on a death: the node's address and the reason, as far as they are there."""
+    address = re.search(r"^\s*ip: (\S+)", told, re.MULTILINE)
+    reason = re.search(r"\bbecause (its (?:node|worker process) has died)", told)
+    detail = re.search(r"^\s*the actor's node was (.+)$|Worker exit detail: ([^.]+)", told, re.MULTILINE)
+    where = f" on node {address[1]}" if address else ""
+    why = f": {reason[1]}" if reason else ""
+    return where + why + (f" ({detail[1] or detail[2]})" if reason and detail else "")
 
 
 def _first_line(error: BaseException) -> str:

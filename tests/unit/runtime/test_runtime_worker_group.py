@@ -31,6 +31,45 @@ def test_a_death_upstream_is_a_lost_worker_however_many_calls_it_came_through(lo
     assert "\n" not in str(reason)
 
 
+NODE_DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: _Worker
+\tactor_id: 07
+\tpid: 110
+\tip: 10.0.0.2
+The actor died because its node has died. Node Id: 56a5
+\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"""
+WORKER_DIED = """The actor died unexpectedly before finishing this task.
+\tactor_id: 07
+\tip: 10.0.0.1
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the OOM killer"""
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (
+            NODE_DIED,
+            "stage 1 of replica 0 died on node 10.0.0.2: its node has died (terminated unexpectedly: health check",
+        ),
+        (
+            WORKER_DIED,
+            "stage 1 of replica 0 died on node 10.0.0.1: its worker process has died (Worker unexpectedly exits",
+        ),
+        ("The actor died unexpectedly before finishing this task.", "stage 1 of replica 0 died"),
+    ],
+    ids=["node", "worker", "nothing known"],
+)
+def test_a_death_is_told_with_worker_node_and_reason(told: str, says: str) -> None:
+    """In one line, and as much of it as Ray knows."""
+    error = rx.ActorDiedError()
+    error.actor_id, error.error_msg = "07", told
+    reason = _reason_of(error, {"07": "stage 1 of replica 0"}.__getitem__)
+    assert isinstance(reason, WorkerLostError)
+    assert str(reason).startswith(says)
+    assert "\n" not in str(reason)
+
+
 def test_what_a_method_raised_is_raised() -> None:
     """A layer that cannot be solved is told as that, not as a death of its worker."""
     error = rx.RayTaskError("call", "traceback", LayerError("model.layers.3: no")).as_instanceof_cause()
