@@ -18,6 +18,7 @@ from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers.affine import code_range, num_groups, range_parameters
 from gs_dist.solvers.objective import row_errors
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["AWQResult", "candidate_scale", "search_scale", "weight_importance"]
@@ -75,6 +76,7 @@ def search_scale(
     gram: Float32,
     scale_dtype: str,
     tie: npt.NDArray[np.intp] | None = None,
+    threads: Threads = ONE_THREAD,
 ) -> AWQResult:
     """Finds the exponent whose scale leaves the least output error, over all linears that share the input.
 
@@ -88,6 +90,7 @@ def search_scale(
         tie: (in,) index; channels with the same index get the same scale. For the attention output
             under grouped-query attention: the value channel that each channel is made of. The larger
             x_mean and the mean w_mean count.
+        threads: take a tile of rows under one candidate at a time.
 
     Raises:
         UserError: the input channels do not divide into groups.
@@ -99,7 +102,7 @@ def search_scale(
     alphas = (policy.exponents,) if isinstance(policy.exponents, float) else policy.exponents
     scales = [candidate_scale(x_mean, w_mean, alpha, duo_scaling=args.duo_scaling) for alpha in alphas]
     candidates = [np.ones_like(scales[0]), *scales]
-    before, *losses = _losses(weights, candidates, policy, gram, scale_dtype)
+    before, *losses = _losses(weights, candidates, policy, gram, scale_dtype, threads)
     best = min(range(len(losses)), key=losses.__getitem__)
     searched = not isinstance(policy.exponents, float)
     if searched and not losses[best] < before:
@@ -125,15 +128,20 @@ def _losses(
     policy: QuantPolicy,
     gram: Float32,
     scale_dtype: str,
+    threads: Threads,
 ) -> list[float]:
-    losses = np.zeros(len(scales))
-    for weight in weights:
-        for start in range(0, len(weight), _TILE_ROWS):
-            rows = np.ascontiguousarray(weight[start : start + _TILE_ROWS], dtype=np.float32)
-            for index, scale in enumerate(scales):
-                delta = _rounding_change(rows, scale, policy, scale_dtype)
-                losses[index] += row_errors(delta, gram).sum()
-    return [float(loss) for loss in losses]
+    def loss(part: tuple[Float32, int, Float32]) -> float:
+        weight, start, scale = part
+        rows = np.ascontiguousarray(weight[start : start + _TILE_ROWS], dtype=np.float32)
+        delta = _rounding_change(rows, scale, policy, scale_dtype)
+        return float(row_errors(delta, gram).sum())
+
+    tiles = [(weight, start) for weight in weights for start in range(0, len(weight), _TILE_ROWS)]
+    found = threads.map(loss, [(*tile, scale) for tile in tiles for scale in scales])
+    losses = [0.0] * len(scales)
+    for index, part in enumerate(found):
+        losses[index % len(scales)] += part
+    return losses
 
 
 def _rounding_change(rows: Float32, scale: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:

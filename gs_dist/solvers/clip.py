@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gs_dist.policy import QuantPolicy
 from gs_dist.quantized import Float32
 from gs_dist.solvers.affine import code_range, num_groups, range_parameters
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["ClipResult", "clip_weight"]
 
@@ -39,7 +40,9 @@ class ClipResult:
     loss_after: float
 
 
-def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dtype: str) -> ClipResult:
+def clip_weight(
+    weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dtype: str, threads: Threads = ONE_THREAD
+) -> ClipResult:
     """Chooses each range's ratio from `algo_args.weight_clip_ratio`, the first of equals.
 
     A list is searched, together with the whole range where the list leaves it out; a float is used as it is.
@@ -49,6 +52,7 @@ def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dt
         gram: (in, in) float32; only its diagonal blocks of a group are read (all of it per channel).
         policy: bits, group_size, weight_symmetric, algo_args.
         scale_dtype: dtype the scale will be stored in.
+        threads: take a tile of rows at a time.
 
     Raises:
         UserError: the input channels do not divide into groups.
@@ -59,9 +63,9 @@ def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dt
     given, ratios = policy.algo_args.weight_clip_ratio, policy.clip_ratios
     blocks = np.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
     clipped, kept = np.empty((count, columns), dtype=np.float32), np.empty((count, groups), dtype=np.float32)
-    before = after = 0.0
     step = max(1, _TILE_ELEMENTS // columns)
-    for start in range(0, count, step):
+
+    def choose(start: int) -> tuple[float, float]:
         rows = slice(start, min(start + step, count))
         tile = np.asarray(weight[rows], dtype=np.float32).reshape(-1, groups, size).transpose(1, 0, 2)
         tile = np.array(tile, order="C")  # (groups, rows, size), never the caller's memory
@@ -83,11 +87,15 @@ def clip_weight(weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dt
             better = whole < least
             np.copyto(least, whole, where=better)
             np.copyto(best, np.float32(1.0), where=better)
-        before += float(whole.sum())
-        after += float(least.sum())
         np.clip(tile, (low * best)[:, :, None], (high * best)[:, :, None], out=tile)
         clipped[rows] = tile.transpose(1, 0, 2).reshape(-1, columns)
         kept[rows] = best.T
+        return float(whole.sum()), float(least.sum())
+
+    before = after = 0.0
+    for whole_loss, least_loss in threads.map(choose, range(0, count, step)):
+        before += whole_loss
+        after += least_loss
     return ClipResult(weight=clipped, ratio=kept, loss_before=before, loss_after=after)
 
 

@@ -28,6 +28,7 @@ from gs_dist.quantized import Float32, Int8
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantise, num_groups, quantise_weight
 from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["GPTQResult", "quantise"]
 
@@ -67,6 +68,7 @@ def quantise(
     scale_dtype: str,
     clip_ratio: Float | None = None,
     search_ratios: Sequence[float] = (1.0,),
+    threads: Threads = ONE_THREAD,
 ) -> GPTQResult:
     """Rounds a weight so that its output, not each weight, comes out near.
 
@@ -81,6 +83,7 @@ def quantise(
             rounding by GPTQ adds least to the loss. With `static_groups` the scales are found in a first
             pass in natural order and hold for a second in activation order (`desc_act`). Scales per
             channel are not searched: pass the `clip_ratio` that `clip.clip_weight` finds.
+        threads: take a tile of rows at a time; the factorisation is one thread's.
 
     Raises:
         UserError: the input channels do not divide into groups.
@@ -93,7 +96,7 @@ def quantise(
     scattered = reordered and groups > 1
     if clip_ratio is not None and scattered:
         raise ValueError("clip ratios belong to groups of neighbouring channels: set static_groups: true with desc_act")
-    task = _Task(weight=weight, gram=gram, policy=policy, scale_dtype=scale_dtype)
+    task = _Task(weight=weight, gram=gram, policy=policy, scale_dtype=scale_dtype, threads=threads)
     diagonal = np.diagonal(gram)
     natural = np.arange(len(gram))
     descending = np.argsort(-diagonal, kind="stable") if args.desc_act else natural
@@ -117,6 +120,7 @@ class _Task:
     gram: Float32
     policy: QuantPolicy
     scale_dtype: str
+    threads: Threads
 
     def plain(self, clip_ratio: Float | None) -> tuple[Int8, Float32, Int8 | None]:
         """Codes, scales and zero points of rounding to nearest."""
@@ -165,8 +169,8 @@ def _solve(
     else:
         scale = np.empty((rows, groups), dtype=np.float32)
         zero_point = None if policy.weight_symmetric else np.empty((rows, groups), dtype=np.int8)
-    loss = 0.0
-    for start in range(0, rows, _TILE_ROWS):
+
+    def solve(start: int) -> float:
         part = slice(start, start + _TILE_ROWS)
         tile = Tile(
             weight=_at_places(weight[part], place),
@@ -174,12 +178,17 @@ def _solve(
             zero=None if zero_point is None else np.ascontiguousarray(zero_point[part].T, dtype=np.float32),
             clip_ratio=None if clip_ratio is None else np.ascontiguousarray(clip_ratio[part].T),
         )
-        loss += tile.solve(factor, panels, ranges, column_group) - tile.damped(damping)
+        loss = tile.solve(factor, panels, ranges, column_group) - tile.damped(damping)
         codes[part] = tile.codes[place].T
         if not known:
             scale[part] = tile.scale.T
             if zero_point is not None and tile.zero is not None:
                 zero_point[part] = tile.zero.T
+        return loss
+
+    loss = 0.0
+    for part_loss in task.threads.map(solve, range(0, rows, _TILE_ROWS)):
+        loss += part_loss  # not by sum(), which compensates from Python 3.12 on
     index = None
     if not known and groups > 1 and not np.array_equal(order, np.arange(columns)):
         index = np.empty(columns, dtype=np.int32)

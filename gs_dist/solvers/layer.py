@@ -2,12 +2,12 @@
 
 The steps: outlier suppression for each group of linears that share an input, then linear by linear
 clipping, weights, activation parameters and the error at the output; KV-cache scales last. A layer is a
-pure function of its problem: the same problem gives the same bytes wherever it is solved.
+pure function of its problem: the same problem gives the same bytes wherever it is solved, on any number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,13 +17,15 @@ from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import LayerError, UserError
 from gs_dist.policy import PrecisionRecovery, QuantPolicy
 from gs_dist.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
-from gs_dist.solvers import affine, clip, gptq, kv_cache, output_error
+from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
 from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
+from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
+from gs_dist.solvers.threads import Threads
 from gs_dist.statistics import InputStatistics, LayerStatistics
 
 __all__ = ["LayerProblem", "solve_layer"]
@@ -67,6 +69,7 @@ def solve_layer(
     *,
     max_relative_error: float | None = None,
     on_bad_layer: Literal["fail", "keep_float"] = "fail",
+    num_threads: int = 1,
 ) -> QuantizedLayer:
     """Quantises a decoder layer.
 
@@ -76,6 +79,8 @@ def solve_layer(
         on_bad_layer: what to do about a linear above it. `keep_float` leaves it unquantised together with
             the linears that read the same input, because serving engines fuse those and take one scheme
             for all; the rows say so.
+        num_threads: share the work, with the same bytes at any number. The caller holds BLAS to one thread
+            (`blas.one_thread`) while the layer is solved.
 
     An input that float16 cannot hold, in a checkpoint of float16, is treated like a linear above the ceiling.
 
@@ -87,7 +92,8 @@ def solve_layer(
     current, notes = _without_overflow(problem, on_bad_layer)
     while True:
         try:
-            solved = _solve(current)
+            with Threads(num_threads) as threads:
+                solved = _solve(current, threads)
         except UserError as error:
             raise type(error)(f"layer {problem.layer}: {error}") from error
         quantised = {problem.prefix + name for name in solved.linears}
@@ -153,7 +159,7 @@ def _above(rows: Sequence[LinearSummary], ceiling: float | None) -> dict[str, fl
     return {name: error for name, error in totals.items() if not error <= ceiling}
 
 
-def _solve(problem: LayerProblem) -> QuantizedLayer:
+def _solve(problem: LayerProblem, threads: Threads) -> QuantizedLayer:
     _check_statistics(problem)
     folded = FoldedTensors(problem.tensors)
     rescalings = {
@@ -164,13 +170,14 @@ def _solve(problem: LayerProblem) -> QuantizedLayer:
             folded,
             problem.scale_dtype,
             new_biases=_new_biases(problem),
+            threads=threads,
         )
         for layer_input in problem.inputs
     }
     linears: dict[str, QuantizedLinear] = {}
     rows: dict[str, LinearSummary] = {}
     for layer_input in problem.inputs:
-        for name, solved, row in _solve_group(problem, layer_input, folded, rescalings[layer_input.name]):
+        for name, solved, row in _solve_group(problem, layer_input, folded, rescalings[layer_input.name], threads):
             linears[name], rows[name] = solved, row
     for linear in problem.linears:
         rows.setdefault(linear.name, _untouched_row(problem, linear.name))
@@ -224,25 +231,28 @@ def _check_input(problem: LayerProblem, name: str, purpose: str, channels: int |
 
 
 def _solve_group(
-    problem: LayerProblem, layer_input: LayerInput, folded: FoldedTensors, rescaling: Rescaling
-) -> Iterator[tuple[str, QuantizedLinear, LinearSummary]]:
-    """Solves the quantised linears that read one input."""
+    problem: LayerProblem, layer_input: LayerInput, folded: FoldedTensors, rescaling: Rescaling, threads: Threads
+) -> list[tuple[str, QuantizedLinear, LinearSummary]]:
+    """Solves the quantised linears that read one input, several at a time where there are threads."""
     policies = problem.quantised(layer_input)
     if not policies:
-        return
+        return []
     statistics = problem.statistics[layer_input.name]
     ranges = input_ranges(policies, statistics, rescaling, folded, problem.scale_dtype)
     objective: Float32 | None = None
     if any(p.precision_recovery is PrecisionRecovery.GPTQ or p.clips_weights for p in policies.values()):
         objective = rescaling.objective(statistics)
-    for name, policy in policies.items():
+
+    def solve(item: tuple[str, QuantPolicy]) -> tuple[str, QuantizedLinear, LinearSummary]:
+        name, policy = item
+        seen = ranges.get(name)
         try:
-            yield (
-                name,
-                *_solve_linear(problem, name, policy, statistics, folded, rescaling, ranges.get(name), objective),
-            )
+            solved, row = _solve_linear(problem, name, policy, statistics, folded, rescaling, seen, objective, threads)
         except UserError as error:
             raise type(error)(f"{problem.prefix}{name}: {error}") from error
+        return name, solved, row
+
+    return threads.map(solve, policies.items())
 
 
 def _solve_linear(
@@ -254,9 +264,10 @@ def _solve_linear(
     rescaling: Rescaling,
     input_range: ActivationRange | None,
     objective: Float32 | None,
+    threads: Threads,
 ) -> tuple[QuantizedLinear, LinearSummary]:
     weight = folded.weight(name)
-    solved, notes = _round_weight(weight, policy, objective, problem.scale_dtype)
+    solved, notes = round_weight(weight, policy, objective, problem.scale_dtype, threads=threads)
     restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
     solved = replace(
         solved,
@@ -271,8 +282,10 @@ def _solve_linear(
     rounding = rescaling.rounding(policy, statistics, input_range)
     columns = output_error.column_energy(restored) if rounding is not None else None
     restored -= weight  # now the change of the weight
-    energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, rescaling.inverse)
-    error = rescaling.weight_error(restored, statistics)
+    energy = output_error.output_energy(
+        weight, statistics.gram, statistics.sum_squares, rescaling.inverse, threads=threads
+    )
+    error = rescaling.weight_error(restored, statistics, threads=threads)
     row = LinearSummary(
         layer=problem.layer,
         name=problem.prefix + name,
@@ -298,39 +311,6 @@ def _solve_linear(
 def _ratio(error: float, energy: float) -> float:
     """Share of the output; a linear whose output is zero throughout and stays so has no error."""
     return 0.0 if error <= 0 else error / max(energy, float(np.finfo(np.float32).tiny))
-
-
-def _round_weight(
-    weight: Float32, policy: QuantPolicy, objective: Float32 | None, scale_dtype: str
-) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    ratio: Float32 | None = None
-    rounds_by_gptq = policy.precision_recovery is PrecisionRecovery.GPTQ and objective is not None
-    searches_on_the_way = rounds_by_gptq and policy.group_size > 0
-    if policy.clips_weights and objective is not None and not searches_on_the_way:
-        ratio = clip.clip_weight(weight, objective, policy, scale_dtype=scale_dtype).ratio
-    if rounds_by_gptq and objective is not None:
-        # A range found by plain rounding does not suit GPTQ, which makes up for what rounding does.
-        ratios = policy.clip_ratios if policy.clips_weights and searches_on_the_way else (1.0,)
-        result = gptq.quantise(
-            weight, objective, policy, scale_dtype=scale_dtype, clip_ratio=ratio, search_ratios=ratios
-        )
-        solved = QuantizedLinear(
-            policy=policy,
-            codes=result.codes,
-            scale=result.scale,
-            zero_point=result.zero_point,
-            group_index=result.group_index,
-        )
-        return solved, result.notes
-    codes, scale, zero_point = affine.quantise_weight(
-        weight,
-        bits=policy.weight_bits,
-        group_size=policy.group_size,
-        symmetric=policy.weight_symmetric,
-        scale_dtype=scale_dtype,
-        clip_ratio=ratio,
-    )
-    return QuantizedLinear(policy=policy, codes=codes, scale=scale, zero_point=zero_point), ()
 
 
 def _untouched_row(problem: LayerProblem, name: str) -> LinearSummary:

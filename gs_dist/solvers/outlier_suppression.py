@@ -22,6 +22,7 @@ from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["ExponentResult", "search_exponent"]
@@ -48,6 +49,7 @@ def search_exponent(
     shift: Float32 | None = None,
     means: ChannelMeans | None = None,
     tie: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = np.asarray,
+    threads: Threads = ONE_THREAD,
 ) -> ExponentResult:
     """Tries SmoothQuant scales for each exponent; the first of equally good ones wins.
 
@@ -61,19 +63,30 @@ def search_exponent(
         shift: (in,) subtracted from the input before scaling.
         means: of the input, where the linears' biases take up the shift and the mean error.
         tie: makes channels that must share a scale equal (grouped-query attention).
+        threads: take an exponent at a time, and where there are fewer of them, rows.
     """
     activation_max = tie(Rescaling(shift=shift).ranges_of(statistics).max_abs)
     scales = [smoothing_scale(activation_max, weight_max, alpha) for alpha in alphas]
     # A few massive tokens own the plain Gram matrix, the others the weighted one: both must be served.
     sides = [False, True] if statistics.weighted_gram is not None else [False]
     energies = {
-        by_token: sum(Rescaling().weight_error(weight, statistics, by_token=by_token) for weight in weights)
+        by_token: sum(
+            Rescaling().weight_error(weight, statistics, by_token=by_token, threads=threads) for weight in weights
+        )
         for by_token in sides
     }
-    losses = [
-        _loss(weights, Rescaling(scale=s, shift=shift, means=means), statistics, policy, scale_dtype, energies)
-        for s in scales
-    ]
+    losses = threads.map(
+        lambda scale: _loss(
+            weights,
+            Rescaling(scale=scale, shift=shift, means=means),
+            statistics,
+            policy,
+            scale_dtype,
+            energies,
+            threads,
+        ),
+        scales,
+    )
     best = min(range(len(losses)), key=losses.__getitem__)
     return ExponentResult(scale=scales[best], alpha=alphas[best], loss=losses[best], losses=tuple(losses))
 
@@ -85,6 +98,7 @@ def _loss(
     policy: QuantPolicy,
     scale_dtype: str,
     energies: Mapping[bool, float],
+    threads: Threads,
 ) -> float:
     """Sum of relative output errors, with tokens counted alike and, where in `energies`, by 1 / x.x."""
     errors = dict.fromkeys(energies, 0.0)
@@ -102,7 +116,7 @@ def _loss(
         columns += output_error.column_energy(change)
         change -= scaled
         for by_token in energies:
-            errors[by_token] += rescaling.weight_error(change, statistics, by_token=by_token)
+            errors[by_token] += rescaling.weight_error(change, statistics, by_token=by_token, threads=threads)
     static = _static_range(columns, rescaling, statistics, policy, scale_dtype) if policy.is_static else None
     for by_token in energies:
         rounding = rescaling.rounding(policy, statistics, static, by_token=by_token)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gs_dist.quantized import Float32
 from gs_dist.solvers.affine import row_blocks
 from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["activation_term", "column_energy", "output_energy", "per_token_step_squared", "static_rounding"]
@@ -22,7 +23,14 @@ __all__ = ["activation_term", "column_energy", "output_energy", "per_token_step_
 Array = npt.NDArray[Any]
 
 
-def output_energy(matrix: Float32, gram: Array | None, sum_squares: Array, inverse_scale: Array | None = None) -> float:
+def output_energy(
+    matrix: Float32,
+    gram: Array | None,
+    sum_squares: Array,
+    inverse_scale: Array | None = None,
+    *,
+    threads: Threads = ONE_THREAD,
+) -> float:
     """tr(M G MT) of a matrix (out, in): sum over tokens of |M x|^2.
 
     Args:
@@ -31,16 +39,18 @@ def output_energy(matrix: Float32, gram: Array | None, sum_squares: Array, inver
         sum_squares: (in,) diagonal of the Gram matrix.
         inverse_scale: (in,) 1/s, where the matrix belongs to x / s and the statistics to x. Rescaling the
             rows worked on spares a second Gram matrix, which of a wide layer takes gigabytes.
-
-    Rows are taken some 16 MiB at a time; the work is matrix multiplication.
+        threads: take some 16 MiB of rows at a time; the work is matrix multiplication.
     """
-    total = 0.0
-    for block in row_blocks(*matrix.shape):
+
+    def energy(block: slice) -> float:
         rows = matrix[block] if inverse_scale is None else matrix[block] * inverse_scale.astype(np.float32)
         if gram is None:
-            total += float(np.einsum("ij,ij->j", rows, rows, dtype=np.float64) @ sum_squares)
-        else:
-            total += output_error(rows, gram)
+            return float(np.einsum("ij,ij->j", rows, rows, dtype=np.float64) @ sum_squares)
+        return output_error(rows, gram)
+
+    total = 0.0
+    for part in threads.map(energy, row_blocks(*matrix.shape)):
+        total += part
     return max(total, 0.0)
 
 

@@ -16,6 +16,7 @@ from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.folding import source_channels
 from gs_dist.solvers.objective import blend
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["Rescaling", "objective_of"]
@@ -67,14 +68,21 @@ class Rescaling:
         )
         return rows.ranges_of(statistics)
 
-    def weight_error(self, change: Float32, statistics: InputStatistics, *, by_token: bool = False) -> float:
+    def weight_error(
+        self,
+        change: Float32,
+        statistics: InputStatistics,
+        *,
+        by_token: bool = False,
+        threads: Threads = ONE_THREAD,
+    ) -> float:
         """Squared output error over all tokens of a change (out, in) of the rescaled weight.
 
         With `by_token` each token counts by 1 / x.x. A shift does not enter, because the bias gives back what the
         rounded weight makes of it. What a corrected bias takes out is left out; means are estimates, and so is that.
         """
         gram = statistics.weighted_gram if by_token else statistics.gram
-        error = output_error.output_energy(change, gram, statistics.sum_squares, self.inverse)
+        error = output_error.output_energy(change, gram, statistics.sum_squares, self.inverse, threads=threads)
         if self.means is None:
             return error
         return max(error - self.means.corrected(change, self.inverse, by_token=by_token), _LEAST_LEFT * error)

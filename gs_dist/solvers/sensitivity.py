@@ -20,6 +20,7 @@ from gs_dist.quantized import Float32
 from gs_dist.solvers import affine, output_error
 from gs_dist.solvers.folding import FoldedTensors
 from gs_dist.solvers.layer import LayerProblem
+from gs_dist.solvers.threads import Threads
 
 __all__ = ["choose_schemes", "layer_costs", "layer_patterns"]
 
@@ -29,17 +30,27 @@ Measure = Literal["relative", "absolute"]
 _MAX_UNITS = 1 << 15
 
 
-def layer_costs(problem: LayerProblem, schemes: Mapping[str, Mapping[str, QuantPolicy]]) -> tuple[SchemeCost, ...]:
+def layer_costs(
+    problem: LayerProblem, schemes: Mapping[str, Mapping[str, QuantPolicy]], *, num_threads: int = 1
+) -> tuple[SchemeCost, ...]:
     """Costs of every scheme and of `FLOAT` for each linear of a layer, in the layer's order.
 
     Args:
         problem: weights and statistics; its policies are not looked at.
         schemes: linear's name within the layer to scheme to policy; bits, group_size and weight_symmetric count.
+        num_threads: share the work, with the same figures at any number; the caller holds BLAS to one thread.
 
     Raises:
         LayerError: weights or statistics are not finite.
         UserError: a linear's input channels do not divide into a scheme's groups, or no statistics.
     """
+    with Threads(num_threads) as threads:
+        return _costs(problem, schemes, threads)
+
+
+def _costs(
+    problem: LayerProblem, schemes: Mapping[str, Mapping[str, QuantPolicy]], threads: Threads
+) -> tuple[SchemeCost, ...]:
     folded = FoldedTensors(problem.tensors)
     costs: list[SchemeCost] = []
     for layer_input in problem.inputs:
@@ -49,12 +60,12 @@ def layer_costs(problem: LayerProblem, schemes: Mapping[str, Mapping[str, QuantP
         group = f"{problem.prefix}{layer_input.name}"
         for name in layer_input.linears:
             weight = folded.weight(name)
-            energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares)
+            energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, threads=threads)
             for scheme, policy in (*schemes[name].items(), (FLOAT, None)):
                 error = 0.0
                 if policy is not None:
                     change = _plain_change(weight, policy, problem.scale_dtype)
-                    error = output_error.output_energy(change, statistics.gram, statistics.sum_squares)
+                    error = output_error.output_energy(change, statistics.gram, statistics.sum_squares, threads=threads)
                 if not (isfinite(error) and isfinite(energy)):
                     raise LayerError(
                         f"layer {problem.layer}: the output of {problem.prefix}{name} is not finite; the activation "

@@ -20,6 +20,7 @@ from gs_dist.solvers.bias_correction import ChannelMeans, channel_means
 from gs_dist.solvers.folding import FoldedTensors, source_index, tie_max
 from gs_dist.solvers.rescaling import Rescaling, objective_of
 from gs_dist.solvers.smoothquant import smoothing_scale
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.statistics import InputStatistics
 
 __all__ = ["input_ranges", "suppress"]
@@ -39,6 +40,7 @@ def suppress(
     scale_dtype: str,
     *,
     new_biases: Collection[str] = (),
+    threads: Threads = ONE_THREAD,
 ) -> Rescaling:
     """Finds an input's rescaling and folds it into `folded`.
 
@@ -49,6 +51,7 @@ def suppress(
         folded: the layer's tensors; changed.
         scale_dtype: dtype the weights' scales will be stored in.
         new_biases: norms and linears that can be published with a bias though they have none.
+        threads: share the candidates of a search.
 
     Raises:
         UserError: the readers' policies differ, or a Gram matrix is lacking.
@@ -73,13 +76,14 @@ def suppress(
             gram=objective_of(statistics),
             scale_dtype=scale_dtype,
             tie=None if layer_input.repeat == 1 else source_index(layer_input),
+            threads=threads,
         )
         if found.alpha is None:
             return Rescaling(notes=("AWQ: no scale of the search was better than plain rounding",))
         return _fold(layer_input, folded, found.scale)
     if statistics.gram is None:
         raise UserError("outlier suppression searches by Gram matrices: set gram: on")
-    search = _Search(layer_input, policy, statistics, folded, scale_dtype)
+    search = _Search(layer_input, policy, statistics, folded, scale_dtype, threads)
     if kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS and policy.act_quant_dtype is not None:
         return _shifted(search, new_biases)
     return _fold(layer_input, folded, search.exponent().scale)
@@ -114,6 +118,7 @@ class _Search:
     statistics: InputStatistics
     folded: FoldedTensors
     scale_dtype: str
+    threads: Threads
 
     @cached_property
     def alphas(self) -> tuple[float, ...]:
@@ -148,6 +153,7 @@ class _Search:
             shift=shift,
             means=means,
             tie=self.tie,
+            threads=self.threads,
         )
 
     def middles(self) -> list[Float32]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import ml_dtypes
@@ -10,6 +11,7 @@ from observed import statistics_of
 from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import LayerError, UserError
 from gs_dist.policy import AlgoArgs, QuantPolicy
+from gs_dist.solvers import affine, awq, clip, gptq
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, TOKENS = 64, 4, 2, 16, 128, 40
@@ -524,3 +526,67 @@ def test_a_shift_of_every_input_leaves_the_function_of_the_layer():
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
     ratio = np.median(np.abs(shifted["mlp_input"].mean(axis=0)) / shifted["mlp_input"].std(axis=0))
     assert 2 < ratio < 6  # by about the 4 deviations that the statistics spoke of
+
+
+SEARCHED_STATIC = {"act_quant_dtype": "int8", "act_range": "mse"}
+FEW = AlgoArgs(smooth_alpha=(0.3, 0.5, 0.7))
+FOUR_BITS = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("policy", "biases"),
+    [
+        (STATIC, ()),
+        (QuantPolicy(**SEARCHED_STATIC, outliers_suppression="smooth", algo_args=AlgoArgs(alpha=(0.3, 0.5, 0.7))), ()),
+        (QuantPolicy(**SEARCHED_STATIC, outliers_suppression="outlier-suppression-lite", algo_args=FEW), ()),
+        (QuantPolicy(**SEARCHED_STATIC, outliers_suppression="outlier-suppression+", algo_args=FEW), tuple(SHAPES)),
+        (QuantPolicy(weight_quant_dtype="qint4x2", weight_clip=True), ()),
+        (QuantPolicy(**FOUR_BITS, outliers_suppression="awq", weight_clip=True, weight_symmetric=False), ()),
+        (QuantPolicy(**FOUR_BITS, outliers_suppression="awq", precision_recovery="gptq"), ()),
+        (QuantPolicy(**FOUR_BITS, precision_recovery="gptq", weight_clip=True), ()),
+        (
+            QuantPolicy(**FOUR_BITS, precision_recovery="gptq", algo_args=AlgoArgs(desc_act=True, static_groups=False)),
+            (),
+        ),
+        (QuantPolicy(weight_quant_dtype="qint4x2", precision_recovery="gptq", weight_clip=True), ()),
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bytes(policy, biases, monkeypatch):
+    """Every array and every figure of a layer solved on two and three threads is that of one, over many tiles."""
+    for module, name, size in (
+        (awq, "_TILE_ROWS", 16),
+        (gptq, "_TILE_ROWS", 16),
+        (clip, "_TILE_ELEMENTS", 1 << 10),
+        (affine, "_BLOCK_ELEMENTS", 1 << 10),
+    ):
+        monkeypatch.setattr(module, name, size)
+    problem, _, _ = make_problem(policy, biases=biases)
+    alone = solve_layer(problem)
+    for num_threads in (2, 3):
+        assert contents(solve_layer(problem, num_threads=num_threads)) == contents(alone)
+
+
+def contents(solved):
+    """Bytes of all arrays of a solved layer, and its rows."""
+    arrays = dict(solved.tensors)
+    for name, linear in solved.linears.items():
+        arrays |= {f"{name}.{field}": value for field, value in vars(linear).items() if field != "policy"}
+    return {n: a.tobytes() if isinstance(a, np.ndarray) else repr(a) for n, a in arrays.items()} | {
+        "rows": repr(solved.rows)
+    }
+
+
+def test_threads_end_with_a_layer_that_cannot_be_solved():
+    """The error names what one thread would name, and no thread is left behind."""
+    problem, _, _ = make_problem(QuantPolicy(**FOUR_BITS, precision_recovery="gptq"))
+    weight = problem.tensors["self_attn.k_proj.weight"].copy()
+    weight[3, 5] = np.nan
+    problem = replace(problem, tensors={**problem.tensors, "self_attn.k_proj.weight": weight})
+    before = threading.active_count()
+    messages = set()
+    for num_threads in (1, 3):
+        with pytest.raises(UserError, match="k_proj") as caught:
+            solve_layer(problem, num_threads=num_threads)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert threading.active_count() == before
