@@ -13,6 +13,7 @@ from typing import Any
 
 import dialects
 import pytest
+import typer.main
 import yaml
 from checkpoints import header_only_checkpoint, tiny_config
 from packaging.requirements import Requirement
@@ -23,8 +24,10 @@ from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, load_recipe
-from gs_dist.plan import ClusterFacts, make_plan
+from gs_dist.cli import app
+from gs_dist.cluster_facts import ClusterFacts
+from gs_dist.config import CalibrationConfig, load_recipe, parse_size
+from gs_dist.plan import make_plan
 from gs_dist.policy import resolve_policies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +40,10 @@ class Deployment:
     """What a manifest offers to a job."""
 
     num_npus: int
+    num_nodes: int  # with cards
+    memory_per_node: int  # as Ray counts it
+    object_store: int  # of a node
+    cpus_per_node: int
     images: set[str]
     mounts: tuple[set[str], ...]  # of every container that runs gs_dist
     text: str
@@ -45,6 +52,19 @@ class Deployment:
     def recipe(self) -> CalibrationConfig:
         """The recipe that the manifest, or the comment on top of it, submits."""
         return load_recipe(ROOT / self.entry_point[1].removeprefix(IN_IMAGE + "/"))
+
+    @property
+    def facts(self) -> ClusterFacts:
+        """What a job learns of the cluster."""
+        facts = ClusterFacts.described(
+            num_nodes=self.num_nodes,
+            npus=self.num_npus // self.num_nodes,
+            cpus=self.cpus_per_node,
+            memory=self.memory_per_node,
+            device="ascend",
+        )
+        assert facts is not None
+        return facts
 
     @property
     def entry_point(self) -> tuple[str, str]:
@@ -60,7 +80,13 @@ def kuberay(name: str) -> Deployment:
     spec = document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    (workers,) = spec["workerGroupSpecs"]
+    limits = containers[-1]["resources"]["limits"]  # which KubeRay hands to `ray start` as cores and memory
     return Deployment(
+        num_nodes=workers["replicas"],
+        memory_per_node=parse_size(limits["memory"] + "B"),
+        object_store=int(workers["rayStartParams"]["object-store-memory"]),
+        cpus_per_node=int(limits["cpu"]),
         num_npus=sum(group["replicas"] * npus(group["rayStartParams"]) for group in spec["workerGroupSpecs"]),
         images={container["image"] for container in containers},
         mounts=tuple({mount["mountPath"] for mount in container["volumeMounts"]} for container in containers),
@@ -78,14 +104,20 @@ def on_premises() -> Deployment:
     text = (ROOT / "deploy/on-premises.yaml").read_text()
     config = yaml.safe_load(text)
     nodes = {"head": 1, "worker": len(config["provider"]["worker_ips"])}
-    cards = 0
+    cards, sizes = 0, set()
     for kind, count in nodes.items():
         (start,) = (command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command)
-        (resources,) = (word for word in shlex.split(start) if word.startswith("--resources="))
-        cards += count * json.loads(resources.removeprefix("--resources="))["NPU"]
+        options = dict(word.split("=", 1) for word in shlex.split(start) if word.startswith("--") and "=" in word)
+        cards += count * json.loads(options["--resources"])["NPU"]
+        sizes.add((int(options["--memory"]), int(options["--object-store-memory"])))
+    ((memory, object_store),) = sizes
     volumes = [o.removeprefix("--volume=") for o in config["docker"]["run_options"] if o.startswith("--volume=")]
     return Deployment(
         num_npus=cards,
+        num_nodes=sum(nodes.values()),
+        memory_per_node=memory,
+        object_store=object_store,
+        cpus_per_node=192,  # of the servers in deploy/README.md: Ray counts all of them
         images={config["docker"]["image"]},
         mounts=({volume.split(":")[1] for volume in volumes},),
         text=text,
@@ -180,14 +212,14 @@ def test_storage_claim_is_the_one_that_pods_mount() -> None:
     """The claim that storage.yaml makes is the one the pods name, and many nodes may write to it."""
     claim = yaml.safe_load((ROOT / "deploy/storage.yaml").read_text())
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    for name in ("rayjob.yaml", "raycluster.yaml"):
+    for name in ("rayjob.yaml", "raycluster.yaml", "evaluate.yaml"):
         claims = set(re.findall(r"claimName: ([\w-]+)", (ROOT / "deploy" / name).read_text()))
         assert claims == {claim["metadata"]["name"]}
 
 
 def test_nobody_submits_without_a_token() -> None:
     """Every cluster asks for a token and opens no way in from outside."""
-    for name in ("rayjob.yaml", "raycluster.yaml"):
+    for name in ("rayjob.yaml", "raycluster.yaml", "evaluate.yaml"):
         document = yaml.safe_load((ROOT / "deploy" / name).read_text())
         spec = document["spec"].get("rayClusterSpec", document["spec"])
         assert spec["authOptions"]["mode"] == "token"
@@ -240,6 +272,15 @@ def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) 
             assert check(tmp_path / name, engine).problems == ()
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CheckpointReader]:
+    """Headers of the models of large recipes."""
+    directory = tmp_path_factory.mktemp("models")
+    return {
+        name: CheckpointReader(header_only_checkpoint(directory / name, name)) for name in ("llama-3-70b", "qwen3-32b")
+    }
+
+
 @pytest.mark.parametrize(
     ("recipe", "model", "layers"),
     [
@@ -248,20 +289,112 @@ def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) 
         ("qwen3-32b-w8a8", "qwen3-32b", 16),
     ],
 )
-def test_large_recipes_fit_their_cards(tmp_path: Path, recipe: str, model: str, layers: int) -> None:
-    """With the model's real shapes, every worker of a large recipe stays within memory_per_worker."""
-    config = load_recipe(ROOT / f"jobs/recipes/{recipe}.yaml")
-    reader = CheckpointReader(header_only_checkpoint(tmp_path / "model", model))
+def test_large_recipes_fit_cards_and_nodes(
+    models: dict[str, CheckpointReader], deployment: Deployment, recipe: str, model: str, layers: int
+) -> None:
+    """With the model's real shapes workers stay within their card, and all that a node may hold within its memory.
+
+    That memory also holds Ray's object store, which KubeRay keeps in the pod's memory, too.
+    """
+    config, reader = load_recipe(ROOT / f"jobs/recipes/{recipe}.yaml"), models[model]
     sizes = config.parallel.pipeline_parallel_size, config.parallel.data_parallel_size
-    facts = ClusterFacts(num_cpus=320, num_npus=sizes[0] * sizes[1], memory_bytes=2 * 768 * 2**30)
-    plan = make_plan(config, reader.architecture, reader.tensors, facts)
+    plan = make_plan(config, reader.architecture, reader.tensors, deployment.facts)
     assert (len(plan.stages), plan.data_parallel_size) == sizes
     assert plan.device == "ascend"
     assert all(len(stage.layers) == layers for stage in plan.stages)
     assert all(stage.memory.peak <= 60 * 2**30 for stage in plan.stages)
+    cards = deployment.num_npus // deployment.num_nodes
+    assert deployment.cpus_per_node >= plan.threads_per_worker * min(cards, plan.num_workers // deployment.num_nodes)
+    beside = min(cards, deployment.cpus_per_node // plan.threads_per_worker)
+    assert beside * plan.host_peak + deployment.object_store <= deployment.memory_per_node
 
 
-@pytest.mark.parametrize("script", ["jobs/quickstart.sh", "jobs/environment.sh", "tests/run.sh", ".ci/run"])
+def test_the_object_store_leaves_workers_their_share(deployment: Deployment) -> None:
+    """What is planned for workers and Ray's object store fit a node together, with something for the system."""
+    assert 0.8 * deployment.memory_per_node + deployment.object_store <= 0.98 * deployment.memory_per_node
+    if "--shm-size=" in deployment.text:
+        (shm,) = re.findall(r"--shm-size=(\d+)g", deployment.text)
+        assert deployment.object_store <= 0.95 * int(shm) * 2**30  # the part of it that Ray takes at most
+
+
+def command_line(words: list[str]) -> dict[str, Any]:
+    """Parameters that `gs-dist` reads from a command."""
+    assert words[0] == "gs-dist"
+    group: Any = typer.main.get_command(app)
+    command = group.commands[words[1]]
+    return dict(command.make_context(words[1], words[2:]).params)
+
+
+def commands_of(text: str) -> list[dict[str, Any]]:
+    """Those of `gs-dist` with options, over several lines, in a text."""
+    found = re.findall(r"gs-dist (?:plan|evaluate)(?:[^`#\n]*\\\n)*[^`#\n]*--[^`#\n]*", text)
+    return [command_line(shlex.split(command.replace("\\\n", " "))) for command in found]
+
+
+def test_the_plans_that_are_recommended_are_of_the_cluster_of_the_manifests() -> None:
+    """Sizes of nodes on the command lines of the documentation are those that pods and servers have."""
+    commands = [c for c in commands_of((ROOT / "deploy/README.md").read_text()) if "recipe" in c]
+    assert len(commands) == 2
+    for command in commands:
+        for deployment in DEPLOYMENTS.values():
+            assert command["nodes"] == deployment.num_nodes
+            assert command["nodes"] * command["npus"] == deployment.num_npus
+            assert command["cpus"] <= deployment.cpus_per_node
+            assert parse_size(command["memory"]) == deployment.memory_per_node
+
+
+def test_a_published_model_is_evaluated_on_one_node() -> None:
+    """The manifest's command is the documented one: of what the recipe makes, a stage a card, in the job's cluster."""
+    document = yaml.safe_load((ROOT / "deploy/evaluate.yaml").read_text())
+    spec = document["spec"]["rayClusterSpec"]
+    job = yaml.safe_load((ROOT / "deploy/rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    (workers,), (of_job,) = spec["workerGroupSpecs"], job["workerGroupSpecs"]
+    nodes = {"replicas": 1, "minReplicas": 1, "maxReplicas": 1}
+    assert spec == {**job, "workerGroupSpecs": [{**of_job, **nodes}]}
+    command = command_line(shlex.split(document["spec"]["entrypoint"]))
+    recipe = DEPLOYMENTS["rayjob.yaml"].recipe
+    assert command["stages"] == npus(workers["rayStartParams"])
+    assert (str(command["directory"]), str(command["model"]), command["address"]) == (
+        recipe.output,
+        recipe.model,
+        "auto",
+    )
+    mounts = DEPLOYMENTS["rayjob.yaml"].mounts
+    assert all(any(Path(path).is_relative_to(m) for m in mount) for path in command["data"] for mount in mounts)
+    # A pattern would be expanded by the shells between manifest and job.
+    assert not re.search(r"[*?$'\"]", document["spec"]["entrypoint"])
+    (documented,) = (c for c in commands_of((ROOT / "deploy/README.md").read_text()) if "directory" in c)
+    assert documented == command
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "evaluate.yaml"])
+def test_a_failed_job_does_not_build_its_cluster_again(name: str) -> None:
+    """A mistake in the recipe fails as surely on a second cluster of 16 cards."""
+    assert yaml.safe_load((ROOT / "deploy" / name).read_text())["spec"]["backoffLimit"] == 0
+
+
+def test_shells_of_the_image_know_cann_whatever_starts_them(tmp_path: Path) -> None:
+    """`bash -c`, as KubeRay starts Ray, a login shell's profile, and no shell twice over."""
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    (target,) = re.findall(r"^COPY deploy/ascend\.sh (/etc/profile\.d/\S+\.sh)$", dockerfile, flags=re.MULTILINE)
+    assert f"ENV BASH_ENV={target}\n" in dockerfile
+    script = str(ROOT / "deploy/ascend.sh")
+    cann = tmp_path / "set_env.sh"
+    cann.write_text("export LD_LIBRARY_PATH=/cann/lib64:${LD_LIBRARY_PATH:-}\nbash -c true\n")
+    path = {"PATH": "/usr/bin:/bin", "CANN_SET_ENV": str(cann)}
+
+    def shown(*command: str, **environment: str) -> str:
+        return subprocess.check_output(command, env={**path, **environment}, text=True, timeout=60).strip()
+
+    assert shown("bash", "-c", 'echo "$LD_LIBRARY_PATH"', BASH_ENV=script) == "/cann/lib64:"
+    assert shown("bash", "-c", "bash -c 'echo \"$LD_LIBRARY_PATH\"'; true", BASH_ENV=script) == "/cann/lib64:"
+    assert shown("sh", "-c", f'. {script}; echo "$LD_LIBRARY_PATH"') == "/cann/lib64:"
+    assert shown("bash", "-c", "echo on", BASH_ENV=script, CANN_SET_ENV=str(tmp_path / "none.sh")) == "on"
+
+
+@pytest.mark.parametrize(
+    "script", ["jobs/quickstart.sh", "jobs/environment.sh", "deploy/ascend.sh", "tests/run.sh", ".ci/run"]
+)
 def test_shell_scripts_parse(script: str) -> None:
     """Bash finds no syntax error in a script that is shipped."""
     done = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True)

@@ -19,7 +19,7 @@ from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.config import CalibrationConfig
-from gs_dist.errors import CheckpointError, PlanError, WorkerLostError
+from gs_dist.errors import CheckpointError, ClusterError, PlanError, WorkerLostError
 from gs_dist.memory import probe_memory
 from gs_dist.plan import ClusterFacts
 from gs_dist.probe_memory import evaluation_shape
@@ -215,6 +215,25 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[Evaluation]:
     monkeypatch.setattr("gs_dist.runtime.evaluate.cluster", machine)
     monkeypatch.setattr("gs_dist.runtime.evaluate.evaluation_workers", workers)
     return ran
+
+
+def test_stages_of_an_evaluation_share_the_cores_of_the_clusters_nodes(
+    config: CalibrationConfig, published: CalibrationSummary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three on two nodes of 24 cores get twelve each, whatever the machine that asks has: none is left without room."""
+
+    @contextmanager
+    def two_nodes(address: str | None, num_cpus: int) -> Iterator[ClusterFacts]:
+        assert address == "auto"
+        yield ClusterFacts(num_cpus=48, num_npus=0, memory_bytes=64 << 30, num_nodes=2)
+
+    def workers(evaluation: Evaluation, timeout: float) -> InlineWorkerGroup:
+        raise ClusterError(f"{evaluation.threads_per_worker} threads")
+
+    monkeypatch.setattr("gs_dist.runtime.evaluate.cluster", two_nodes)
+    monkeypatch.setattr("gs_dist.runtime.evaluate.evaluation_workers", workers)
+    with pytest.raises(ClusterError, match=r"^12 threads$"):
+        evaluate(config.output, config.probe_data, pipeline_parallel_size=3, address="auto", progress=Heard())
 
 
 def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
