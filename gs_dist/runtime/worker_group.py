@@ -19,6 +19,7 @@ import ray.util.client
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gs_dist import __version__
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 
 __all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
@@ -65,6 +66,7 @@ class WorkerGroup(Protocol):
 
         Raises:
             WorkerLostError: the worker died.
+            ClusterError: its node does not hold what a worker is made of.
             Exception: whatever the method raised.
         """
 
@@ -282,6 +284,8 @@ def _reason_of(
     reason = error
     while isinstance(reason, ray.exceptions.RayTaskError) and isinstance(reason.cause, BaseException):
         reason = reason.cause
+    if isinstance(reason, ray.exceptions.ActorDiedError) and reason.actor_init_failed:
+        return ClusterError(_no_start(name_of(reason.actor_id), str(reason)))
     if isinstance(reason, ray.exceptions.ActorDiedError):
         return WorkerLostError(f"{name_of(reason.actor_id)} died{_circumstances(str(reason))}")
     if isinstance(reason, ray.exceptions.ObjectLostError):
@@ -293,6 +297,17 @@ def _reason_of(
     if isinstance(reason, ray.exceptions.RayError):
         return JobFailure(f"Ray failed: {type(reason).__name__}: {_first_line(reason)}")
     return reason
+
+
+def _no_start(worker: str, told: str) -> str:
+    """Of a worker that could not be made: as its making is put off, what it is made of could not be imported."""
+    address = re.search(r"\bip=([^\s,)]+)", told)
+    where = f" on node {address[1]}" if address else ""
+    error = told.strip().splitlines()[-1].strip()
+    return (
+        f"{worker} cannot be started{where} ({error}): install gs-dist {__version__} and what it needs there, or have "
+        "Ray do so with a runtime_env or one image for all nodes"
+    )
 
 
 def _circumstances(told: str) -> str:

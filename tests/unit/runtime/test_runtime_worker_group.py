@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray.exceptions as rx
 
-from gs_dist.errors import JobFailure, LayerError, WorkerLostError
+from gs_dist.errors import ClusterError, JobFailure, LayerError, WorkerLostError
 from gs_dist.runtime.worker_group import _reason_of
 
 LOSSES = [
@@ -68,6 +68,21 @@ def test_a_death_is_told_with_worker_node_and_reason(told: str, says: str) -> No
     assert isinstance(reason, WorkerLostError)
     assert str(reason).startswith(says)
     assert "\n" not in str(reason)
+
+
+def test_a_worker_that_cannot_be_imported_is_no_loss_that_starting_again_would_mend() -> None:
+    """Worker, node and what is missing there are named, with what to do."""
+    error = rx.ActorDiedError()
+    error._actor_init_failed = True
+    error.error_msg = (
+        "The actor died because of an error raised in its creation task, ray::_Worker.__init__() (pid=7, ip=10.0.0.2, "
+        "actor_id=07)\nRuntimeError: failed to import:\n\nModuleNotFoundError: No module named 'gs_dist'\n"
+    )
+    reason = _reason_of(error, lambda actor_id: "stage 1 of replica 0")
+    assert type(reason) is ClusterError
+    assert str(reason).startswith(
+        "stage 1 of replica 0 cannot be started on node 10.0.0.2 (ModuleNotFoundError: No module named 'gs_dist'): inst"
+    )
 
 
 def test_what_a_method_raised_is_raised() -> None:
