@@ -27,7 +27,7 @@ __all__ = [
     "MANIFESTS",
     "Fingerprints",
     "LayerManifest",
-    "check_fingerprints",
+    "MadeWith",
     "publish_layer",
     "publish_outer",
     "read_manifest",
@@ -50,6 +50,19 @@ class Fingerprints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """What decides the bytes of a part beside recipe, model and data.
+
+    Attributes:
+        versions: package to version.
+        kernel: the CPU kernels of BLAS, such as `x86_64 Haswell`.
+    """
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    kernel: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerManifest:
     """One finished decoder layer, or (`layer` None) what lies outside of the layers.
 
@@ -57,6 +70,7 @@ class LayerManifest:
         layer: index of the decoder layer.
         shards: name of the format to the shard written for it.
         fingerprints: what it was made from.
+        made_with: the software that made it; not in the shards, which are the same on like software.
         policies: full dotted name of every linear that was quantised, to how it was; a linear of the layer
             that is not here stayed in float.
         kv_cache: "per_channel", "per_token" or None.
@@ -66,6 +80,7 @@ class LayerManifest:
     layer: int | None
     shards: Mapping[str, ShardRecord]
     fingerprints: Fingerprints
+    made_with: MadeWith = MadeWith()
     policies: Mapping[str, QuantPolicy] = field(default_factory=dict)
     kv_cache: str | None = None
     rows: tuple[LinearSummary, ...] = ()
@@ -87,6 +102,7 @@ def publish_layer(
     architecture: DecoderArchitecture,
     formats: Sequence[str],
     fingerprints: Fingerprints,
+    made_with: MadeWith = MadeWith(),
 ) -> LayerManifest:
     """Writes a layer's shard in every format, then its manifest.
 
@@ -96,6 +112,7 @@ def publish_layer(
         architecture: of the source checkpoint.
         formats: names in `FORMATS`.
         fingerprints: what the layer was made from.
+        made_with: the software of this process.
 
     Raises:
         OutputError: the disk is full, or the directory cannot be written.
@@ -114,6 +131,7 @@ def publish_layer(
         layer=layer.layer,
         shards=shards,
         fingerprints=fingerprints,
+        made_with=made_with,
         policies={prefix + name: linear.policy for name, linear in layer.linears.items()},
         kv_cache=kv_cache,
         rows=layer.rows,
@@ -123,7 +141,11 @@ def publish_layer(
 
 
 def publish_outer(
-    output: Path, reader: CheckpointReader, formats: Sequence[str], fingerprints: Fingerprints
+    output: Path,
+    reader: CheckpointReader,
+    formats: Sequence[str],
+    fingerprints: Fingerprints,
+    made_with: MadeWith = MadeWith(),
 ) -> LayerManifest:
     """Carries embedding, final norm and head over, bit for bit, in every format; then writes their manifest."""
     tensors = reader.read_outer()
@@ -131,7 +153,7 @@ def publish_outer(
         name: write_safetensors(make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors)
         for name in formats
     }
-    manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints)
+    manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints, made_with=made_with)
     write_manifest(output, manifest)
     return manifest
 
@@ -142,6 +164,7 @@ def write_manifest(output: Path, manifest: LayerManifest) -> None:
         "version": _VERSION,
         "layer": manifest.layer,
         "fingerprints": dataclasses.asdict(manifest.fingerprints),
+        "made_with": dataclasses.asdict(manifest.made_with),
         "shards": {name: dataclasses.asdict(record) for name, record in manifest.shards.items()},
         "policies": {name: policy.model_dump(mode="json") for name, policy in manifest.policies.items()},
         "kv_cache": manifest.kv_cache,
@@ -177,21 +200,6 @@ def read_manifest(output: Path, layer: int | None) -> LayerManifest | None:
     return manifest
 
 
-def check_fingerprints(manifest: LayerManifest, wanted: Fingerprints) -> None:
-    """Refuses to go on with a run that was made from something else.
-
-    Raises:
-        OutputError: says which of recipe, model and data differ.
-    """
-    names = {"recipe": "the recipe", "source": "the model", "data": "the calibration data"}
-    different = [label for key, label in names.items() if getattr(manifest.fingerprints, key) != getattr(wanted, key)]
-    if different:
-        raise OutputError(
-            f"{MANIFESTS}/{manifest.stem}.json: the output directory holds a run in which {' and '.join(different)} "
-            "differed; restore what it was, or set output to another directory"
-        )
-
-
 def shard_faults(output: Path, manifest: LayerManifest) -> list[str]:
     """Reads the manifest's shards in full and says which are missing or changed; empty where all is well."""
     faults = []
@@ -225,6 +233,7 @@ def _from_json(content: Mapping[str, Any]) -> LayerManifest:
     return LayerManifest(
         layer=content["layer"],
         fingerprints=Fingerprints(**content["fingerprints"]),
+        made_with=MadeWith(**content.get("made_with", {})),  # once there was none: of unknown software
         shards={name: _record(record) for name, record in content["shards"].items()},
         policies={
             name: QuantPolicy.model_validate_json(json.dumps(policy)) for name, policy in content["policies"].items()

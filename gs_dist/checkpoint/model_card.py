@@ -17,7 +17,9 @@ from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe
 from gs_dist.summary import CalibrationSummary
 
-__all__ = ["render_model_card", "write_model_card"]
+__all__ = ["CARD", "render_model_card", "write_model_card"]
+
+CARD = "README.md"
 
 _WORST = 5  # linears listed with their error
 _REASONS = 3  # listed of why an engine does not load the directory
@@ -45,7 +47,7 @@ def write_model_card(
     """
     verdicts = [judge(directory, engine) for engine in _ENGINES.get(directory.name, ())]
     text = render_model_card(config, summary, architecture, directory.name, verdicts)
-    write_bytes(directory / "README.md", text.encode())
+    write_bytes(directory / CARD, text.encode())
 
 
 def render_model_card(
@@ -155,7 +157,9 @@ def _recipe(config: CalibrationConfig, summary: CalibrationSummary) -> str:
         ("sequence length", config.calibration.sequence_length),
         ("passed from layer to layer", f"the {summary.propagation} output"),
     ]
-    rows += [(f"`ptq.{name}`", f"`{_plain(value)}`") for name, value in config.ptq.written_fields().items()]
+    # What a recipe leaves out and what it sets to the default are one; the recipe in full has both.
+    set_apart = config.ptq.model_dump(exclude_defaults=True, exclude={"opname_blacklist"})
+    rows += [(f"`ptq.{name}`", f"`{_plain(value)}`") for name, value in set_apart.items()]
     for pattern, override in config.layer_policies.items():
         rows.append((f"`layer_policies` `{pattern}`", f"`{_plain(override)}`"))
     recipe = published_recipe(config).rstrip("\n")

@@ -1,7 +1,8 @@
 """What a model directory was made from, told by a file that travels with it: `provenance.json`.
 
 A run keeps manifests beside its model directories; whoever is handed such a directory alone still finds what
-of the recipe decides the bytes, the versions, the fingerprints, every linear's row and the hash of each shard.
+of the recipe decides the bytes, the software that made each layer, the fingerprints, every linear's row and the hash of
+each shard.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def write_provenance(
         directory: of the model; its name is that of its format.
         parts: manifests of all layers and of the outer part, all made from the same.
         recipe: what of it decides the bytes, so that the file is the same however the job was spread.
-        versions: package to version.
+        versions: package to version, of the process that made a model of the parts.
     """
     ordered = sorted(parts, key=lambda part: part.stem)
     records = [part.shards[directory.name] for part in ordered]
@@ -43,11 +44,21 @@ def write_provenance(
         "version": _VERSION,
         "recipe": recipe,
         "versions": versions,
+        "made_with": _made_with(ordered),
         "fingerprints": dataclasses.asdict(ordered[0].fingerprints),
         "shards": {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records},
         "linears": [dataclasses.asdict(row) for part in ordered for row in part.rows],
     }
     write_json(directory / PROVENANCE_FILE, content)
+
+
+def _made_with(parts: Iterable[LayerManifest]) -> list[dict[str, Any]]:
+    """The software that made the parts, each with those that it made."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        entry = dataclasses.asdict(part.made_with)
+        found.setdefault(json.dumps(entry, sort_keys=True), {**entry, "parts": []})["parts"].append(part.stem)
+    return list(found.values())
 
 
 def read_hashes(directory: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gs_dist.checkpoint.manifest import (
     MANIFESTS,
     Fingerprints,
     LayerManifest,
-    check_fingerprints,
+    MadeWith,
     part_stem,
     publish_outer,
     read_manifest,
@@ -34,6 +34,13 @@ from gs_dist.checkpoint.manifest import (
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader
+from gs_dist.checkpoint.run_record import (
+    RunRecord,
+    read_record,
+    recipe_differences,
+    version_differences,
+    write_record,
+)
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
@@ -46,6 +53,7 @@ __all__ = [
     "StatisticsOrigin",
     "find_models",
     "holds_statistics",
+    "locked",
     "published_format",
     "read_origin",
     "read_statistics",
@@ -63,6 +71,68 @@ _FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
 _MARKERS = {"ascend": "quant_model_description.json", "golden-stick": "quantization_description.json"}
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other jobs out of an output while the block runs; the lock goes with the process that holds it.
+
+    An output that is still empty at the end is removed again.
+
+    Raises:
+        OutputError: another job is at work here, something else lies here, or the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
+        _refuse_foreign(path)  # before anything is written here
+        descriptor = _take_lock(path)
+    except OSError as error:
+        raise OutputError(
+            f"output {str(path)!r} cannot be written ({error.strerror}); set output to a directory that can be made "
+            "and written"
+        ) from error
+    try:
+        yield
+    finally:
+        _remove_empty(path)
+        os.close(descriptor)
+
+
+def _take_lock(path: Path) -> int:
+    """Descriptor of the lock that is held."""
+    while True:
+        descriptor = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError(
+                f"output {str(path)!r} is in use by another job: wait for it, or set output to another directory"
+            ) from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a lock that its holder removed meanwhile
+
+
+def _remove_empty(path: Path) -> None:
+    with suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+            path.rmdir()
+
+
+def _refuse_foreign(path: Path) -> None:
+    ours = {*FORMATS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
+    if foreign:
+        raise OutputError(
+            f"output {str(path)!r} holds {foreign[0]!r}, which is not of a job: set output to an empty directory"
+        )
+
+
 class RunDirectory:
     """The output of one job.
 
@@ -70,54 +140,40 @@ class RunDirectory:
         path: the directory; made where it does not exist.
         formats: the dialects the job writes.
         fingerprints: what the job works on; layers finished from something else are refused.
+        recipe: what of the recipe decides the bytes; None where it is not known.
+        made_with: the software of the job, whose layers are not mixed with another's; None where it is not known.
     """
 
-    def __init__(self, path: Path, *, formats: tuple[str, ...], fingerprints: Fingerprints) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        formats: tuple[str, ...],
+        fingerprints: Fingerprints,
+        recipe: Mapping[str, Any] | None = None,
+        made_with: MadeWith | None = None,
+    ) -> None:
         self.path = path
         self._formats = formats
         self._fingerprints = fingerprints
+        self._recipe = recipe
+        self._made_with = made_with
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other jobs out while the block runs; the lock goes with the process that holds it.
-
-        Raises:
-            OutputError: another job is at work here, something else lies here, or the directory cannot be written.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            make_directory(self.path)
-            self._refuse_foreign()  # before anything is written here
-            descriptor = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(
-                f"output {str(self.path)!r} cannot be written ({error.strerror}); set output to a directory "
-                "that can be made and written"
-            ) from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"output {str(self.path)!r} is in use by another job: wait for it, or set output to "
-                    "another directory"
-                ) from error
-            yield
-        finally:
-            os.close(descriptor)
-
-    def refuse_unusable(self) -> None:
+    def refuse_other_run(self) -> None:
         """Refuses at once what `prepare` would refuse later; reads manifests and no shard.
 
         Raises:
-            OutputError: the directory is in use, cannot be written, or holds another run or something else.
+            OutputError: the directory holds another run, one of other software, or something else.
         """
-        with self.locked():
-            for path in sorted((self.path / MANIFESTS).glob("layer-*.json")):
-                number = path.stem.removeprefix("layer-")
-                manifest = read_manifest(self.path, int(number)) if number.isdecimal() else None
-                if manifest is not None:
-                    check_fingerprints(manifest, self._fingerprints)
+        if not self.path.is_dir():
+            return
+        _refuse_foreign(self.path)
+        for path in sorted((self.path / MANIFESTS).glob("layer-*.json")):
+            number = path.stem.removeprefix("layer-")
+            manifest = read_manifest(self.path, int(number)) if number.isdecimal() else None
+            if manifest is not None:
+                self._refuse_other(manifest)
+        self._refuse_other_statistics()
 
     def prepare(self, num_layers: int) -> dict[int, LayerManifest]:
         """Clears what dead writers left, and returns the finished layers, their shards verified by hash.
@@ -125,9 +181,9 @@ class RunDirectory:
         A layer whose shard is missing or changed counts as unfinished and is done again.
 
         Raises:
-            OutputError: the directory holds a run of another recipe, model or data, or something else.
+            OutputError: the directory holds a run of another recipe, model, data or software, or something else.
         """
-        self._refuse_foreign()
+        self.refuse_other_run()
         (self.path / DONE).unlink(missing_ok=True)
         for directory in (
             self.path,
@@ -135,24 +191,57 @@ class RunDirectory:
         ):
             if directory.is_dir():
                 remove_leftovers(directory)
+        if self._recipe is not None:
+            record = RunRecord(
+                num_layers=num_layers,
+                formats=self._formats,
+                recipe=self._recipe,
+                fingerprints=self._fingerprints,
+                made_with=self._made_with,
+            )
+            write_record(self.path, record)
         finished = {}
         for layer in range(num_layers):
             manifest = read_manifest(self.path, layer)
             if manifest is None:
                 continue
-            check_fingerprints(manifest, self._fingerprints)
+            self._refuse_other(manifest)
             if set(manifest.shards) >= set(self._formats) and not shard_faults(self.path, manifest):
                 finished[layer] = manifest
         return finished
 
-    def _refuse_foreign(self) -> None:
-        ours = {*FORMATS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
-        names = sorted(path.name for path in self.path.iterdir())
-        foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
-        if foreign:
+    def _refuse_other(self, manifest: LayerManifest) -> None:
+        """Refuses to add to a layer that was made from something else, or with other versions."""
+        names = {"recipe": "the recipe", "source": "the model", "data": "the calibration data"}
+        theirs, ours = manifest.fingerprints, self._fingerprints
+        different = [label for key, label in names.items() if getattr(theirs, key) != getattr(ours, key)]
+        if different:
+            record, told = read_record(self.path), ""
+            if self._recipe is not None and record is not None and record.fingerprints.recipe == theirs.recipe:
+                told = "; ".join(recipe_differences(record.recipe, self._recipe))
             raise OutputError(
-                f"output {str(self.path)!r} holds {foreign[0]!r}, which is not of a job: set output to an "
-                "empty directory"
+                f"output {str(self.path)!r} holds a run in which {' and '.join(different)} differed"
+                f"{f' ({told})' if told else ''}: restore what it was, or set output to another directory"
+            )
+        if self._made_with is not None:
+            self._refuse_versions(manifest.made_with, f"layer {manifest.layer}")
+
+    def _refuse_other_statistics(self) -> None:
+        """What was judged before any layer was published is of the software of the run's start."""
+        record = read_record(self.path)
+        if self._made_with is None or record is None or record.made_with is None:
+            return
+        if record.fingerprints == self._fingerprints and any((self.path / SENSITIVITY).glob("layer-*.json")):
+            self._refuse_versions(record.made_with, "what layers were judged on")
+
+    def _refuse_versions(self, theirs: MadeWith, what: str) -> None:
+        assert self._made_with is not None
+        differing = version_differences(theirs, self._made_with)
+        if differing:
+            raise OutputError(
+                f"output {str(self.path)!r} holds {what} made with other software ({'; '.join(differing)}), and one "
+                "model of two versions would be of neither: install what it was made with to go on, or set output to "
+                "another directory"
             )
 
     def merge(
@@ -178,7 +267,8 @@ class RunDirectory:
         """
         outer = read_manifest(self.path, None)
         if outer is None or outer.fingerprints != self._fingerprints or shard_faults(self.path, outer):
-            outer = publish_outer(self.path, reader, self._formats, self._fingerprints)
+            made_with = self._made_with or MadeWith()
+            outer = publish_outer(self.path, reader, self._formats, self._fingerprints, made_with)
         for name in self._formats:
             merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
             write_provenance(self.path / name, (*finished.values(), outer), recipe=recipe, versions=versions)

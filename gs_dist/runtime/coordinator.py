@@ -7,7 +7,6 @@ a worker, the coordinator or the whole job comes to the same thing: what is unfi
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import re
 import socket
@@ -28,13 +27,14 @@ from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
-from gs_dist.checkpoint.model_card import write_model_card
+from gs_dist.checkpoint.model_card import CARD, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import (
     LAYER_POLICIES,
     RunDirectory,
     StatisticsOrigin,
     holds_statistics,
+    locked,
     read_origin,
     remove_statistics,
     write_origin,
@@ -42,21 +42,23 @@ from gs_dist.checkpoint.run_directory import (
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
-from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.plan import CalibrationPlan, ClusterFacts
 from gs_dist.progress import Progress
-from gs_dist.quantized import LinearSummary
+from gs_dist.runtime.account import RECIPE, as_told_before, summarise, versions
 from gs_dist.runtime.attempt import MakeGroup, run_attempt
-from gs_dist.runtime.choice import chosen_policies, render_layer_policies, with_scheme_errors
+from gs_dist.runtime.choice import chosen_policies, render_layer_policies
 from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
+from gs_dist.runtime.software import Software
+from gs_dist.runtime.solving_plan import plan_job
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
-from gs_dist.summary import CalibrationSummary, StageSummary, read_summary, write_summary
+from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
+from gs_dist.workload import make_workload
 
 __all__ = ["cluster", "evaluation_workers", "quantize", "resolve", "run_job"]
 
 _PATIENCE = 10.0  # seconds for a cluster's head to take a connection
-_VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
 
 
 def quantize(config: CalibrationConfig, *, address: str | None = None, progress: Progress) -> CalibrationSummary:
@@ -72,17 +74,19 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
         JobFailure: the run failed; what was finished is kept.
     """
     reader = CheckpointReader(Path(config.model))
+    num_cpus = _refuse_early(config, reader, address)
     dataset = open_dataset(
         config.calibration,
         reader.architecture.vocab_size,
         reader.tokenizer_file,
         eos_token_id=reader.architecture.end_of_text_id,
     )
-    progress.message("reading the calibration samples")
-    fingerprints = Fingerprints(
-        recipe=recipe_fingerprint(config), source=reader.fingerprint(), data=dataset.fingerprint()
-    )
-    return _run_on_ray(config, reader, fingerprints, address, progress)
+    with locked(Path(config.output)):
+        progress.message("reading the calibration samples")
+        fingerprints = Fingerprints(
+            recipe=recipe_fingerprint(config), source=reader.fingerprint(), data=dataset.fingerprint()
+        )
+        return _run_on_ray(config, reader, fingerprints, address, num_cpus, progress)
 
 
 def resolve(
@@ -121,7 +125,31 @@ def resolve(
             "settings of that job, or run `gs-dist quantize` on it"
         )
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
-    return _run_on_ray(config, reader, fingerprints, address, progress, statistics_from=run)
+    num_cpus = _refuse_early(config, reader, address, solves_only=True)
+    with locked(Path(config.output)):
+        return _run_on_ray(config, reader, fingerprints, address, num_cpus, progress, statistics_from=run)
+
+
+def _refuse_early(
+    config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, solves_only: bool = False
+) -> int | None:
+    """Refuses what can be refused before a sample is read; CPUs that a cluster of this machine is to have.
+
+    Whether the job fits a cluster at `address` is known once that is joined.
+    """
+    if address is not None:
+        make_workload(config, reader.architecture, reader.tensors)
+        return None
+    facts = ClusterFacts.of_this_machine()
+    runs_model = not solves_only or config.max_perplexity_increase is not None
+    if config.parallel.device == "ascend" and not facts.num_npus and runs_model:
+        raise ClusterError(
+            "parallel.device is ascend, and this machine has no Ascend card: set it to cpu or auto, or join a "
+            "cluster that has some with --address"
+        )
+    here = plan_job(config, reader, facts, solves_only=solves_only)
+    _notes(config, reader, here)
+    return here.num_workers * here.threads_per_worker
 
 
 def _run_on_ray(
@@ -129,23 +157,14 @@ def _run_on_ray(
     reader: CheckpointReader,
     fingerprints: Fingerprints,
     address: str | None,
+    num_cpus: int | None,
     progress: Progress,
     statistics_from: str | None = None,
 ) -> CalibrationSummary:
-    num_cpus = None
-    if address is None:
-        facts = ClusterFacts.of_this_machine()
-        if config.parallel.device == "ascend" and not facts.num_npus:
-            raise ClusterError(
-                "parallel.device is ascend, and this machine has no Ascend card: set it to cpu or auto, or join a "
-                "cluster that has some with --address"
-            )
-        here = make_plan(config, reader.architecture, reader.tensors, facts)
-        num_cpus = here.num_workers * here.threads_per_worker
-        _notes(config, reader, here)
-    RunDirectory(Path(config.output), formats=config.format, fingerprints=fingerprints).refuse_unusable()
+    """The job on a cluster; its output is locked."""
+    _run_directory(config, fingerprints).refuse_other_run()
     with cluster(address, num_cpus) as facts:
-        plan = make_plan(config, reader.architecture, reader.tensors, facts)
+        plan = plan_job(config, reader, facts, solves_only=statistics_from is not None)
         for note in _notes(config, reader, plan):
             progress.message(note)
         lacking = facts.lacking(
@@ -155,7 +174,7 @@ def _run_on_ray(
             progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")
         kept = None if statistics_from is None else os.path.abspath(statistics_from)
         job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, statistics_from=kept)
-        return run_job(
+        return _run_locked(
             job, reader, make_group=_ray_workers, make_evaluation_group=evaluation_workers, progress=progress
         )
 
@@ -188,40 +207,65 @@ def run_job(
         make_evaluation_group: makes the workers of the probe.
         progress: told what is going on.
     """
+    with locked(Path(job.config.output)):
+        return _run_locked(
+            job, reader, make_group=make_group, make_evaluation_group=make_evaluation_group, progress=progress
+        )
+
+
+def _run_directory(config: CalibrationConfig, fingerprints: Fingerprints) -> RunDirectory:
+    return RunDirectory(
+        Path(config.output),
+        formats=config.format,
+        fingerprints=fingerprints,
+        recipe=config.fingerprint_fields(),
+        made_with=Software.here().made_with,
+    )
+
+
+def _run_locked(
+    job: Job,
+    reader: CheckpointReader,
+    *,
+    make_group: MakeGroup,
+    make_evaluation_group: MakeEvaluationGroup,
+    progress: Progress,
+) -> CalibrationSummary:
+    """`run_job` on an output that is locked."""
     began = time.monotonic()
     config = job.config
-    run = RunDirectory(Path(config.output), formats=config.format, fingerprints=job.fingerprints)
+    run = _run_directory(config, job.fingerprints)
     probe = Probe.open(job, reader)
-    with run.locked():
-        finished = run.prepare(reader.architecture.num_layers)
-        if finished:
-            progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
-        stages: dict[WorkerKey, StageSummary] = {}
-        if config.bits == "auto":
-            job = _choose_bits(job, finished, make_group, progress, stages)
-        _calibrate(job, finished, make_group, progress, stages)
-        progress.message("merging")
-        run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=_versions())
-        _check_published(run, config)
-        summary = _summarise(job, reader, finished, stages, time.monotonic() - began)
-        if not stages and (run.path / "summary.json").is_file():
-            # Nothing was left to do: how the work was done is what the run that did it said.
-            earlier = read_summary(run.path)
-            summary = dataclasses.replace(
-                earlier, rows=summary.rows, fingerprints=summary.fingerprints, formats=summary.formats
-            )
-        write_summary(run.path, summary)  # of use where the probe fails, too
-        if config.keep_statistics:
-            write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
-        elif config.bits == "auto":
-            remove_statistics(run.path)
-        if probe is not None:
-            summary = probe.run(summary, make_evaluation_group, progress)
-            write_summary(run.path, summary)
-        for name in config.format:
-            write_model_card(run.path / name, config, summary, reader.architecture)
-        write_bytes(run.path / "recipe.yaml", published_recipe(config).encode())
-        run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
+    finished = run.prepare(reader.architecture.num_layers)
+    if finished:
+        progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
+    stages: dict[WorkerKey, StageSummary] = {}
+    if config.bits == "auto":
+        job = _choose_bits(job, finished, make_group, progress, stages)
+    _calibrate(job, finished, make_group, progress, stages)
+    progress.message("merging")
+    run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
+    _check_published(run, config)
+    summary, recipe = summarise(job, reader, finished, stages, time.monotonic() - began), config
+    if stages:
+        for note in summary.notes:
+            progress.message(note)
+    else:
+        summary, recipe = as_told_before(run.path, summary, config)
+    write_bytes(run.path / RECIPE, published_recipe(recipe).encode())
+    write_summary(run.path, summary)  # of use where the probe fails, too
+    if config.keep_statistics:
+        write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
+    elif config.bits == "auto":
+        remove_statistics(run.path)
+    if probe is not None:
+        for name in config.format:  # cards of a model that is not judged yet
+            (run.path / name / CARD).unlink(missing_ok=True)
+        summary = probe.run(summary, make_evaluation_group, progress)
+        write_summary(run.path, summary)
+    for name in config.format:
+        write_model_card(run.path / name, recipe, summary, reader.architecture)
+    run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
     return summary
 
 
@@ -290,45 +334,6 @@ def _calibrate(
             progress.message(f"{error}; starting the workers again, {num_layers - len(finished)} layers to go")
         else:
             failures = 0  # all is done, or layers were finished and more replicas go on from there
-
-
-def _versions() -> dict[str, str]:
-    return {"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
-
-
-def _summarise(
-    job: Job,
-    reader: CheckpointReader,
-    finished: Mapping[int, LayerManifest],
-    stages: Mapping[WorkerKey, StageSummary],
-    seconds: float,
-) -> CalibrationSummary:
-    head = LinearSummary(
-        layer=job.plan.architecture.num_layers,
-        name="lm_head",
-        strategy="NA",
-        relative_error=None,
-        error_source="none",
-        scale_min=None,
-        scale_max=None,
-        num_tokens=0,
-    )
-    rows = []
-    for layer in sorted(finished):
-        costs = read_costs(Path(job.config.output), layer, job.fingerprints) if job.config.judges_schemes else None
-        rows += [with_scheme_errors(row, costs) for row in finished[layer].rows]
-    return CalibrationSummary(
-        model=reader.directory.resolve().name,
-        formats=job.config.format,
-        propagation=job.config.propagation,
-        num_samples=job.plan.num_samples,
-        num_tokens=max((row.num_tokens for row in rows), default=0),
-        seconds=seconds,
-        versions=_versions(),
-        fingerprints=dataclasses.asdict(job.fingerprints),
-        rows=(*rows, head),
-        stages=tuple(stages[key] for key in sorted(stages)),
-    )
 
 
 def _ray_workers(job: Job, min_replicas: int) -> WorkerGroup:

@@ -11,9 +11,10 @@ from typing import Any
 from threadpoolctl import threadpool_info
 
 from gs_dist import __version__
+from gs_dist.checkpoint.manifest import LayerManifest, MadeWith
 from gs_dist.errors import ClusterError
 
-__all__ = ["Software", "check_versions", "kernel_note"]
+__all__ = ["Software", "check_versions", "kernel_note", "mixture_note"]
 
 _VERSIONED = ("mindspore", "numpy", "scipy")
 
@@ -26,6 +27,12 @@ class Software:
     kernel: str
     node: str
 
+    @property
+    def made_with(self) -> MadeWith:
+        """What of it decides the bytes of a layer; nothing that tells of the machine."""
+        versions = {name: version for name, version in self.versions.items() if name != "python"}
+        return MadeWith(versions=versions, kernel=self.kernel)
+
     @classmethod
     def here(cls) -> Software:
         """Of this process."""
@@ -33,6 +40,17 @@ class Software:
         versions |= {name: importlib.metadata.version(name) for name in _VERSIONED}
         kernels = {str(library["architecture"]) for library in threadpool_info() if "architecture" in library}
         return cls(versions=versions, kernel=" ".join([platform.machine(), *sorted(kernels)]), node=platform.node())
+
+
+def mixture_note(parts: Mapping[int, LayerManifest]) -> str | None:
+    """What to tell of layers that were published on different CPU kernels, None where they are alike."""
+    layers: dict[str, list[int]] = {}
+    for layer, part in sorted(parts.items()):
+        layers.setdefault(part.made_with.kernel or "unknown kernels", []).append(layer)
+    if len(layers) < 2:
+        return None
+    told = ", ".join(f"layers {', '.join(map(str, found))} on {kernel}" for kernel, found in layers.items())
+    return f"published on different CPU kernels ({told}): on other hardware the last bits of a layer may differ"
 
 
 def check_versions(mine: Software, workers: Mapping[Any, Software]) -> None:

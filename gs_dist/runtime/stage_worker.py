@@ -276,7 +276,8 @@ class StageWorker:
 
     def _publish_costs(self, problem: LayerProblem) -> LayerCosts:
         with one_thread():
-            found = LayerCosts(layer=problem.layer, costs=layer_costs(problem, self._job.plan.schemes))
+            costs = layer_costs(problem, self._job.plan.schemes, num_threads=self._job.plan.solver_threads)
+        found = LayerCosts(layer=problem.layer, costs=costs)
         write_costs(self._output, found, self._job.fingerprints)
         return found
 
@@ -285,7 +286,10 @@ class StageWorker:
         problem = self._problem(layer, statistics)
         with one_thread():
             quantized = solve_layer(
-                problem, max_relative_error=config.max_relative_error, on_bad_layer=config.on_bad_layer
+                problem,
+                max_relative_error=config.max_relative_error,
+                on_bad_layer=config.on_bad_layer,
+                num_threads=self._job.plan.solver_threads,
             )
         if config.bits == "fixed" and config.sensitivity:
             self._publish_costs(problem)
@@ -293,7 +297,8 @@ class StageWorker:
             write_statistics(self._output, layer, statistics)
         if config.propagation == "quantized":
             write_solved(self._output, quantized)
-        return publish_layer(self._output, quantized, architecture, config.format, self._job.fingerprints)
+        made_with = self.software().made_with
+        return publish_layer(self._output, quantized, architecture, config.format, self._job.fingerprints, made_with)
 
     def report(self) -> StageReport:
         """Time and memory spent so far."""

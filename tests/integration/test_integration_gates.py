@@ -19,8 +19,7 @@ import pytest
 from checkpoints import random_tensors, save_checkpoint, tiny_config
 from runs import W8A8, published_hashes, run_inline, small_recipe
 
-from gs_dist.checkpoint.manifest import Fingerprints
-from gs_dist.checkpoint.run_directory import RunDirectory
+from gs_dist.checkpoint.run_directory import locked
 from gs_dist.errors import LayerError, OutputError, UserError
 
 NUM_LAYERS = 18
@@ -128,16 +127,14 @@ def test_an_activation_that_overflows_float16_stops_the_job_or_stays_in_float(tm
     assert (tmp_path / "kept" / "done").exists()
 
 
-HOLDER = (
-    """
+HOLDER = """
 import sys, time
 from pathlib import Path
-from gs_dist.checkpoint.manifest import Fingerprints
-from gs_dist.checkpoint.run_directory import RunDirectory
-run = RunDirectory(Path(sys.argv[1]), formats=("compressed-tensors",), fingerprints=Fingerprints("r", "s", "d"))
-""".replace('Fingerprints("r", "s", "d")', 'Fingerprints(recipe="r", source="s", data="d")')
-    + ("with run.locked():\n    print('locked', flush=True)\n    time.sleep(600)\n")
-)
+from gs_dist.checkpoint.run_directory import locked
+with locked(Path(sys.argv[1])):
+    print('locked', flush=True)
+    time.sleep(600)
+"""
 
 
 def test_a_second_job_on_an_output_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
@@ -147,14 +144,12 @@ def test_a_second_job_on_an_output_is_refused_and_a_killed_one_holds_nothing(tmp
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == b"locked\n"
-        second = RunDirectory(
-            output, formats=("compressed-tensors",), fingerprints=Fingerprints(recipe="r", source="s", data="d")
-        )
-        with pytest.raises(OutputError, match="is in use by another job"):
-            second.refuse_unusable()
+        with pytest.raises(OutputError, match="is in use by another job"), locked(output):
+            pass
         os.kill(first.pid, signal.SIGKILL)
         first.wait(30)
-        second.refuse_unusable()
+        with locked(output):
+            pass
     finally:
         first.kill()
         first.wait(30)

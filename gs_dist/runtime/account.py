@@ -1,0 +1,99 @@
+"""What a job says of itself once its layers are published: summary, recipe, model cards."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+from gs_dist import __version__
+from gs_dist.checkpoint.layer_costs import read_costs
+from gs_dist.checkpoint.manifest import LayerManifest
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.config import CalibrationConfig, read_published_recipe
+from gs_dist.quantized import LinearSummary
+from gs_dist.runtime.choice import with_scheme_errors
+from gs_dist.runtime.software import mixture_note
+from gs_dist.runtime.stage_worker import Job
+from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.summary import JSON_NAME, CalibrationSummary, StageSummary, read_summary
+
+__all__ = ["RECIPE", "as_told_before", "summarise", "versions"]
+
+RECIPE = "recipe.yaml"
+_VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Package to version."""
+    return {"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def summarise(
+    job: Job,
+    reader: CheckpointReader,
+    finished: Mapping[int, LayerManifest],
+    stages: Mapping[WorkerKey, StageSummary],
+    seconds: float,
+) -> CalibrationSummary:
+    """The summary of a job whose layers are all finished.
+
+    Args:
+        job: recipe and plan.
+        reader: of the float checkpoint.
+        finished: manifests of all layers.
+        stages: what its workers report.
+        seconds: wall time.
+    """
+    head = LinearSummary(
+        layer=job.plan.architecture.num_layers,
+        name="lm_head",
+        strategy="NA",
+        relative_error=None,
+        error_source="none",
+        scale_min=None,
+        scale_max=None,
+        num_tokens=0,
+    )
+    rows = []
+    for layer in sorted(finished):
+        costs = read_costs(Path(job.config.output), layer, job.fingerprints) if job.config.judges_schemes else None
+        rows += [with_scheme_errors(row, costs) for row in finished[layer].rows]
+    mixture = mixture_note(finished)
+    return CalibrationSummary(
+        model=reader.directory.resolve().name,
+        formats=job.config.format,
+        propagation=job.config.propagation,
+        num_samples=job.plan.num_samples,
+        num_tokens=max((row.num_tokens for row in rows), default=0),
+        seconds=seconds,
+        versions=versions(),
+        fingerprints=dataclasses.asdict(job.fingerprints),
+        rows=(*rows, head),
+        stages=tuple(stages[key] for key in sorted(stages)),
+        notes=() if mixture is None else (mixture,),
+    )
+
+
+def as_told_before(
+    output: Path, summary: CalibrationSummary, config: CalibrationConfig
+) -> tuple[CalibrationSummary, CalibrationConfig]:
+    """Summary and recipe of a run in which nothing was left to do: how the work was done, the run that did it said.
+
+    How the result is judged is the present recipe's; what an earlier probe found goes where it is to be found anew.
+    """
+    if (output / JSON_NAME).is_file():
+        earlier = read_summary(output)
+        probes = earlier.probes if config.max_perplexity_increase is None else ()
+        summary = dataclasses.replace(
+            earlier,
+            rows=summary.rows,
+            fingerprints=summary.fingerprints,
+            formats=summary.formats,
+            probes=probes,
+        )
+    if (output / RECIPE).is_file():
+        judged = {"max_perplexity_increase": config.max_perplexity_increase, "probe": config.probe}
+        config = read_published_recipe(output / RECIPE).model_copy(update=judged)
+    return summary, config
