@@ -7,7 +7,7 @@ prediction in the summary, so that a constant that has drifted shows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gs_dist.architecture import DecoderArchitecture
 from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
@@ -71,6 +71,17 @@ GPTQ_GRAM_BYTES = 3 * 8
 SOLVER_WEIGHT_BYTES = 5 * 4 + 1
 GPTQ_WEIGHT_BYTES = 8
 
+# What each further thread of a solve holds. Always: 16 MiB of rows whose error is computed, clipped or rounded, up to
+# twice; buffers of two BLAS libraries; and what its heap keeps.
+THREAD_BYTES = 128 << 20
+# AWQ rounds this many rows under one candidate: float32, and ranges of small groups in float64.
+AWQ_TILE_ROWS, AWQ_TILE_BYTES = 512, 5
+# GPTQ's tile: float32 transposed, codes twice, scales and zero points; and of a panel some float32 vectors a channel.
+GPTQ_TILE_ROWS, GPTQ_TILE_BYTES, GPTQ_PANEL_VECTORS = 2048, 7, 16
+# A search over exponents looks at this many rows of each weight: rescaled, codes, dequantised; and at histograms, as
+# float64 with and without shift.
+SEARCH_ROWS, SEARCH_ROW_BYTES, SEARCH_HISTOGRAMS = 1024, 4 + 1 + 4, 4 * 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -88,6 +99,12 @@ class MemoryPlan:
     def host_peak(self) -> int:
         """Bytes of host memory; the same as `peak` on the CPU."""
         return sum(self.host_items.values()) if self.host_items else self.peak
+
+    def with_solver_bytes(self, more: int) -> MemoryPlan:
+        """The same with that many more bytes of solver workspace."""
+        held = dict(self.host_items or self.items)
+        held["solver workspace"] += more
+        return replace(self, host_items=held) if self.host_items else replace(self, items=held)
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -109,7 +126,7 @@ class JobShape:
         embedding_bytes: likewise, of the embedding table.
         layer_output_bytes: what is written of each layer, at most.
         set_bytes: one set of statistics of each layer.
-        solver_bytes: workspace of each layer's costliest linear; linears are solved one after another.
+        solver_bytes: workspace of each layer's costliest linear: one thread solves them one after another.
         largest_gram_bytes: the largest Gram matrix taken of each layer.
     """
 
@@ -200,25 +217,49 @@ def solver_bytes(
     architecture: DecoderArchitecture,
     policies: Mapping[str, QuantPolicy | None],
     settings: Mapping[str, StatisticsSettings],
+    num_threads: int = 1,
 ) -> int:
-    """Workspace of a layer's costliest linear."""
-    inputs = {name: layer_input.name for layer_input in architecture.inputs for name in layer_input.linears}
-    worst = 0
-    for linear in architecture.linears:
-        policy, taken = policies.get(linear.name), settings[inputs[linear.name]]
-        if policy is None or not policy.quantises_linear:
-            continue
-        gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-        searches = policy.weight_clip or policy.outliers_suppression not in (
-            OutliersSuppressionType.NONE,
-            OutliersSuppressionType.SMOOTH,
-        )
-        per_entry = RESCALED_GRAM_BYTES * (int(taken.gram) + int(taken.weighted_gram))
-        per_entry += SEARCH_GRAM_BYTES * int(searches) + GPTQ_GRAM_BYTES * int(gptq)
-        gram = linear.in_features**2 * per_entry if taken.gram or taken.weighted_gram else 0
-        weight = linear.out_features * linear.in_features * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq))
-        worst = max(worst, gram + weight)
-    return worst
+    """Workspace of a layer's solve: of its costliest linear, or with more threads, of its costliest input.
+
+    As many linears that read one input are solved at a time as there are threads, and each thread but the first
+    brings the temporaries of what it works on.
+    """
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in architecture.linears}
+    worst = thread = 0
+    for layer_input in architecture.inputs:
+        taken, shared, own = settings[layer_input.name], 0, [0]
+        matrices = int(taken.gram) + int(taken.weighted_gram)
+        for name in layer_input.linears:
+            policy, (rows, channels) = policies.get(name), shapes[name]
+            if policy is None or not policy.quantises_linear:
+                continue
+            gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
+            searches = policy.weight_clip or policy.outliers_suppression not in (
+                OutliersSuppressionType.NONE,
+                OutliersSuppressionType.SMOOTH,
+            )
+            if matrices:
+                shared = max(shared, channels**2 * (RESCALED_GRAM_BYTES * matrices + SEARCH_GRAM_BYTES * int(searches)))
+            factors = channels**2 * GPTQ_GRAM_BYTES * int(gptq and matrices > 0)
+            own.append(factors + rows * channels * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq)))
+            thread = max(thread, _thread_bytes(policy, taken, rows, channels))
+        worst = max(worst, shared + sum(sorted(own)[-num_threads:]))
+    return worst + (num_threads - 1) * thread
+
+
+def _thread_bytes(policy: QuantPolicy, taken: StatisticsSettings, rows: int, channels: int) -> int:
+    """Temporaries of one thread at work on a linear: on whichever of its steps takes most."""
+    steps = [0]
+    if policy.outliers_suppression is OutliersSuppressionType.AWQ:
+        steps.append(min(rows, AWQ_TILE_ROWS) * channels * AWQ_TILE_BYTES)
+    elif policy.outliers_suppression is not OutliersSuppressionType.NONE:
+        histograms = channels * HISTOGRAM_BYTES_PER_CHANNEL * SEARCH_HISTOGRAMS * int(taken.histogram)
+        steps.append(min(rows, SEARCH_ROWS) * channels * SEARCH_ROW_BYTES + histograms)
+    if policy.precision_recovery is PrecisionRecovery.GPTQ:
+        width = max(policy.algo_args.block_size, policy.group_size)
+        panel = 4 * GPTQ_PANEL_VECTORS * min(width, channels)
+        steps.append(min(rows, GPTQ_TILE_ROWS) * (channels * GPTQ_TILE_BYTES + panel))
+    return THREAD_BYTES + max(steps)
 
 
 def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:

@@ -15,6 +15,7 @@ from gs_dist.errors import PlanError
 from gs_dist.memory import MemoryPlan
 from gs_dist.policy import QuantPolicy
 from gs_dist.probe_memory import plan_probe
+from gs_dist.solver_threads import choose_solver_threads
 from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, format_bytes, shares, threads_of
 from gs_dist.statistics import StatisticsSettings, block_bounds
 from gs_dist.workload import (
@@ -68,6 +69,7 @@ class CalibrationPlan:
     data_parallel_size: int
     device: str  # "cpu" or "ascend"
     threads_per_worker: int
+    solver_threads: int  # of those, at work on one layer's solve: fewer where their workspace would not fit
     memory_per_worker: int
     host_memory: int | None  # that a card's worker may use of its node; None without cards, or if nodes are unknown
     micro_batch_size: int
@@ -209,6 +211,9 @@ def _plan_of(
             f"parallel.min_data_parallel_size is {config.parallel.min_data_parallel_size} and only "
             f"{spread.data_parallel_size} replicas can be used: lower it"
         )
+    num_workers = spread.pipeline_parallel_size * spread.data_parallel_size
+    threads = threads_of(config, available, num_workers)
+    solver_threads, memory = choose_solver_threads(workload, spread, threads)
     stages = tuple(
         StagePlan(
             stage=stage,
@@ -216,11 +221,10 @@ def _plan_of(
             end_layer=choice.waves[-1][-1] + 1,
             waves=choice.waves,
             resident=choice.resident,
-            memory=choice.memory,
+            memory=memory[stage],
         )
         for stage, choice in enumerate(spread.choices)
     )
-    num_workers = spread.pipeline_parallel_size * spread.data_parallel_size
     device = device_of(config, available)
     replicas = spread.data_parallel_size
     return CalibrationPlan(
@@ -228,7 +232,8 @@ def _plan_of(
         stages=stages,
         data_parallel_size=replicas,
         device=device,
-        threads_per_worker=threads_of(config, available, num_workers),
+        threads_per_worker=threads,
+        solver_threads=solver_threads,
         memory_per_worker=spread.memory_per_worker,
         host_memory=spread.host_memory,
         micro_batch_size=data.samples_per_micro_batch,

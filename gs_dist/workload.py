@@ -111,8 +111,12 @@ class Workload:
 
     @cached_property
     def _solver_bytes(self) -> tuple[int, ...]:
+        return self.solver_bytes(1)
+
+    def solver_bytes(self, num_threads: int) -> tuple[int, ...]:
+        """Workspace of each layer's solve on that many threads."""
         pairs = zip(self.policies, self.settings, strict=True)
-        return tuple(solver_bytes(self.architecture, policies, settings) for policies, settings in pairs)
+        return tuple(solver_bytes(self.architecture, policies, settings, num_threads) for policies, settings in pairs)
 
     @cached_property
     def _largest_gram_bytes(self) -> tuple[int, ...]:
