@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from gs_dist.errors import PlanError
 from gs_dist.memory import GIB
 from gs_dist.statistics import block_bounds
 from gs_dist.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
-from gs_dist.workload import Workload, count_operations, without_gram
+from gs_dist.workload import Operations, Workload, count_operations, without_gram
 
 __all__ = [
     "ClusterFacts",
@@ -22,6 +22,7 @@ __all__ = [
     "device_of",
     "format_bytes",
     "host_share",
+    "pass_operations",
     "shares",
     "threads_of",
 ]
@@ -61,16 +62,37 @@ class Spread:
         return all(choice.resident and len(choice.waves) == 1 for choice in self.choices)
 
 
+def pass_operations(
+    waves: Sequence[Sequence[int]], *, resident: bool, num_layers: int, operations: Operations, propagation: str
+) -> float:
+    """Forward passes and Gram matrices of one stage, over all samples.
+
+    Args:
+        waves: the stage's.
+        resident: whether it holds all its weights.
+        num_layers: of the model.
+        operations: of the whole job, each layer run once.
+        propagation: the recipe's.
+    """
+    # With all weights in memory the first pass runs every layer, and each later one its wave.
+    passes = 2 - 1 / len(waves) if resident and propagation == "original" else 1
+    return sum(map(len, waves)) / num_layers * (operations.forward * passes + operations.gram)
+
+
 def _relative_time(spread: Spread, config: CalibrationConfig, workload: Workload) -> float:
     """How long the passes take, in operations of the busiest worker; to compare spreads, not to promise a time."""
     data = config.calibration
     operations = count_operations(workload, data.num_samples, data.sequence_length)
-    num_layers, times = len(workload.policies), []
-    for choice in spread.choices:
-        # With all weights in memory the first pass runs every layer, and each later one its wave.
-        passes = 2 - 1 / len(choice.waves) if choice.resident and config.propagation == "original" else 1
-        layers = sum(len(wave) for wave in choice.waves)
-        times.append(layers / num_layers * (operations.forward * passes + operations.gram))
+    times = [
+        pass_operations(
+            choice.waves,
+            resident=choice.resident,
+            num_layers=len(workload.policies),
+            operations=operations,
+            propagation=config.propagation,
+        )
+        for choice in spread.choices
+    ]
     share = data.num_micro_batches / spread.data_parallel_size
     if config.propagation == "original" and all(choice.resident for choice in spread.choices):
         return max(times) / spread.data_parallel_size * (share + len(times) - 1) / share

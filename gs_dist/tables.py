@@ -13,7 +13,7 @@ from rich.text import Text
 from gs_dist.memory import ITEMS
 from gs_dist.plan import CalibrationPlan, StagePlan
 from gs_dist.quantized import LinearSummary
-from gs_dist.spread import format_bytes
+from gs_dist.spread import format_bytes, pass_operations
 from gs_dist.summary import CalibrationSummary, StageSummary
 
 __all__ = ["print_plan", "print_summary"]
@@ -64,6 +64,28 @@ def _share(plan: CalibrationPlan) -> str:
     return f"at most {size} of a card each"
 
 
+def _busiest_worker(plan: CalibrationPlan) -> str:
+    """What decides how long the job takes; how fast cards and cores are is not known here."""
+    num_layers = plan.architecture.num_layers
+    passes = max(
+        pass_operations(
+            stage.waves,
+            resident=stage.resident,
+            num_layers=num_layers,
+            operations=plan.operations,
+            propagation=plan.propagation,
+        )
+        for stage in plan.stages
+    )
+    owned = max(-(-len(stage.layers) // plan.data_parallel_size) for stage in plan.stages)
+    where = "threads" if plan.device == "cpu" else "card"
+    return (
+        f"the busiest worker: {passes / plan.data_parallel_size:.3g} in passes on its {where}, "
+        f"{plan.operations.solve * owned / num_layers:.3g} in solves on its host's cores; no rate is assumed, "
+        "so no time is told"
+    )
+
+
 def _unknown_nodes(plan: CalibrationPlan) -> list[str]:
     """What is not planned where nothing is known of the cards' nodes."""
     if plan.nodes_known:
@@ -96,6 +118,7 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"propagation {plan.propagation}; Gram matrices {'on' if plan.gram else 'only where a solver needs them'}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
         f"operations: forward {operations.forward:.3g}, Gram {operations.gram:.3g}, solve {operations.solve:.3g}",
+        _busiest_worker(plan),
         *_unknown_nodes(plan),
         *(f"note: {note}" for note in plan.notes),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,7 +160,7 @@ def test_plan_of_a_70b_model_needs_headers_only(large: tuple[object, ...]) -> No
     assert "NOT PLANNED: host memory and cores of the nodes are unknown. These waves would take " in result.stdout
     assert " GiB of host memory a worker, " in result.stdout
     assert " for 8 workers a node. " in result.stdout
-    assert " threads" not in result.stdout
+    assert " threads and at most" not in result.stdout
 
 
 def test_plan_for_nodes_that_do_not_run_yet(large: tuple[object, ...]) -> None:
@@ -172,6 +173,17 @@ def test_plan_for_nodes_that_do_not_run_yet(large: tuple[object, ...]) -> None:
     refused = run(*large, "--nodes", 2, *NODES, "64GiB")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "of host memory a worker and the cluster has 6.4 GiB for each" in refused.stderr
+
+
+def test_plan_tells_what_decides_the_time(large: tuple[object, ...]) -> None:
+    """Of one of sixteen workers, half of whose layers are run once more for a second wave."""
+    result = run(*large, "--nodes", 2, *NODES, "768GiB", "parallel.layers_per_wave=5")
+    patterns = r"forward (\S+), Gram (\S+), solve (\S+)\n", r"worker: (\S+) in passes on its card, (\S+) in solves on"
+    (total,), (worker,) = (re.findall(pattern, result.stdout) for pattern in patterns)
+    forward, gram, solve = map(float, total)
+    passes, solves = map(float, worker)
+    assert passes == pytest.approx((1.5 * forward + gram) / 16, rel=0.02)
+    assert solves == pytest.approx(solve / 16, rel=0.02)
 
 
 def test_plan_for_fewer_nodes_than_the_job_asks_for(large: tuple[object, ...]) -> None:
