@@ -15,11 +15,11 @@ from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.policy import (
     OutliersSuppressionType,
-    PrecisionRecovery,
     QuantPolicy,
     required_statistics,
     resolve_policies,
 )
+from gs_dist.solver_operations import solver_operations
 from gs_dist.statistics import StatisticsSettings
 
 __all__ = [
@@ -342,28 +342,5 @@ def count_operations(workload: Workload, num_samples: int, sequence_length: int)
         for name, taken in settings.items():
             channels = channels_of(a, name)
             gram += tokens * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
-        solve += _solve_operations(a, policies, settings)
+        solve += solver_operations(a, policies, settings, workload.schemes)
     return Operations(forward=tokens * a.num_layers * (products + attention), gram=gram, solve=solve)
-
-
-def _solve_operations(
-    architecture: DecoderArchitecture,
-    policies: Mapping[str, QuantPolicy | None],
-    settings: Mapping[str, StatisticsSettings],
-) -> int:
-    """Of one layer: an error tr(D G DT) per linear and candidate scale; GPTQ's factorisation and its updates."""
-    inputs = {name: layer_input.name for layer_input in architecture.inputs for name in layer_input.linears}
-    total = 0
-    for linear in architecture.linears:
-        policy, taken = policies.get(linear.name), settings[inputs[linear.name]]
-        if policy is None or not policy.quantises_linear or not (taken.gram or taken.weighted_gram):
-            continue
-        out, channels = linear.out_features, linear.in_features
-        candidates = 1
-        searched = policy.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
-        if searched and isinstance(policy.exponents, tuple):
-            candidates += len(policy.exponents)
-        total += candidates * 2 * out * channels * channels
-        if policy.precision_recovery is PrecisionRecovery.GPTQ:
-            total += channels * channels * channels * 4 // 3 + out * channels * channels
-    return total

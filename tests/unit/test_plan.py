@@ -266,6 +266,113 @@ def test_operations_by_hand(tiny: CheckpointReader) -> None:
     assert off.operations.gram == off.operations.solve == 0
 
 
+def test_solves_by_hand(tiny: CheckpointReader) -> None:
+    """tr(D G DT) of each weight and its change, of AWQ's candidates, and GPTQ's factors and updates."""
+    a = tiny.architecture
+    energies = sum(linear.out_features * linear.in_features**2 for linear in a.linears)
+    factors = sum(linear.in_features**3 // 3 for linear in a.linears)
+    entries = sum(linear.out_features * linear.in_features for linear in a.linears)
+    awq = {"weight_quant_dtype": "qint4x2", "outliers_suppression": "awq", "opname_blacklist": ["lm_head"]}
+
+    def solve(**changes: Any) -> int:
+        args = {"smooth_alpha": [0.25, 0.5], "weight_clip_ratio": 1.0}
+        return planned(tiny, recipe(ptq={**awq, "algo_args": args, **changes})).operations.solve // 5
+
+    assert planned(tiny, recipe()).operations.solve == 5 * 2 * energies
+    clipping = 2 * (2 * energies + 8 * entries)
+    assert solve() == (2 + 1 + 2) * energies + 3 * 8 * entries + clipping
+    assert solve(precision_recovery="gptq") - solve() == factors + energies + 8 * entries
+
+
+@pytest.mark.parametrize(
+    ("more", "than"),
+    [
+        ({"act_range": "mse", "act_symmetric": True}, {"act_range": "minmax", "act_symmetric": True}),
+        ({"act_range": "mse", "act_symmetric": False}, {"act_range": "mse", "act_symmetric": True}),
+        ({"act_range": "mse"}, {"act_range": "mse", "algo_args": {"alpha": 0.5}}),
+        ({"outliers_suppression": "outlier-suppression+"}, {"outliers_suppression": "outlier-suppression-lite"}),
+    ],
+)
+def test_searches_count_as_work(tiny: CheckpointReader, more: dict[str, Any], than: dict[str, Any]) -> None:
+    """A recipe that searches a strength or a range more finely has more to solve."""
+    solves = [
+        planned(tiny, recipe(ptq={**W8A8, "act_range": "mse", **changes})).operations.solve for changes in (more, than)
+    ]
+    assert solves[0] > solves[1]
+
+
+def test_gptq_counts_the_ranges_that_it_tries(tiny: CheckpointReader) -> None:
+    """Fourteen ranges of each group cost more than one, and a second pass over the weight more than that."""
+    grouped = {
+        "weight_quant_dtype": "qint4x2",
+        "weight_quant_granularity": "per_group",
+        "group_size": 64,
+        "precision_recovery": "gptq",
+        "opname_blacklist": ["lm_head"],
+    }
+    second = {"weight_clip": True, "algo_args": {"desc_act": True, "static_groups": True}}
+    solves = [
+        planned(tiny, recipe(ptq={**grouped, **changes})).operations.solve
+        for changes in ({}, {"weight_clip": True}, second)
+    ]
+    assert solves == sorted(set(solves))
+
+
+W4_AWQ_GPTQ = {
+    "weight_quant_dtype": "qint4x2",
+    "weight_quant_granularity": "per_group",
+    "group_size": 128,
+    "outliers_suppression": "awq",
+    "precision_recovery": "gptq",
+    "opname_blacklist": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("ptq", [W8A8, {**W8A8, "outliers_suppression": "outlier-suppression-lite"}, W4_AWQ_GPTQ])
+def test_threads_of_a_solve_are_planned_for(large: CheckpointReader, ptq: dict[str, Any]) -> None:
+    """All of a worker's threads solve where memory is ample, and the plan grows by at least the tiles they hold."""
+    cards = {"pipeline_parallel_size": 8, "data_parallel_size": 2}
+    facts = [ClusterFacts(num_cpus=16 * n, num_npus=16, memory_bytes=8192 * GIB) for n in (1, 12)]
+    one, many = (planned(large, recipe(ptq=ptq, **cards), known) for known in facts)
+    assert (one.solver_threads, many.solver_threads) == (1, many.threads_per_worker) == (1, 12)
+    for alone, shared in zip(one.stages, many.stages, strict=True):
+        assert alone.waves == shared.waves
+        assert alone.memory.items == shared.memory.items  # a card's worker solves on its host
+        more = shared.memory.host_items["solver workspace"] - alone.memory.host_items["solver workspace"]
+        tile = 2048 * 28672 * 5 if "precision_recovery" in ptq else 0  # float32 and int8
+        assert more >= 11 * (tile + (16 << 20))
+        assert shared.memory.host_peak == alone.memory.host_peak + more
+
+
+@pytest.mark.parametrize("device", ["cpu", "ascend"])
+def test_no_more_threads_solve_than_memory_has_room_for(large: CheckpointReader, device: str) -> None:
+    """With less memory fewer threads solve: as many as fit, and one before a job is refused or takes more waves."""
+    settings = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "layers_per_wave": 1, "device": device}
+    config = recipe(ptq=W4_AWQ_GPTQ, **settings)
+    npus = 1 if device == "ascend" else 0
+
+    def on(memory_bytes: int, num_cpus: int = 20) -> CalibrationPlan:
+        return planned(large, config, ClusterFacts(num_cpus=num_cpus, num_npus=npus, memory_bytes=memory_bytes))
+
+    def peak(plan: CalibrationPlan) -> int:
+        return plan.stages[0].memory.host_peak
+
+    ample = on(4096 * GIB)
+    least = peak(on(4096 * GIB, num_cpus=1))
+    assert ample.solver_threads == 20
+    seen = []
+    for total in range(least, peak(ample) + 4 * GIB, 2 * GIB):
+        plan = on(int(total / 0.8) + 4096)
+        assert plan.threads_per_worker == 20
+        assert peak(plan) <= total + 4096
+        assert plan.stages[0].waves == ample.stages[0].waves
+        seen.append(plan.solver_threads)
+    assert seen[0] == 1
+    assert seen[-1] == 20
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 4
+
+
 def test_auto_sizes_use_the_machine(tiny: CheckpointReader) -> None:
     """Small models get replicas, one a core, and an even share of memory."""
     plan = planned(tiny, recipe(), LAPTOP)
