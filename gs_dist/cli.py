@@ -1,4 +1,4 @@
-"""The command line: `gs-dist plan`, `quantize`, `resolve`, `summary`, `evaluate`.
+"""The command line: `gs-dist plan`, `recipe`, `quantize`, `resolve`, `summary`, `evaluate`, `check`.
 
 Ray and MindSpore are imported inside the commands that need them, so that the others start at once.
 Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
@@ -24,6 +25,7 @@ from gs_dist.console import show_progress
 from gs_dist.errors import UserError
 from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
 from gs_dist.recipe import problems_of
+from gs_dist.recipe_keys import recipe_keys
 from gs_dist.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.tables import print_plan, print_summary
 
@@ -209,6 +211,19 @@ def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[Calibratio
         for policies in made.policy_sets:
             notes += FORMATS[name].check_policies(policies, reader.architecture)
     return made, list(dict.fromkeys(notes))
+
+
+@app.command("recipe")
+def show_recipe_keys(
+    prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="A key or section, such as parallel.")] = "",
+) -> None:
+    """Show every key of a recipe: what may be written, its default, and what it does."""
+    keys = [key for key in recipe_keys(CalibrationConfig) if f"{key.path}.".startswith(f"{prefix}." if prefix else "")]
+    if not keys:
+        paths = [key.path for key in recipe_keys(CalibrationConfig)]
+        near = difflib.get_close_matches(prefix, [*paths, *(path.rsplit(".")[0] for path in paths)], n=1, cutoff=0.4)
+        raise UserError(f"no recipe has a key {prefix!r}" + (f": do you mean {near[0]}?" if near else ""))
+    typer.echo("\n".join(map(str, keys)))
 
 
 @app.command()

@@ -32,6 +32,7 @@ from gs_dist.bits import contradictions
 from gs_dist.errors import RecipeError
 from gs_dist.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe import apply_overrides, parse_document, problems_of, report
+from gs_dist.recipe_keys import Values
 
 __all__ = [
     "FORMAT_NAMES",
@@ -146,26 +147,36 @@ def _switch(value: object) -> object:
 
 
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
-SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)]
+SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{_SIZE_HELP}, or auto")]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Values("text, or a list of texts")]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Each field's docstring is what `gs-dist recipe` says of it.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class CalibrationData(_Section):
     """What the statistics are taken from. `data` holds files, directories, glob patterns or URIs."""
 
-    data: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+    data: Texts
+    """Files, directories, patterns or URIs: Parquet, Arrow IPC, or what datasets' save_to_disk wrote."""
     num_samples: Count = 128
+    """How many samples statistics are taken from."""
     sequence_length: Count = 2048
+    """Tokens of a sample."""
     column: Text = "auto"
+    """Column to read: input_ids, text, or another's name; auto takes input_ids where there is such a column."""
     seed: int | None = None
+    """Takes rows from all over the data by this seed; with null, the first ones."""
     packing: bool = True
+    """Joins rows and cuts samples of full length; otherwise a row is a sample, cut or padded."""
     micro_batch_size: CountOrAuto = "auto"
-    reduction_blocks: Annotated[int, BeforeValidator(_power_of_two)] = 8
+    """Samples that go through a layer at once; auto takes as many as make about 2048 tokens."""
+    reduction_blocks: Annotated[int, BeforeValidator(_power_of_two), Values("a power of two")] = 8
+    """Parts that statistics are summed in, in a fixed order: as many replicas as these can share work."""
 
     @property
     def samples_per_micro_batch(self) -> int:
@@ -189,15 +200,25 @@ class ParallelConfig(_Section):
     """How the job is spread; nothing here changes the published bytes. `memory_per_worker` is in bytes."""
 
     pipeline_parallel_size: CountOrAuto = "auto"
+    """Stages: each has a share of the layers."""
     data_parallel_size: CountOrAuto = "auto"
+    """Replicas of the stages: each runs a share of the samples."""
     memory_per_worker: SizeOrAuto = "auto"
+    """The most memory of its device that a worker may use; auto is its share of the node, or of a card."""
     device: Literal["auto", "cpu", "ascend"] = "auto"
+    """What workers compute on; auto takes Ascend cards where there are any."""
     threads_per_worker: CountOrAuto = "auto"
+    """CPU threads of a worker; auto divides the cores."""
     layers_per_wave: CountOrAuto = "auto"
+    """Layers of a stage that are observed in one pass; auto takes as many as fit into memory."""
     max_in_flight: CountOrAuto = "auto"
+    """Micro-batches under way between the first and the last stage: more wait less and take more memory."""
     min_data_parallel_size: Count = 1
+    """Replicas that suffice to start or go on with, where the cluster has no room for all."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a row lost workers are started again without a layer finished in between."""
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds without any progress after which workers count as lost."""
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> ParallelConfig:
@@ -217,15 +238,21 @@ class ProbeConfig(_Section):
     and the published model is asked for its own at each of these places.
     """
 
-    data: Annotated[tuple[str, ...] | None, BeforeValidator(_none_or_more)] = None
+    data: Annotated[
+        tuple[str, ...] | None, BeforeValidator(_none_or_more), Values("text, a list of texts, or null")
+    ] = None
+    """Data to compare the models on, as in calibration.data; null takes the calibration data."""
     num_samples: Count = 8
+    """How many samples at most."""
     max_new_tokens: Annotated[int, Field(ge=0)] = 16
+    """Tokens that the float model generates for the published one to be compared on; 0 for none."""
 
 
 class PTQSection(QuantPolicy):
     """The policy of linears that no layer policy matches, and parts of names that stay as they are."""
 
-    opname_blacklist: Annotated[tuple[str, ...], BeforeValidator(_list_of_names)] = ()
+    opname_blacklist: Annotated[tuple[str, ...], BeforeValidator(_list_of_names), Values("a list of texts")] = ()
+    """Parts of names of linears that stay in float, such as lm_head."""
 
     @property
     def policy(self) -> QuantPolicy:
@@ -250,25 +277,45 @@ class CalibrationConfig(_Section):
     """A whole recipe. Frozen; anything derived from the checkpoint or the cluster is in the plan."""
 
     model: Text
+    """Directory of the float model: config.json, safetensors, tokenizer.json where the data is text."""
     output: Text
+    """Directory of the job, seen by every node; a job that is submitted again goes on from there."""
     calibration: CalibrationData
+    """What the statistics are taken from."""
     ptq: PTQSection = PTQSection()
-    layer_policies: dict[str, dict[str, Any] | None] = Field(default={}, json_schema_extra={"table": True})
+    """How linears are quantised."""
+    layer_policies: Annotated[
+        dict[str, dict[str, Any] | None], Values("a table: pattern to keys of ptq, or to null")
+    ] = Field(default={}, json_schema_extra={"table": True})
+    """Linears with a policy of their own, by regular expressions that match full names from the start."""
     parallel: ParallelConfig = ParallelConfig()
-    format: Annotated[tuple[str, ...], BeforeValidator(_formats)] = ("compressed-tensors",)
+    """How the job is spread; nothing here changes the published bytes."""
+    format: Annotated[
+        tuple[str, ...], BeforeValidator(_formats), Values(f"one or more of {', '.join(FORMAT_NAMES)}")
+    ] = ("compressed-tensors",)
+    """Forms the model is published in, each in a directory of its own."""
     gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Gram matrices of activations, which errors are reported from; off takes them only where a solver must."""
     propagation: Literal["original", "quantized"] = "original"
-    # A relative error of 1 is what a linear that returns zeros has: past a half, rounding has destroyed the layer.
+    """What a layer's input is: outputs of the original layers before it, or of the quantised ones."""
     max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
+    """Relative output error from which a linear counts as destroyed (1: it might as well return zeros)."""
     on_bad_layer: Literal["fail", "keep_float"] = "fail"
-    # A share: 0.05 lets the published model's perplexity be 5 % above the float model's.
+    """What becomes of a linear past max_relative_error: the job fails, or it stays in float."""
     max_perplexity_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Runs the published model beside the float one and fails past this increase (0.05: 5 %)."""
     probe: ProbeConfig = ProbeConfig()
+    """What they are compared on where max_perplexity_increase is set."""
     keep_statistics: bool = False
+    """Keeps the statistics in the output, for `gs-dist resolve` with another recipe."""
     bits: Literal["fixed", "auto"] = "fixed"
-    # A float is a share of what the linears of the decoder layers take in float, an int is bytes.
-    size_budget: Annotated[float | int | None, BeforeValidator(_share_or_size)] = None
+    """auto chooses 4, 8 or 16 bits for each linear within size_budget."""
+    size_budget: Annotated[
+        float | int | None, BeforeValidator(_share_or_size), Values(f"a share such as 0.30, {_SIZE_HELP}, or null")
+    ] = None
+    """What the layers' linears may take with bits: auto; a share is of what they take in float."""
     sensitivity: bool = False
+    """Finds out what 8 and 4 bits would cost each linear, for `gs-dist summary --sort sensitivity`."""
 
     @property
     def network_policy(self) -> QuantPolicy:

@@ -67,39 +67,61 @@ class PrecisionRecovery(str, Enum):
 class AlgoArgs(BaseModel):
     """Arguments of the algorithms, in one flat table (Golden Stick's AWQConfig, GPTQQuantConfig, SmoothQuantConfig)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     # Of each three: one value, several to search, or None for what suits the algorithm that reads it
     # (`QuantPolicy.migration_strength`, `.exponents`, `.clip_ratios`). Each group of linears takes the best.
     alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
+    """SmoothQuant's strength: how much of the outliers moves into the weights; null is 0.5, or a search."""
     duo_scaling: bool = True
+    """AWQ looks at the weights' magnitudes as well as at the activations'."""
     smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
+    """Exponent of AWQ and Outlier Suppression, or several to search among; null searches all of theirs."""
     weight_clip_ratio: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
+    """Shares of a weight's range that clipping, or GPTQ on groups, chooses among; null is a list of theirs."""
     block_size: Annotated[int, Field(gt=0)] = 128
+    """Columns that GPTQ rounds before it corrects the ones behind them."""
     desc_act: bool = False
+    """GPTQ rounds the channels of largest activations first."""
     damp_percent: Ratio = 0.01
+    """What GPTQ adds to the Gram matrix's diagonal, as a share of its mean; raised where it does not suffice."""
     static_groups: bool = False
+    """GPTQ finds the scales of all groups before it rounds; with desc_act groups then stay contiguous."""
 
 
 class QuantPolicy(BaseModel):
     """How one linear is quantised. Frozen, keyword-only; contradictions are refused when it is made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     weight_quant_dtype: Literal["int8", "qint4x2"] | None = "int8"
+    """Weights: int8, qint4x2 (4 bits), or null for linears that stay in float."""
     act_quant_dtype: Literal["int8"] | None = None
+    """Activations: int8, or null for weights alone (A16)."""
     kvcache_quant_dtype: Literal["int8"] | None = None
+    """KV cache: int8, or null."""
     weight_quant_granularity: Literal["per_channel", "per_group"] = "per_channel"
+    """A scale for each output channel, or for each group of input channels."""
     act_quant_granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    """One static scale from calibration, or one for each token, taken while serving."""
     kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
+    """Static scales for each channel, or one for each token, taken while serving."""
     group_size: int = 0
+    """Input channels of a group: 64, 128 or 256; 0 with per_channel."""
     weight_symmetric: bool = True
-    act_symmetric: bool = True  # compressed-tensors on Ascend loads symmetric static activations only
+    """Weights without zero points."""
+    act_symmetric: bool = True
+    """Activations without zero points; Ascend loads no others from compressed-tensors."""
     outliers_suppression: Annotated[OutliersSuppressionType, Field(strict=False)] = OutliersSuppressionType.NONE
+    """How outliers are moved from activations into weights before rounding."""
     precision_recovery: Annotated[PrecisionRecovery, Field(strict=False)] = PrecisionRecovery.NONE
+    """gptq corrects each rounding error in the weights not yet rounded."""
     weight_clip: bool = False
+    """Search each weight's range for the least output error; awq and outlier-suppression-lite do anyway."""
     act_range: Literal["minmax", "mse"] = "mse"
+    """Static ranges of activations: all that was seen, or the range of least squared error."""
     algo_args: AlgoArgs = AlgoArgs()
+    """Arguments of the algorithms; one that nothing reads is refused."""
 
     @property
     def weight_bits(self) -> int:

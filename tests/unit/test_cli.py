@@ -16,6 +16,7 @@ from typing import Any
 import dialects
 import pytest
 from checkpoints import header_only_checkpoint, tiny_checkpoint
+from pydantic import BaseModel
 from typer.testing import CliRunner, Result
 
 from gs_dist import __version__
@@ -23,7 +24,7 @@ from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.cli import app
 from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.config import CalibrationConfig, CalibrationData
+from gs_dist.config import CalibrationConfig, CalibrationData, ParallelConfig
 from gs_dist.errors import ClusterError, LayerError
 from gs_dist.quantized import LinearSummary
 from gs_dist.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
@@ -449,3 +450,36 @@ def test_the_installed_command_ends_with_the_exit_code(tmp_path: Path) -> None:
     assert ended.stderr == (
         f"gs-dist: recipe {tmp_path}/none.yaml cannot be read: No such file or directory; name a YAML file\n"
     )
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    """By the models that check recipes: path, values, default and a line of what it does; a key or section alone."""
+    result = run("recipe")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    told = dict(line.split(": ", 1) for line in lines[::2])
+    assert all(line.startswith("    ") and line.endswith(".") for line in lines[1::2])
+    assert told["parallel.max_in_flight"] == "a whole number or auto; default auto"
+    assert told["ptq.algo_args.damp_percent"] == "a number from 0.0 to 1.0; default 0.01"
+    assert told["format"].endswith(
+        "one or more of compressed-tensors, ascend, golden-stick; default [compressed-tensors]"
+    )
+    assert told["ptq.weight_quant_dtype"] == "int8, qint4x2 or null; default int8"
+    assert told["model"] == "text; required"
+    section = [line for line in run("recipe", "parallel").stdout.splitlines() if not line.startswith(" ")]
+    assert [line.split(":")[0] for line in section] == [f"parallel.{name}" for name in ParallelConfig.model_fields]
+    one = run("recipe", "calibration.packing")
+    assert one.stdout.startswith("calibration.packing: true or false; default true\n    Joins rows")
+    wrong = run("recipe", "paralel")
+    assert (wrong.exit_code, wrong.stderr) == (2, "gs-dist: no recipe has a key 'paralel': do you mean parallel?\n")
+
+
+def _sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    inner = [f.annotation for f in model.model_fields.values() if isinstance(f.annotation, type)]
+    return [model, *(s for kind in inner if issubclass(kind, BaseModel) for s in _sections(kind))]
+
+
+@pytest.mark.parametrize("section", _sections(CalibrationConfig), ids=lambda section: section.__name__)
+def test_every_field_of_a_recipe_has_a_description(section: type[BaseModel]) -> None:
+    """A key without one could not be explained to whoever writes a recipe."""
+    assert [name for name, field in section.model_fields.items() if not field.description] == []
