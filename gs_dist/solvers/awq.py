@@ -42,17 +42,28 @@ class AWQResult:
     loss_before: float
 
 
-def weight_importance(weights: Sequence[Float32], group_size: int) -> npt.NDArray[np.float64]:
+def weight_importance(
+    weights: Sequence[Float32], group_size: int, *, threads: Threads = ONE_THREAD
+) -> npt.NDArray[np.float64]:
     """AWQ's w_mean (in,): mean over all output channels of |w| as a share of the largest in its group."""
     columns = weights[0].shape[1]
     groups = num_groups(columns, group_size)
+
+    def shares(tile: tuple[Float32, int]) -> npt.NDArray[np.float64]:
+        weight, start = tile
+        magnitude = np.abs(weight[start : start + _TILE_ROWS]).reshape(-1, groups, columns // groups)
+        magnitude /= magnitude.max(axis=2, keepdims=True) + np.float32(1e-6)
+        return np.asarray(magnitude.reshape(-1, columns).sum(axis=0, dtype=np.float64))
+
     total = np.zeros(columns)
-    for weight in weights:
-        for start in range(0, len(weight), _TILE_ROWS):
-            magnitude = np.abs(weight[start : start + _TILE_ROWS]).reshape(-1, groups, columns // groups)
-            magnitude /= magnitude.max(axis=2, keepdims=True) + np.float32(1e-6)
-            total += magnitude.reshape(-1, columns).sum(axis=0, dtype=np.float64)
+    for part in threads.map(shares, _tiles(weights)):
+        total += part
     return total / sum(len(weight) for weight in weights)
+
+
+def _tiles(weights: Sequence[Float32]) -> list[tuple[Float32, int]]:
+    """Each weight with the first row of each of its tiles."""
+    return [(weight, start) for weight in weights for start in range(0, len(weight), _TILE_ROWS)]
 
 
 def candidate_scale(
@@ -96,7 +107,7 @@ def search_scale(
         UserError: the input channels do not divide into groups.
     """
     args = policy.algo_args
-    x_mean, w_mean = statistics.mean_abs, weight_importance(weights, policy.group_size)
+    x_mean, w_mean = statistics.mean_abs, weight_importance(weights, policy.group_size, threads=threads)
     if tie is not None:
         x_mean, w_mean = _tied(x_mean, w_mean, tie)
     alphas = (policy.exponents,) if isinstance(policy.exponents, float) else policy.exponents
@@ -136,8 +147,7 @@ def _losses(
         delta = _rounding_change(rows, scale, policy, scale_dtype)
         return float(row_errors(delta, gram).sum())
 
-    tiles = [(weight, start) for weight in weights for start in range(0, len(weight), _TILE_ROWS)]
-    found = threads.map(loss, [(*tile, scale) for tile in tiles for scale in scales])
+    found = threads.map(loss, [(*tile, scale) for tile in _tiles(weights) for scale in scales])
     losses = [0.0] * len(scales)
     for index, part in enumerate(found):
         losses[index % len(scales)] += part

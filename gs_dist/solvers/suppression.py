@@ -70,7 +70,7 @@ def suppress(
         return _fold(layer_input, folded, scale)
     if kind is OutliersSuppressionType.AWQ:
         found = awq.search_scale(
-            [folded.weight(name) for name in layer_input.linears],
+            threads.map(folded.weight, layer_input.linears),
             statistics,
             policy,
             gram=objective_of(statistics),
