@@ -12,6 +12,7 @@ from gs_dist.architecture import LayerInput, Linear
 from gs_dist.bits import FLOAT, SchemeCost, stored_bytes
 from gs_dist.errors import UserError
 from gs_dist.policy import QuantPolicy
+from gs_dist.solvers import affine
 from gs_dist.solvers.layer import LayerProblem
 from gs_dist.solvers.sensitivity import choose_schemes, layer_costs, layer_patterns
 from gs_dist.statistics import InputStatistics
@@ -65,6 +66,14 @@ def test_costs_are_the_output_error_of_rounding_the_weight(problem):
             assert found.relative_error == pytest.approx(found.error / ((x @ weight.T) ** 2).sum(), rel=1e-3)
             assert found.group == "model.layers.2.x"
         assert costs[f"model.layers.2.{name}", FLOAT].error == 0
+
+
+def test_any_number_of_threads_finds_the_same_costs(problem, monkeypatch):
+    """To the last bit, with many blocks of rows."""
+    monkeypatch.setattr(affine, "_BLOCK_ELEMENTS", 128)
+    _, solved = problem
+    alone = layer_costs(solved, BY_LINEAR)
+    assert [layer_costs(solved, BY_LINEAR, num_threads=n) for n in (2, 3)] == [alone, alone]
 
 
 def test_sizes_count_codes_scales_and_zero_points():
