@@ -40,6 +40,12 @@ WIDTH_OF_FILES = 160  # where the output is no terminal, tables should not be sq
 class _Commands(TyperGroup):
     """Turns what a command raises into a message and an exit code, in one place."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--debug` may stand behind the command's name as well."""
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
@@ -73,7 +79,7 @@ def _explain(error: Exception) -> int:
         return EXIT_USER_ERROR
     first_line = next(iter(str(reason).strip().splitlines()), "")
     known = type(reason).__module__.startswith("gs_dist.")
-    _complain(first_line if known else f"{type(reason).__name__}: {first_line} (gs-dist --debug shows where)")
+    _complain(first_line if known else f"{type(reason).__name__}: {first_line} (--debug shows where)")
     return EXIT_FAILURE
 
 
@@ -81,9 +87,17 @@ def _complain(text: str) -> None:
     typer.echo(f"gs-dist: {text}", err=True)
 
 
+class _Console(Console):
+    """Leaves a reader that has enough to `_Commands`, instead of ending with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=WIDTH_OF_FILES)
 
 
 app = typer.Typer(
@@ -387,11 +401,13 @@ def check(
     limit: Annotated[int, typer.Option(min=1, help="How many problems to show.")] = 50,
 ) -> None:
     """Say what a quantised model directory is, and why an engine would not load it; exit code 2 for a broken one."""
-    from gs_dist.checkpoint.check import check as examine
+    from gs_dist.checkpoint.check import check_all
 
-    report = examine(directory, engine)
-    typer.echo(report.render(limit), err=not report.clean)
-    raise typer.Exit(report.exit_code)
+    reports = check_all(directory, engine)
+    for number, report in enumerate(reports.values()):
+        text = report.render(limit)
+        typer.echo(f"\n{text}" if number else text, err=not report.clean)
+    raise typer.Exit(max(report.exit_code for report in reports.values()))
 
 
 def main() -> None:

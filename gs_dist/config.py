@@ -494,15 +494,22 @@ def base_name(path: str) -> str:
     return plain.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1] or "."
 
 
+_PUBLISHED = """\
+# The recipe as it was run, with every setting. Directories and files are told by their last part alone, so that nothing
+# of the machine is; to run it again give them in full: gs-dist quantize recipe.yaml model=... output=...
+# calibration.data=...
+"""
+
+
 def published_recipe(config: CalibrationConfig) -> str:
-    """The recipe as YAML with every value spelt out and every path reduced to its last part."""
+    """The recipe as YAML with every value spelt out and every path reduced to its last part, which a comment says."""
     document = config.model_dump(mode="json")
     document["model"] = base_name(config.model)
     document["output"] = base_name(config.output)
     document["calibration"]["data"] = [base_name(path) for path in config.calibration.data]
     if config.probe.data is not None:
         document["probe"]["data"] = [base_name(path) for path in config.probe.data]
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    return _PUBLISHED + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_published_recipe(path: str | os.PathLike[str]) -> CalibrationConfig:

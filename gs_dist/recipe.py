@@ -85,13 +85,24 @@ def _load(text: str) -> Any:
         value = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "text that is not YAML"
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{where}found {what}") from None
+        raise ValueError(where + _in_words(what)) from None
     except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers that Python refuses, deep nesting
         raise ValueError(f"found a value that cannot be read ({type(error).__name__}: {error})") from None
     _refuse_expansion(value)
     return value
+
+
+def _in_words(problem: str) -> str:
+    """What the parser says of a text, so that it can stand alone."""
+    if problem.startswith("key "):  # of this module
+        return problem
+    unknown = re.fullmatch(r"could not determine a constructor for the tag '(.*)'", problem)
+    if unknown is not None:
+        tag = unknown[1].replace("tag:yaml.org,2002:", "!!")
+        return f"the tag {tag} means nothing in a recipe; leave it out, or put the text in quotes"
+    return f"not YAML ({problem})"
 
 
 def _refuse_expansion(value: Any) -> None:

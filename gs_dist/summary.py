@@ -187,12 +187,19 @@ class CalibrationSummary:
 
         Raises:
             ValueError: another order.
+            OutputError: nothing is known to sort by.
         """
         if order == "layer":
             return list(self.rows)
         if order == "error":
             return sorted(self.rows, key=lambda row: math.inf if row.relative_error is None else -row.relative_error)
         if order == "sensitivity":
+            if not any(row.scheme_errors for row in self.rows):
+                raise OutputError(
+                    "the run did not find out what schemes cost, so that there is no order by sensitivity: run the "
+                    "recipe with sensitivity: true; from the statistics of a job with --keep-statistics, `gs-dist "
+                    "resolve` does so without running the model"
+                )
             return sorted(self.rows, key=lambda row: -max((row.scheme_errors or {}).values(), default=-math.inf))
         raise ValueError(f"rows cannot be sorted by {order!r}: ask for 'layer', 'error' or 'sensitivity'")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +17,7 @@ from gs_dist.plan import CalibrationPlan, StagePlan
 from gs_dist.quantized import LinearSummary
 from gs_dist.spread import format_bytes, pass_operations
 from gs_dist.summary import CalibrationSummary, StageSummary
+from gs_dist.wording import counted
 
 __all__ = ["print_plan", "print_summary"]
 
@@ -58,9 +61,11 @@ def _share(plan: CalibrationPlan) -> str:
     size = format_bytes(plan.memory_per_worker)
     if plan.host_memory is not None:
         host = format_bytes(plan.host_memory)
-        return f"{plan.threads_per_worker} threads and at most {size} of a card and {host} of host memory each"
+        return (
+            f"{counted(plan.threads_per_worker, 'thread')} and at most {size} of a card and {host} of host memory each"
+        )
     if plan.nodes_known:
-        return f"{plan.threads_per_worker} threads and at most {size} each"
+        return f"{counted(plan.threads_per_worker, 'thread')} and at most {size} each"
     return f"at most {size} of a card each"
 
 
@@ -111,10 +116,11 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     lines = [
         f"model {model}: {a.model_type}, {a.num_layers} layers, {a.dtype}; "
         f"{quantised} of {len(plan.policies)} linears are quantised",
-        f"workers: {plan.pipeline_parallel_size} stages x {plan.data_parallel_size} replicas on {plan.device}, "
-        + _share(plan),
-        f"samples: {plan.num_samples} x {plan.sequence_length} tokens in {plan.num_micro_batches} micro-batches of "
-        f"{plan.micro_batch_size}, {plan.num_blocks} reduction blocks; at most {plan.max_in_flight} in flight",
+        f"workers: {counted(plan.pipeline_parallel_size, 'stage')} x {counted(plan.data_parallel_size, 'replica')} "
+        f"on {plan.device}, " + _share(plan),
+        f"samples: {plan.num_samples} x {plan.sequence_length} tokens in "
+        f"{counted(plan.num_micro_batches, 'micro-batch')} of {plan.micro_batch_size}, "
+        f"{counted(plan.num_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
         f"propagation {plan.propagation}; Gram matrices {'on' if plan.gram else 'only where a solver needs them'}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
         f"operations: forward {operations.forward:.3g}, Gram {operations.gram:.3g}, solve {operations.solve:.3g}",
@@ -152,13 +158,59 @@ def _scheme_errors(row: LinearSummary) -> str:
     return ", ".join(f"{scheme} {_number(error)}" for scheme, error in (row.scheme_errors or {}).items())
 
 
+# On a narrow terminal columns are left out, two always and then as many as must, so that what remains can be read.
+NARROW = 100
+_ALWAYS_DROPPED = ("from", "tokens")
+_DROPPED = (*_ALWAYS_DROPPED, "scales", "activations", "with notes", "idle", "peak planned", "notes", "median error")
+_GAP = 2  # between columns
+_SHARED = "model.layers."
 _LINEAR_COLUMNS = ("linear", "strategy", "notes", "relative error", "from", "activations", "scales", "tokens")
 
 
-def _linear_table(title: str, rows: Sequence[LinearSummary]) -> Table:
+def _linear_table(title: str, rows: Sequence[LinearSummary], width: int) -> Table:
     judged = any(row.scheme_errors for row in rows)
     columns = (*_LINEAR_COLUMNS, "plain rounding would cost") if judged else _LINEAR_COLUMNS
-    return _table(title, columns, (_linear_row(row, judged=judged) for row in rows), left=3)
+    cells = [_linear_row(row, judged=judged) for row in rows]
+    if width >= NARROW:
+        return _table(title, columns, cells, left=3)
+    return _narrow_table(title, columns, cells, width, text=("linear", "strategy", "notes"))
+
+
+def _narrow_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, text: Collection[str]
+) -> Table:
+    """Without columns that say little, and without the part that all names share; words are not broken."""
+    if any(row[0].startswith(_SHARED) for row in rows):
+        title += f", names without {_SHARED}"
+    by_column = {
+        column: [_narrow_cell(column, row[n]) for row in rows]
+        for n, column in enumerate(columns)
+        if any(row[n] for row in rows)
+    }
+    for column in _DROPPED:
+        if column in _ALWAYS_DROPPED or sum(_least_width(c, cells) + _GAP for c, cells in by_column.items()) > width:
+            by_column.pop(column, None)
+    least = {column: _least_width(column, cells) for column, cells in by_column.items()}
+    spare = width - sum(least.values()) - _GAP * len(least)
+    left = sum(column in text for column in by_column)
+    table = _table(title, list(by_column), list(zip(*by_column.values(), strict=True)), left=left)
+    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
+    for shown, (column, cells) in zip(table.columns, by_column.items(), strict=True):
+        most = max(len(line) for cell in (column, *cells) for line in cell.split("\n"))
+        more = max(0, min(most - least[column], spare))
+        shown.width, spare = least[column] + more, spare - more
+    return table
+
+
+def _narrow_cell(column: str, text: str) -> str:
+    """Names without what they share, a strategy a line a part."""
+    if column == "strategy":
+        return re.sub(r"-(?=[A-Z]+\d)", "\n", text)
+    return text.removeprefix(_SHARED) if column == "linear" else text.replace(" .. ", "..")
+
+
+def _least_width(column: str, cells: Sequence[str]) -> int:
+    return max(len(word) for cell in (column, *cells) for word in cell.split() or [""])
 
 
 def _role(row: LinearSummary) -> str:
@@ -220,19 +272,30 @@ def print_summary(
     title = "Network Quantization Summary"
     if sort is None and limit is None and len(summary.rows) > ROWS_WITHOUT_GROUPING:
         columns = ("linear", "strategy", "count", "median error", "worst error", "with notes")
-        console.print(_table(title, columns, _role_rows(summary.rows), left=2))
+        lines, width = _role_rows(summary.rows), console.width
+        narrow = width < NARROW
+        console.print(
+            _narrow_table(title, columns, lines, width, text=("linear", "strategy"))
+            if narrow
+            else _table(title, columns, lines, left=2)
+        )
         worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:WORST_ROWS]
         if worst:
-            console.print(_linear_table("Largest errors", worst))
+            console.print(_linear_table("Largest errors", worst, console.width))
     else:
         rows = summary.sorted_rows(sort or "layer")
         shown = rows if limit is None else rows[:limit]
-        console.print(_linear_table(title, shown))
+        console.print(_linear_table(title, shown, console.width))
         if len(shown) < len(rows):
             console.print(f"{len(rows) - len(shown)} more linears are not shown", markup=False, highlight=False)
     if summary.stages:
-        columns_of_workers = ("stage", "replica", "layers", "seconds", "idle", "peak planned", "peak measured")
-        console.print(_table("Workers", columns_of_workers, map(_worker_row, summary.stages), left=3))
+        names = ("stage", "replica", "layers", "seconds", "idle", "peak planned", "peak measured")
+        workers = [_worker_row(stage) for stage in summary.stages]
+        console.print(
+            _narrow_table("Workers", names, workers, console.width, text=names[:3])
+            if console.width < NARROW
+            else _table("Workers", names, workers, left=3)
+        )
     for line in _totals(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

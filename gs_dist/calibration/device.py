@@ -74,10 +74,6 @@ class Device:
             return int(fields["MemAvailable"].split()[0]) * 1024  # the kernel counts in KiB
         return int(ms.hal.get_device_properties(ms.get_current_device().device_id).free_memory)  # Ascend only
 
-    def release_memory(self) -> None:
-        """Hands memory that MindSpore keeps for reuse back to the device."""
-        ms.runtime.empty_cache()
-
 
 def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
     """Selects this process's device for MindSpore. Call it before anything else runs there.

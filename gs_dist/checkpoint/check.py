@@ -17,10 +17,11 @@ from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
+from gs_dist.checkpoint.run_record import read_record
 from gs_dist.checkpoint.values import check_static_linears, check_tensors
 from gs_dist.errors import OutputError, UserError
 
-__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "judge"]
+__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "judge"]
 
 _CHUNK = 16 << 20  # bytes hashed at a time
 
@@ -90,15 +91,49 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
     )
 
 
+def check_all(directory: Path | str, engine: str | None = None) -> dict[str, CheckReport]:
+    """`check` of a model directory, or of each one that a job's output holds; by format.
+
+    Where an engine is named, formats that it does not read are left out, unless it reads none of them.
+
+    Raises:
+        UserError: as of `check`; a job that is not finished.
+    """
+    directories = _model_directories(Path(directory))
+    reports = {path.name: check(path, engine) for path in directories}
+    read = {
+        name: report
+        for name, report in reports.items()
+        if all(problem.rule != "engine-format" for problem in report.problems)
+    }
+    return read or reports
+
+
+def _model_directories(directory: Path) -> list[Path]:
+    """`directory`, or the model directories within a job's output."""
+    if (directory / CONFIG_FILE).is_file() or not (directory / MANIFESTS).is_dir():
+        return [directory]
+    inner = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    record = read_record(directory)
+    missing = sorted(set(record.formats) - {path.name for path in inner}) if record else []
+    if missing or not inner:
+        count = len(list((directory / MANIFESTS).glob("layer-*.json")))
+        layers = f"{count} of {record.num_layers} layers" if record else f"{count} layers"
+        without = f", and there is no model as {' or '.join(missing)} yet" if inner else ""
+        raise UserError(
+            f"the job in {str(directory)!r} is not finished: {layers} are published"
+            f"{without}; submit the same recipe again to go on"
+        )
+    return inner
+
+
 def _model_directory(directory: Path) -> Path:
     """`directory`, or the one model directory within a job's output."""
-    if (directory / CONFIG_FILE).is_file() or not (directory / MANIFESTS).is_dir():
-        return directory
-    inner = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    inner = _model_directories(directory)
     if len(inner) > 1:
         names = ", ".join(path.name for path in inner)
         raise UserError(f"{str(directory)!r} holds several formats ({names}): name one of these directories")
-    return inner[0] if inner else directory
+    return inner[0]
 
 
 def _check_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> None:
@@ -116,7 +151,8 @@ def _check_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> No
     for file, sources in expected.items():
         path = inventory.files.get(file)
         if path is None:
-            if PROVENANCE_FILE in sources:
+            reported = any(p.file == file and p.rule.startswith("file-") for p in inventory.problems)
+            if PROVENANCE_FILE in sources and not reported:
                 inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
             continue  # of a manifest: another format's, or a file that was reported already
         found = _sha256(path)

@@ -100,6 +100,12 @@ class CheckpointReader:
                 f"{CONFIG_FILE}: quantization_config is missing, and there is no {' or '.join(DESCRIPTION_FILES)}: "
                 "the checkpoint is not quantised"
             )
+        if described and not quantized:
+            (found_name, *_) = (name for name in DESCRIPTION_FILES if (self.directory / name).is_file())
+            raise CheckpointError(
+                f"{found_name} describes quantised weights, so this checkpoint is quantised already; set model to the "
+                "directory of the float checkpoint it was made from"
+            )
         config = {k: v for k, v in self.config.items() if not (quantized and k == "quantization_config")}
         self.architecture = DecoderArchitecture.from_config(config)
         self._paths: dict[str, Path] = {}

@@ -18,6 +18,7 @@ from gs_dist.runtime.software import Software, check_versions, kernel_note
 from gs_dist.runtime.stage_worker import Job, StageReport
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
 from gs_dist.summary import StageSummary
+from gs_dist.wording import counted
 
 __all__ = ["MakeGroup", "run_attempt"]
 
@@ -47,7 +48,7 @@ def run_attempt(
         ClusterError: a worker runs on other versions than this process.
     """
     config = job.config
-    progress.message(f"starting {job.plan.num_workers} workers")
+    progress.message(f"starting {counted(job.plan.num_workers, 'worker')}")
     group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
     try:
         plan = job.plan
@@ -81,7 +82,7 @@ def run_attempt(
             pause=lambda: len(finished) > before and room.appeared(),
         )
         if not complete:
-            progress.message(f"room for {room.found} more replicas: they join from the next wave on")
+            progress.message(f"room for {counted(room.found, 'more replica')}, joining from the next wave on")
         seconds = time.monotonic() - began
         for key, report in _ask_all(group, plan, "report", StageReport, config.parallel.timeout).items():
             stages[key] = _together(stages.get(key), _stage_summary(plan, report, seconds))

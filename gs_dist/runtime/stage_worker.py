@@ -69,8 +69,6 @@ class StageReport:
     stage: int
     replica: int
     busy_seconds: float
-    forward_seconds: float
-    solve_seconds: float
     peak_memory: int
 
 
@@ -306,7 +304,5 @@ class StageWorker:
             stage=self._stage.stage,
             replica=self._replica,
             busy_seconds=sum(self._seconds.values()),
-            forward_seconds=self._seconds["forward"],
-            solve_seconds=self._seconds["solve"],
             peak_memory=self._device.peak_memory(),
         )

@@ -168,7 +168,7 @@ def test_a_node_that_joins_is_used_from_the_next_wave_on(directory: Path, undist
     said = job.said()
     assert job.process.returncode == 0, said
     assert "room for 1 of 2 replicas" in said
-    assert "room for 1 more replicas: they join from the next wave on" in said
+    assert "room for 1 more replica, joining from the next wave on" in said
     stages = json.loads((Path(config.output) / "summary.json").read_text())["stages"]
     assert {(stage["stage"], stage["replica"]) for stage in stages} == {(0, 0), (0, 1)}
     assert published_files(config) == undisturbed

@@ -22,6 +22,8 @@ from typer.testing import CliRunner, Result
 from gs_dist import __version__
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
+from gs_dist.checkpoint.manifest import Fingerprints
+from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.cli import app
 from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.config import CalibrationConfig, CalibrationData, ParallelConfig
@@ -135,8 +137,8 @@ def test_plan_shows_stages_memory_and_totals(recipe: Path) -> None:
     for part in ("stage", "layers", "peak", "runtime", "weights", "activations", "statistics", "solver workspace"):
         assert part in result.stdout
     assert "model model: llama, 2 layers, float32; 14 of 15 linears are quantised" in result.stdout
-    assert "workers: 2 stages x 1 replicas on cpu" in result.stdout
-    assert "samples: 8 x 32 tokens in 1 micro-batches of 8, 8 reduction blocks" in result.stdout
+    assert "workers: 2 stages x 1 replica on cpu" in result.stdout
+    assert "samples: 8 x 32 tokens in 1 micro-batch of 8, 8 reduction blocks" in result.stdout
 
 
 @pytest.fixture
@@ -304,15 +306,16 @@ def test_an_unexpected_error_has_exit_code_1_and_one_line(recipe: Path, runtime:
     runtime.error = KeyError("q_proj")
     result = run("quantize", recipe)
     assert result.exit_code == 1
-    assert result.stderr.endswith("gs-dist: KeyError: 'q_proj' (gs-dist --debug shows where)\n")
+    assert result.stderr.endswith("gs-dist: KeyError: 'q_proj' (--debug shows where)\n")
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("how", ["option", "environment"])
+@pytest.mark.parametrize("how", ["before", "behind", "environment"])
 def test_debug_shows_where_an_error_came_from(recipe: Path, runtime: Runtime, how: str) -> None:
     """The traceback is for whoever asks."""
     runtime.error = KeyError("q_proj")
-    result = run("--debug", "quantize", recipe) if how == "option" else run("quantize", recipe, GS_DIST_DEBUG="1")
+    commands = {"before": ("--debug", "quantize", recipe), "behind": ("quantize", recipe, "--debug")}
+    result = run(*commands[how]) if how in commands else run("quantize", recipe, GS_DIST_DEBUG="1")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
 
@@ -483,3 +486,49 @@ def _sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 def test_every_field_of_a_recipe_has_a_description(section: type[BaseModel]) -> None:
     """A key without one could not be explained to whoever writes a recipe."""
     assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_each_format_of_a_job_is_checked(tmp_path: Path) -> None:
+    """One report after another, and the exit code of the worst."""
+    (tmp_path / "manifests").mkdir()
+    dialects.save_model(tmp_path / "ascend", AscendFormat(), dialects.W8A8_DYNAMIC)
+    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsFormat(), dialects.W8A8_DYNAMIC)
+    result = run("check", tmp_path)
+    assert result.exit_code == 2
+    first, second = result.stderr.split("\n\n")
+    assert first.endswith("ascend checkpoint: 3 problems found")
+    assert second.endswith("compressed-tensors checkpoint: 3 problems found\n")
+    assert "[manifest-present]" in first
+
+
+def test_a_job_that_is_not_finished_is_no_broken_model(tmp_path: Path) -> None:
+    """Check says how far it got, and how to go on."""
+    fields = CalibrationConfig.model_validate({"model": "m", "output": "o", "calibration": {"data": "c"}})
+    prints = Fingerprints(recipe="r", source="s", data="d")
+    run_directory = RunDirectory(tmp_path, formats=("ascend",), fingerprints=prints, recipe=fields.fingerprint_fields())
+    run_directory.prepare(30)
+    (tmp_path / "manifests" / "layer-00000.json").touch()
+    result = run("check", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"gs-dist: the job in {str(tmp_path)!r} is not finished: 1 of 30 layers are published; submit the same recipe "
+        "again to go on\n"
+    )
+    (tmp_path / "compressed-tensors").mkdir()
+    (tmp_path / "compressed-tensors" / "config.json").touch()
+    assert "published, and there is no model as ascend yet; submit" in run("check", tmp_path).stderr
+
+
+def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
+    """`gs-dist summary DIR | head -1` ends with exit code 0 and without a word, tables included."""
+    write_summary(tmp_path, a_summary())
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = f"import sys; from gs_dist.cli import main; sys.argv = ['gs-dist', 'summary', {str(tmp_path)!r}]; main()"
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")

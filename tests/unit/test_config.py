@@ -186,14 +186,24 @@ def test_output_must_not_lie_in_the_model_directory(write: Any) -> None:
 def test_bad_yaml_gives_line_and_column(write: Any) -> None:
     """A syntax error says where."""
     assert refusal(write("model: m\noutput: [o\n")) == [
-        "line 3, column 1: found expected ',' or ']', but got '<stream end>'"
+        "line 3, column 1: not YAML (expected ',' or ']', but got '<stream end>')"
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [("!local x", "!local"), ("!!python/name:os.system x", "!!python/name:os.sy")]
+)
+def test_a_tag_is_refused_by_its_name(write: Any, value: str, told: str) -> None:
+    """Nothing is constructed, and the message says what to do."""
+    (problem,) = refusal(write(f"model: {value}\noutput: o\n"))
+    assert problem.startswith(f"line 1, column 8: the tag {told}")
+    assert problem.endswith(" means nothing in a recipe; leave it out, or put the text in quotes")
 
 
 def test_a_key_given_twice_is_refused(write: Any) -> None:
     """YAML would silently keep the last one."""
     assert refusal(write(MINIMAL + "gram: off\nmodel: other\n")) == [
-        "line 5, column 1: found key 'model' stands twice, first in line 1; keep one of the two"
+        "line 5, column 1: key 'model' stands twice, first in line 1; keep one of the two"
     ]
 
 
@@ -304,8 +314,8 @@ def test_overrides_are_laid_over_the_recipe_in_order(write: Any) -> None:
         ),
         (
             "gram=[",
-            "override 'gram': cannot be read; line 1, column 2: found expected the node content, but found "
-            "'<stream end>'",
+            "override 'gram': cannot be read; line 1, column 2: not YAML (expected the node content, but "
+            "found '<stream end>')",
         ),
         (
             "layer_policies..*q.group_size=64",
@@ -413,6 +423,8 @@ def test_the_published_recipe_names_no_directories(write: Any) -> None:
     text = published_recipe(config)
     assert "SECRET" not in text
     assert "/" not in text
+    assert text.startswith("# The recipe as it was run")
+    assert "to run it again give them in full: gs-dist quantize recipe.yaml model=" in text
     document = yaml.safe_load(text)
     assert document["model"] == "Meta-Llama-3-70B"
     assert document["calibration"]["data"] == ["a.parquet", "b"]
@@ -482,3 +494,23 @@ def test_anchored_paths_are_absolute_and_uris_stay(tmp_path: Path, monkeypatch: 
     assert (anchored.model, anchored.output) == (str(tmp_path / "m"), str(tmp_path / "o"))
     assert anchored.calibration.data == (str(tmp_path / "d/*.parquet"), "s3://bucket/d", "/abs")
     assert anchored.fingerprint_fields() == config.fingerprint_fields()
+
+
+@pytest.mark.parametrize(
+    ("ptq", "clips"),
+    [
+        ("{outliers_suppression: smooth}", True),
+        ("{outliers_suppression: outlier-suppression+}", True),
+        ("{outliers_suppression: smooth, weight_clip: false}", False),
+        ("{outliers_suppression: smooth, act_range: minmax}", False),
+        ("{outliers_suppression: smooth, algo_args: {alpha: 0.5}}", False),
+        ("{outliers_suppression: smooth, act_quant_granularity: per_token}", False),
+        ("{outliers_suppression: outlier-suppression-lite, weight_clip: false}", True),
+        ("{}", False),
+        ("{weight_clip: true}", True),
+    ],
+)
+def test_weights_are_clipped_where_a_search_moves_outliers_into_them(write: Any, ptq: str, clips: bool) -> None:
+    """Left to itself the recipe clips where static activations are smoothed by search, and nowhere else."""
+    config = load_recipe(write(MINIMAL + f"ptq: {ptq}"), ["ptq.act_quant_dtype=int8"])
+    assert config.network_policy.clips_weights is clips

@@ -100,9 +100,9 @@ EVALUATION = PerplexitySummary(
 )
 
 
-def shown(summary: CalibrationSummary, **options: object) -> str:
+def shown(summary: CalibrationSummary, width: int = 200, **options: object) -> str:
     stream = io.StringIO()
-    print_summary(Console(file=stream, width=200), summary, **options)  # type: ignore[arg-type]  # passed on as they come
+    print_summary(Console(file=stream, width=width), summary, **options)  # type: ignore[arg-type]  # passed on as they come
     return stream.getvalue()
 
 
@@ -294,3 +294,26 @@ def test_a_figure_without_format_and_samples_is_none(tmp_path: Path) -> None:
     """A summary that was written with one perplexity for all formats is read without it."""
     document = {**json.loads(SMALL.to_json()), "perplexity": 31.5, "float_perplexity": 30.0}
     assert CalibrationSummary.from_json(json.dumps(document)) == SMALL
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 99])
+@pytest.mark.parametrize("copies", [1, 21])
+def test_a_narrow_terminal_shows_fewer_columns_and_whole_words(width: int, copies: int) -> None:
+    """Names without their common part, no cell broken within a word, no line cut; what says least is left out."""
+    text = shown(replace(SMALL, rows=SMALL.rows * copies), width=width)
+    tables = text.split("strategies: ")[0]
+    assert "names without model.layers." in " ".join(tables.split())
+    assert all(len(line.rstrip()) <= width for line in tables.splitlines())
+    number = "*" if copies > 1 else "0"
+    for word in (f"{number}.self_attn.q_proj", f"{number}.mlp.down_proj", "lm_head", "W8-perchannel", "A8-pertensor"):
+        assert f" {word} " in tables
+    for heading in ("linear", "strategy", "error", "stage", "replica", "layers", "seconds", "measured"):
+        assert f" {heading}" in tables
+    assert "65536" not in tables
+    assert "tokens" in shown(SMALL, width=100)
+
+
+def test_there_is_no_order_by_what_was_not_found_out() -> None:
+    """Sorting by sensitivity is refused where no scheme was judged, with the setting that has them judged."""
+    with pytest.raises(OutputError, match=r"sensitivity: true; from the statistics of .* `gs-dist resolve` does so"):
+        shown(SMALL, sort="sensitivity")

@@ -86,7 +86,7 @@ def check_vllm(inventory: Inventory, layout: Layout) -> None:
 def _check_library(inventory: Inventory, layout: Layout) -> bool:
     """`quant_config.py`: method, status, formats and arguments that the library knows. False for another dialect."""
     if layout.format != "compressed-tensors":
-        inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", "compressed-tensors")
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", "compressed-tensors")
         return False
     config = inventory.quantization_config
     if config.get("format") not in _FORMATS:

@@ -35,7 +35,7 @@ def check(inventory: Inventory, layout: Layout) -> None:
         _check_compressed_tensors(inventory)
     else:
         expected = f"{_DESCRIPTION}, or quant_method compressed-tensors (utils.py, detect_quantization_method)"
-        inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", expected)
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", expected)
 
 
 def _check_description(inventory: Inventory, layout: Layout) -> None:

@@ -23,7 +23,7 @@ def check(inventory: Inventory, layout: Layout) -> None:
     """Applies the reader's rules to a golden-stick or an ascend directory; no other dialect is loaded."""
     if layout.format not in ("golden-stick", "ascend"):
         expected = f"{_FILES[0]} (golden_stick.py, get_config_filenames)"
-        inventory.report(CONFIG_FILE, "engine-format", f"a {layout.format} checkpoint", expected)
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", expected)
         return
     found = sorted(p.name for p in inventory.directory.glob("*.json") if p.name.endswith(_FILES))
     if len(found) > 1:

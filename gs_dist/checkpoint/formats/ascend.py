@@ -83,8 +83,8 @@ class AscendFormat:
         for name, policy in policies.items():
             for reason in _unloadable(policy):
                 reasons.setdefault(reason, []).append(name)
-        for layer, policy in kv_layers(policies, architecture).items():
-            for reason in _unloadable_kv(policy, architecture):
+        for layer in kv_layers(policies, architecture):
+            for reason in _unloadable_kv(architecture):
                 reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
         refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
         if architecture.dtype == "float32":
@@ -247,18 +247,13 @@ def _unloadable(policy: QuantPolicy | None) -> list[str]:
     return reasons
 
 
-def _unloadable_kv(policy: QuantPolicy, architecture: DecoderArchitecture) -> list[str]:
-    reasons = []
-    if policy.kvcache_quant_granularity != "per_channel":
-        reasons.append(
-            "vLLM-Ascend's C8 cache has one static scale a channel: set kvcache_quant_granularity: per_channel"
-        )
-    if architecture.head_dim % KV_BLOCK:
-        reasons.append(
-            f"vLLM-Ascend stores an int8 cache in blocks of {KV_BLOCK} channels and head_dim is "
-            f"{architecture.head_dim}: set kvcache_quant_dtype: null"
-        )
-    return reasons
+def _unloadable_kv(architecture: DecoderArchitecture) -> list[str]:
+    if architecture.head_dim % KV_BLOCK == 0:
+        return []
+    return [
+        f"vLLM-Ascend stores an int8 cache in blocks of {KV_BLOCK} channels and head_dim is "
+        f"{architecture.head_dim}: set kvcache_quant_dtype: null"
+    ]
 
 
 def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str, *, makes_bias: bool) -> dict[str, Array]:

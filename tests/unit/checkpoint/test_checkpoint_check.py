@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gs_dist.architecture import DecoderArchitecture
-from gs_dist.checkpoint.check import check, judge
+from gs_dist.checkpoint.check import check, check_all, judge
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
@@ -657,8 +657,17 @@ def test_a_merged_run_is_clean_in_every_format(run: Path) -> None:
     assert check(run / "ascend", "vllm-ascend").problems == ()
     with pytest.raises(UserError, match="ascend, golden-stick"):
         check(run)
+    assert {name: report.problems for name, report in check_all(run).items()} == {"ascend": (), "golden-stick": ()}
     shutil.rmtree(run / "ascend")
     assert check(run).format == "golden-stick"
+
+
+def test_an_engine_is_asked_about_the_formats_it_reads(run: Path) -> None:
+    """Of a job with several formats those that are for other engines are left out, unless there is no other."""
+    assert list(check_all(run, "vllm-ascend")) == ["ascend"]
+    for report in check_all(run, "transformers").values():
+        assert {problem.rule for problem in report.problems} == {"engine-format"}
+    assert not check_all(run / "golden-stick", "vllm-ascend")["golden-stick"].clean
 
 
 def test_a_changed_code_is_caught_by_the_manifests_hash(run: Path) -> None:
@@ -694,7 +703,15 @@ def test_a_directory_on_its_own_is_compared_with_its_provenance(alone: Path) -> 
     assert (problem.file, problem.rule) == (LAYER, "shard-hash")
     assert "provenance.json" in problem.expected
     path.unlink()
-    assert "shard-present" in {problem.rule for problem in check(alone).problems}
+    assert {problem.rule for problem in check(alone).problems if problem.file == LAYER} == {"file-present"}
+    (alone / "model.safetensors.index.json").unlink()
+    assert {problem.rule for problem in check(alone).problems if problem.file == LAYER} == {"shard-present"}
+
+
+def test_a_truncated_shard_is_told_once(alone: Path) -> None:
+    """It is there, so provenance.json, which names it, has nothing to add."""
+    cut(LAYER, 100)(alone)
+    assert [problem.rule for problem in check(alone).problems if problem.file == LAYER] == ["file-truncated"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "shards": []}', "[" * 100_000])

@@ -314,3 +314,14 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     assert CheckpointReader(tmp_path / "0").fingerprint() != prints[0]
+
+
+@pytest.mark.parametrize("name", ["quant_model_description.json", "quantization_description.json"])
+def test_a_published_model_is_no_float_model(tmp_path: Path, name: str) -> None:
+    """One that a description file makes quantised is refused like one with quantization_config."""
+    model = tiny_checkpoint(tmp_path / "m")
+    (model / name).write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=rf"^{name} describes quantised weights, so this checkpoint is quantised al"
+    ):
+        CheckpointReader(model)

@@ -98,7 +98,7 @@ def test_a_replica_that_finds_room_joins_from_the_next_wave_on(
     assert [group.num_replicas for group in cluster.groups] == [1, 2]
     assert sum(cluster.solved) == NUM_LAYERS
     assert cluster.solved[0] < NUM_LAYERS - 1
-    assert "room for 1 more replicas: they join from the next wave on" in messages
+    assert "room for 1 more replica, joining from the next wave on" in messages
     assert not any("starting the workers again" in message for message in messages)
     assert {(s.stage, s.replica) for s in summary.stages} == {(s, r) for s in range(stages) for r in range(2)}
 
@@ -123,7 +123,7 @@ def test_room_that_is_seen_only_when_nothing_is_left_to_start_changes_nothing(
     cluster = GrowingCluster(layers=NUM_LAYERS, later=2)
     _, messages = run(config, cluster)
     assert len(cluster.groups) == 1
-    assert not any("they join" in message for message in messages)
+    assert not any("joining" in message for message in messages)
     assert published_hashes(config) == expected
 
 
