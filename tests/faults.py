@@ -38,7 +38,8 @@ def save_recipe(config: CalibrationConfig, path: Path) -> Path:
 
 def environment(mark: str) -> dict[str, str]:
     quiet = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", MARK: mark}
+    # Ray gives workers a niceness of 15, with which they get next to nothing of a machine that does other things too.
+    return {**os.environ, **quiet, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", MARK: mark}
 
 
 @dataclass
@@ -134,7 +135,7 @@ class FaultCluster:
     def add_node(self, extra: Mapping[str, str] | None = None) -> None:
         """`extra` stands in the environment of the node and its workers."""
         saved = dict(os.environ)
-        os.environ.update({MARK: self.mark, **(extra or {})})
+        os.environ.update({**environment(self.mark), **(extra or {})})
         try:
             self.nodes.append(self._cluster.add_node(num_cpus=1, wait=True))
         finally:

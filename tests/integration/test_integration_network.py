@@ -161,7 +161,7 @@ def test_without_the_node_that_it_needs_a_job_ends_and_goes_on_once_the_cable_is
     directory: Path, undisturbed: dict[str, str], two_nodes: Network, stages: int, replicas: int
 ) -> None:
     """It says what the cluster lacks, after parallel.timeout; submitted again it takes what is published."""
-    spread = {"min_data_parallel_size": replicas, "timeout": 15.0}
+    spread = {"min_data_parallel_size": replicas, "timeout": 40.0}
     config = recipe(directory, f"apart-{stages}x{replicas}", stages, replicas, **spread)
     job = submit(config, two_nodes)
     try:
