@@ -105,7 +105,7 @@ class QuantPolicy(BaseModel):
     act_quant_granularity: Literal["per_tensor", "per_token"] = "per_tensor"
     """One static scale from calibration, or one for each token, taken while serving."""
     kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
-    """Static scales for each channel, or one for each token, taken while serving."""
+    """Static scales for each channel; per_token leaves nothing to publish and exists in gs_dist.ptq alone."""
     group_size: int = 0
     """Input channels of a group: 64, 128 or 256; 0 with per_channel."""
     weight_symmetric: bool = True
