@@ -234,7 +234,7 @@ def solver_bytes(
             if policy is None or not policy.quantises_linear:
                 continue
             gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-            searches = policy.weight_clip or policy.outliers_suppression not in (
+            searches = policy.clips_weights or policy.outliers_suppression not in (
                 OutliersSuppressionType.NONE,
                 OutliersSuppressionType.SMOOTH,
             )

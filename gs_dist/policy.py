@@ -116,8 +116,9 @@ class QuantPolicy(BaseModel):
     """How outliers are moved from activations into weights before rounding."""
     precision_recovery: Annotated[PrecisionRecovery, Field(strict=False)] = PrecisionRecovery.NONE
     """gptq corrects each rounding error in the weights not yet rounded."""
-    weight_clip: bool = False
-    """Search each weight's range for the least output error; awq and outlier-suppression-lite do anyway."""
+    weight_clip: bool | None = None
+    """Search each weight's range for the least output error; null: for static activations whose smoothing is searched.
+    awq and outlier-suppression-lite do it anyway."""
     act_range: Literal["minmax", "mse"] = "mse"
     """Static ranges of activations: all that was seen, or the range of least squared error."""
     algo_args: AlgoArgs = AlgoArgs()
@@ -165,9 +166,16 @@ class QuantPolicy(BaseModel):
         """Whether the weight's ranges are searched.
 
         Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds groups, it searches their ranges itself.
+        Unless the recipe says, it is on too where a search moves a static activation's outliers into weights: the
+        columns that take them up would set the range of each row otherwise.
         """
-        forced = (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE)
-        return self.weight_clip or self.outliers_suppression in forced
+        kind = self.outliers_suppression
+        if kind in (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE):
+            return True
+        if self.weight_clip is not None or not (self.is_static and self.act_range == "mse"):
+            return bool(self.weight_clip)
+        searched = kind is OutliersSuppressionType.SMOOTH and isinstance(self.migration_strength, tuple)
+        return searched or kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
 
     @property
     def clip_ratios(self) -> tuple[float, ...]:
@@ -349,7 +357,7 @@ def required_statistics(
         readers = [p for p in (policies.get(name) for name in layer_input.linears) if p and p.quantises_linear]
         searches = any(
             p.precision_recovery is PrecisionRecovery.GPTQ
-            or p.weight_clip
+            or p.clips_weights
             or p.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
             or (p.outliers_suppression is OutliersSuppressionType.SMOOTH and isinstance(p.migration_strength, tuple))
             for p in readers

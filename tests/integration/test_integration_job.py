@@ -49,7 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CalibrationConf
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = gs_dist("quantize", str(path))
     assert done.returncode == 0, done.stderr
-    assert "SmoothQuant-W8-perchannel-A8-pertensor" in done.stdout
+    assert "SmoothQuant-wclip-W8-perchannel-A8-pertensor" in done.stdout
     return path, load_recipe(path)
 
 

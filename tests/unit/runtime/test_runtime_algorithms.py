@@ -24,14 +24,14 @@ TWO_PASSES = {"algo_args": {"desc_act": True, "static_groups": True}}
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "W8-perchannel": {"weight_quant_dtype": "int8"},
-    "SmoothQuant-W8-perchannel-A8-pertensor": {**W8A8, "outliers_suppression": "smooth"},
+    "SmoothQuant-wclip-W8-perchannel-A8-pertensor": {**W8A8, "outliers_suppression": "smooth"},
     "SmoothQuant-W8-perchannel-A8-pertoken": {
         **W8A8,
         "outliers_suppression": "smooth",
         "act_quant_granularity": "per_token",
     },
     "OSL-wclip-W8-perchannel-A8-pertensor": {**W8A8, **FEW, "outliers_suppression": "outlier-suppression-lite"},
-    "OutlierSuppressionPlus-W8-perchannel-A8-pertensor": {
+    "OutlierSuppressionPlus-wclip-W8-perchannel-A8-pertensor": {
         **W8A8,
         **FEW,
         "outliers_suppression": "outlier-suppression+",

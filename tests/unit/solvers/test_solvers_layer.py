@@ -220,8 +220,8 @@ def test_a_list_of_alphas_is_searched_group_by_group():
     alphas = (0.3, 0.5, 0.8)
 
     def run(alpha):
-        problem, _, _ = make_problem(SMOOTH.model_copy(update={"algo_args": AlgoArgs(alpha=alpha)}))
-        return solve_layer(problem)
+        used = SMOOTH.model_copy(update={"algo_args": AlgoArgs(alpha=alpha), "weight_clip": False})
+        return solve_layer(make_problem(used)[0])
 
     fixed, searched = [run(alpha) for alpha in alphas], run(alphas)
     assert {row.strategy for row in searched.rows} == {"SmoothQuant-W8-perchannel-A8-pertensor"}
@@ -274,7 +274,8 @@ STRATEGIES = {
     "W8-perchannel": W8A16,
     "W8-perchannel-A8-pertensor": STATIC,
     "W8-perchannel-A8-pertoken": DYNAMIC,
-    "SmoothQuant-W8-perchannel-A8-pertensor": SMOOTH,
+    "SmoothQuant-wclip-W8-perchannel-A8-pertensor": SMOOTH,
+    "SmoothQuant-W8-perchannel-A8-pertensor": SMOOTH.model_copy(update={"weight_clip": False}),
     "W8-pergroup": QuantPolicy(weight_quant_granularity="per_group", group_size=64),
     "W4-pergroup": QuantPolicy(weight_quant_dtype="qint4x2", weight_quant_granularity="per_group", group_size=64),
     "wclip-W8-perchannel": QuantPolicy(weight_clip=True),
@@ -307,7 +308,7 @@ STRATEGIES = {
     "OSL-wclip-W8-perchannel-A8-pertensor": QuantPolicy(
         act_quant_dtype="int8", outliers_suppression="outlier-suppression-lite"
     ),
-    "OutlierSuppressionPlus-W8-perchannel-A8-pertensor": QuantPolicy(
+    "OutlierSuppressionPlus-wclip-W8-perchannel-A8-pertensor": QuantPolicy(
         act_quant_dtype="int8", outliers_suppression="outlier-suppression+"
     ),
 }
