@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -298,16 +298,19 @@ def remove_statistics(output: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsOrigin:
-    """What kept statistics are of: fingerprints of checkpoint and samples, and the calibration settings."""
+    """What kept statistics are of: fingerprints of checkpoint and samples, calibration settings, and versions."""
 
     source: str
     data: str
     calibration: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fingerprints: Fingerprints, calibration: Mapping[str, Any]) -> StatisticsOrigin:
+    def of(
+        cls, fingerprints: Fingerprints, calibration: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> StatisticsOrigin:
         """Of a job with these fingerprints and `CalibrationConfig.fingerprint_fields()["calibration"]`."""
-        return cls(source=fingerprints.source, data=fingerprints.data, calibration=calibration)
+        return cls(source=fingerprints.source, data=fingerprints.data, calibration=calibration, versions=versions)
 
 
 def write_origin(output: Path, origin: StatisticsOrigin) -> None:

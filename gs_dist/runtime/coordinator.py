@@ -26,7 +26,7 @@ from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.layer_costs import read_costs
-from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
+from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, MadeWith
 from gs_dist.checkpoint.model_card import CARD, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import (
@@ -39,6 +39,7 @@ from gs_dist.checkpoint.run_directory import (
     remove_statistics,
     write_origin,
 )
+from gs_dist.checkpoint.run_record import version_differences
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
@@ -123,6 +124,13 @@ def resolve(
         raise OutputError(
             f"the statistics kept in {run!r} are of another {' and another '.join(differing)}: give the recipe the "
             "settings of that job, or run `gs-dist quantize` on it"
+        )
+    kept_with = MadeWith(versions=origin.versions)
+    different = version_differences(kept_with, Software.here().made_with) if origin.versions else []
+    if different:
+        progress.message(
+            f"the statistics kept in {run!r} are of other software ({'; '.join(different)}): what is published may "
+            "differ from what either version would make of the samples"
         )
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
     num_cpus = _refuse_early(config, reader, address, solves_only=True)
@@ -254,8 +262,14 @@ def _run_locked(
         summary, recipe = as_told_before(run.path, summary, config)
     write_bytes(run.path / RECIPE, published_recipe(recipe).encode())
     write_summary(run.path, summary)  # of use where the probe fails, too
-    if config.keep_statistics:
-        write_origin(run.path, StatisticsOrigin.of(job.fingerprints, config.fingerprint_fields()["calibration"]))
+    if config.keep_statistics and all(holds_statistics(run.path, layer) for layer in finished):
+        calibration, made_with = config.fingerprint_fields()["calibration"], Software.here().made_with
+        write_origin(run.path, StatisticsOrigin.of(job.fingerprints, calibration, made_with.versions))
+    elif config.keep_statistics:
+        progress.message(
+            "statistics are not kept: layers were published before keep_statistics was set. To have them, run the "
+            "recipe into another output"
+        )
     elif config.bits == "auto":
         remove_statistics(run.path)
     if probe is not None:

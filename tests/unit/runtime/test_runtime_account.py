@@ -10,6 +10,7 @@ import pytest
 from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
+from gs_dist.checkpoint.run_directory import read_origin
 from gs_dist.config import read_published_recipe
 from gs_dist.errors import JobFailure, OutputError, WorkerLostError
 from gs_dist.runtime.software import Software
@@ -113,3 +114,13 @@ def test_a_probe_that_fails_takes_back_what_an_earlier_one_found(tmp_path: Path)
     assert not card.exists()
     assert run_inline(config, make_group=no_group).probes == found
     assert "Before it was published" in card.read_text()
+
+
+def test_statistics_that_are_not_there_are_not_promised(tmp_path: Path) -> None:
+    """Asked for after the layers were published, they are not declared as kept."""
+    run_inline(small_recipe(tmp_path, num_layers=NUM_LAYERS))
+    run_inline(small_recipe(tmp_path, keep_statistics=True), make_group=no_group)
+    with pytest.raises(OutputError, match="holds no kept statistics"):
+        read_origin(tmp_path / "out")
+    run_inline(small_recipe(tmp_path, "kept", keep_statistics=True))
+    assert read_origin(tmp_path / "kept").versions == Software.here().made_with.versions
