@@ -26,7 +26,7 @@ from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.layer_costs import read_costs
-from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, MadeWith
+from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
 from gs_dist.checkpoint.model_card import CARD, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import (
@@ -35,14 +35,12 @@ from gs_dist.checkpoint.run_directory import (
     StatisticsOrigin,
     holds_statistics,
     locked,
-    read_origin,
     remove_statistics,
     write_origin,
 )
-from gs_dist.checkpoint.run_record import version_differences
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
-from gs_dist.errors import ClusterError, JobFailure, OutputError, WorkerLostError
+from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 from gs_dist.plan import CalibrationPlan, ClusterFacts
 from gs_dist.progress import Progress
 from gs_dist.runtime.account import RECIPE, as_told_before, summarise, versions
@@ -51,7 +49,7 @@ from gs_dist.runtime.choice import chosen_policies, render_layer_policies
 from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.software import Software
-from gs_dist.runtime.solving_plan import plan_job
+from gs_dist.runtime.solving_plan import origin_of, plan_job, software_note
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
 from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
@@ -108,30 +106,11 @@ def resolve(
         JobFailure: the run failed.
     """
     reader = CheckpointReader(Path(config.model))
-    origin = read_origin(Path(run))
     source = reader.fingerprint()
-    calibration = config.fingerprint_fields()["calibration"]
-    if origin.source != source or origin.calibration != calibration or config.propagation != "original":
-        differing = [
-            what
-            for what, same in (
-                ("model", origin.source == source),
-                ("calibration", origin.calibration == calibration),
-                ("propagation (it must be original)", config.propagation == "original"),
-            )
-            if not same
-        ]
-        raise OutputError(
-            f"the statistics kept in {run!r} are of another {' and another '.join(differing)}: give the recipe the "
-            "settings of that job, or run `gs-dist quantize` on it"
-        )
-    kept_with = MadeWith(versions=origin.versions)
-    different = version_differences(kept_with, Software.here().made_with) if origin.versions else []
-    if different:
-        progress.message(
-            f"the statistics kept in {run!r} are of other software ({'; '.join(different)}): what is published may "
-            "differ from what either version would make of the samples"
-        )
+    origin = origin_of(run, config, source)
+    note = software_note(run, origin)
+    if note is not None:
+        progress.message(note)
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
     num_cpus = _refuse_early(config, reader, address, solves_only=True)
     with locked(Path(config.output)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ from checkpoints import tiny_checkpoint
 from runs import small_recipe
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import locked
+from gs_dist.checkpoint.run_directory import StatisticsOrigin, locked
 from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.config import CalibrationConfig
 from gs_dist.errors import ClusterError, OutputError, PlanError, UserError
 from gs_dist.progress import SilentProgress
 from gs_dist.runtime.coordinator import quantize
-from gs_dist.runtime.solving_plan import plan_job
+from gs_dist.runtime.software import Software
+from gs_dist.runtime.solving_plan import plan_job, software_note
 
 HERE = ClusterFacts(num_cpus=4, num_npus=0, memory_bytes=8 << 30)
 
@@ -98,3 +100,14 @@ def test_what_calibration_has_no_room_for_may_still_be_solved(tmp_path: Path) ->
     probed = config.model_copy(update={"max_perplexity_increase": 0.5})
     with pytest.raises(PlanError):
         plan_job(probed, reader, HERE, solves_only=True)
+
+
+def test_statistics_of_another_version_are_told_of() -> None:
+    """They may be solved from; what differs is named, and nothing is said of those of this version."""
+    here = Software.here().made_with.versions
+    of = StatisticsOrigin(source="s", data="d", calibration={}, versions=here)
+    assert software_note("out", of) is None
+    other = dataclasses.replace(of, versions={**here, "numpy": "1.20.0"})
+    note = software_note("out", other)
+    assert note is not None
+    assert f"kept in 'out' are of other software (numpy was 1.20.0, is {here['numpy']})" in note
