@@ -76,6 +76,12 @@ def inline_evaluation_group(evaluation: Evaluation, timeout: float) -> InlineWor
     return InlineWorkerGroup(partial(EvaluationWorker, evaluation), num_stages=len(evaluation.stages), num_replicas=1)
 
 
+def fingerprints_of(config: CalibrationConfig) -> Fingerprints:
+    """Of a recipe and its model; those of the samples are made up."""
+    source = CheckpointReader(Path(config.model)).fingerprint()
+    return Fingerprints(recipe=recipe_fingerprint(config), source=source, data="data")
+
+
 def run_inline(
     config: CalibrationConfig,
     make_group: MakeGroup = inline_group,
@@ -83,8 +89,9 @@ def run_inline(
     make_evaluation_group: MakeEvaluationGroup = inline_evaluation_group,
 ) -> CalibrationSummary:
     """The whole job with workers in this process."""
-    prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
-    job = Job(config=config, plan=plan_of(config), fingerprints=prints, statistics_from=statistics_from)
+    job = Job(
+        config=config, plan=plan_of(config), fingerprints=fingerprints_of(config), statistics_from=statistics_from
+    )
     return run_job(
         job,
         CheckpointReader(Path(config.model)),

@@ -18,6 +18,7 @@ from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.observed_network import ObservedNetwork
 from gs_dist.ptq.structure import NetworkLayer, copy_network, display_name, find_linears
 from gs_dist.quantized import QuantizedKVCache
+from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.kv_cache import cache_scale
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.strategy import strategy
@@ -199,7 +200,8 @@ def _solve_linears(
             policies={form.name: policies[form.name] for form in alike},
             scale_dtype=dtype,
         )
-        layer = solve_layer(problem)
+        with one_thread():  # on several BLAS sums in another order
+            layer = solve_layer(problem)
         for form in alike:
             quantised = layer.linears[form.name]
             solved[form.name] = FakeQuantDense(form, strategy(quantised.policy), quantised)

@@ -14,7 +14,7 @@ from gs_dist.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
-from gs_dist.runtime.software import Software, check_versions, kernel_note
+from gs_dist.runtime.software import Software, check_sources, check_versions, kernel_note
 from gs_dist.runtime.stage_worker import Job, StageReport
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
 from gs_dist.summary import StageSummary
@@ -46,6 +46,7 @@ def run_attempt(
     Raises:
         WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
         ClusterError: a worker runs on other versions than this process.
+        CheckpointError: a worker reads another checkpoint than this process.
     """
     config = job.config
     progress.message(f"starting {counted(job.plan.num_workers, 'worker')}")
@@ -57,6 +58,8 @@ def run_attempt(
             plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
         software = _ask_all(group, plan, "software", Software, config.parallel.timeout)  # told once a worker is up
         check_versions(Software.here(), software)
+        sources = _ask_all(group, plan, "source", str, config.parallel.timeout)
+        check_sources(job.fingerprints.source, sources, software)
         note = kernel_note(software)
         if note:
             progress.message(note)

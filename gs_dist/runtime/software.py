@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_info
 
 from gs_dist import __version__
 from gs_dist.checkpoint.manifest import LayerManifest, MadeWith
-from gs_dist.errors import ClusterError
+from gs_dist.errors import CheckpointError, ClusterError
 
-__all__ = ["Software", "check_versions", "kernel_note", "mixture_note"]
+__all__ = ["Software", "check_sources", "check_versions", "kernel_note", "mixture_note"]
 
 _VERSIONED = ("mindspore", "numpy", "scipy")
 
@@ -71,6 +71,21 @@ def check_versions(mine: Software, workers: Mapping[Any, Software]) -> None:
             raise ClusterError(
                 f"{worker} (node {software.node}) has {told}: install the same versions on every node, or have Ray do "
                 "so with a runtime_env or one image for all nodes"
+            )
+
+
+def check_sources(source: str, workers: Mapping[Any, str], software: Mapping[Any, Software]) -> None:
+    """Compares the float checkpoint that each worker reads with the coordinator's, by fingerprint.
+
+    Raises:
+        CheckpointError: a worker reads another one, or another state of it.
+    """
+    for worker, found in workers.items():
+        if found != source:
+            raise CheckpointError(
+                f"{worker} (node {software[worker].node}) reads another checkpoint than the coordinator (fingerprint "
+                f"{found[:12]}, and {source[:12]} here): `model` must name the same files on every node; copy them "
+                "anew, or put them on a file system that all nodes share"
             )
 
 

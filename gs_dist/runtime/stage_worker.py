@@ -104,6 +104,10 @@ class StageWorker:
         """Versions and CPU of the worker's process."""
         return Software.here()
 
+    def source(self) -> str:
+        """Fingerprint of the float checkpoint as this worker reads it."""
+        return self._reader.fingerprint()
+
     def begin(self, wave: StageWave, start: int, stop: int) -> None:
         """Gets ready for a pass over micro-batches [start, stop): loads weights, makes observers."""
         began = time.perf_counter()

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import inline_evaluation_group, plan_of, published_hashes, run_inline, small_recipe
+from runs import fingerprints_of, inline_evaluation_group, plan_of, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
-from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, recipe_fingerprint
+from gs_dist.config import CalibrationConfig
 from gs_dist.progress import SilentProgress
 from gs_dist.runtime import attempt
 from gs_dist.runtime.coordinator import run_job
@@ -56,7 +55,7 @@ class GrowingCluster:
 
 
 def run(config: CalibrationConfig, cluster: GrowingCluster) -> tuple[CalibrationSummary, list[str]]:
-    prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
+    prints = fingerprints_of(config)
     progress = Heard()
     summary = run_job(
         Job(config=config, plan=plan_of(config), fingerprints=prints),

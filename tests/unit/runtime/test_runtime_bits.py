@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import inline_group, published_hashes, run_inline, small_recipe
+from runs import fingerprints_of, inline_group, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist.bits import FLOAT, stored_bytes
 from gs_dist.checkpoint.layer_costs import read_costs
-from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, recipe_fingerprint
+from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError, WorkerLostError
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import WorkerKey
@@ -276,7 +275,7 @@ def test_costs_of_another_recipe_do_not_count(undisturbed: Undisturbed) -> None:
     """Costs are read back only for the fingerprints that they were written with, and damage counts as absence."""
     directory, _, _ = undisturbed
     config = auto_recipe(directory)
-    prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
+    prints = fingerprints_of(config)
     found = read_costs(Path(config.output), 1, prints)
     assert found is not None
     assert {cost.scheme for cost in found.costs} == {"W8", "W4", FLOAT}

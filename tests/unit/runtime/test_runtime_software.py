@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy
 import pytest
-from runs import plan_of, published_hashes, run_inline, small_recipe
+from runs import fingerprints_of, plan_of, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist import __version__
-from gs_dist.checkpoint.manifest import Fingerprints
-from gs_dist.config import recipe_fingerprint
-from gs_dist.errors import ClusterError
+from gs_dist.errors import CheckpointError, ClusterError
 from gs_dist.progress import SilentProgress
 from gs_dist.runtime.attempt import run_attempt
 from gs_dist.runtime.software import Software, check_versions, kernel_note
@@ -87,10 +85,34 @@ def test_a_worker_of_another_version_ends_a_job_before_anything_runs(tmp_path: P
     assert {method for _, method in groups[0].calls} == {"software"}
 
 
+class _OtherModel(StageWorker):
+    def source(self) -> str:
+        return "0123456789abcdef"
+
+
+def test_a_worker_that_reads_another_checkpoint_ends_a_job_before_anything_runs(tmp_path: Path) -> None:
+    """Files of the same shapes under the same path on one node would be published as a part of the model."""
+    config = small_recipe(tmp_path, num_layers=2, parallel={"pipeline_parallel_size": 2})
+    groups: list[InlineWorkerGroup] = []
+
+    def make_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
+        def make(stage: int, replica: int) -> StageWorker:
+            return (_OtherModel if stage else StageWorker)(job, stage, replica)
+
+        groups.append(InlineWorkerGroup(make, num_stages=2, num_replicas=1))
+        return groups[-1]
+
+    with pytest.raises(
+        CheckpointError, match=r"stage 1 of replica 0 \(node .*\) reads another.*0123456789ab, and .*`model`"
+    ):
+        run_inline(config, make_group)
+    assert {method for _, method in groups[0].calls} == {"software", "source"}
+
+
 def test_another_cpu_kernel_is_a_note_and_the_job_goes_on(tmp_path: Path) -> None:
     """What the promise of equal bytes does not cover is said once an attempt."""
     config = small_recipe(tmp_path, num_layers=1, parallel={"data_parallel_size": 2})
-    prints = Fingerprints(recipe=recipe_fingerprint(config), source="source", data="data")
+    prints = fingerprints_of(config)
 
     def make_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
         def make(stage: int, replica: int) -> StageWorker:
