@@ -17,6 +17,7 @@ from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
+from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
 from gs_dist.checkpoint.values import check_static_linears, check_tensors
 from gs_dist.errors import OutputError, UserError
@@ -111,7 +112,8 @@ def check_all(directory: Path | str, engine: str | None = None) -> dict[str, Che
 
 def _model_directories(directory: Path) -> list[Path]:
     """`directory`, or the model directories within a job's output."""
-    if (directory / CONFIG_FILE).is_file() or not (directory / MANIFESTS).is_dir():
+    of_job = (directory / MANIFESTS).is_dir() or (directory / LOCK).is_file()
+    if (directory / CONFIG_FILE).is_file() or not of_job:
         return [directory]
     inner = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
     record = read_record(directory)

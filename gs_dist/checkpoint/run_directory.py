@@ -49,6 +49,7 @@ from gs_dist.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 
 __all__ = [
     "LAYER_POLICIES",
+    "LOCK",
     "RunDirectory",
     "StatisticsOrigin",
     "find_models",

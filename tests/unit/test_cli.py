@@ -514,6 +514,9 @@ def test_a_job_that_is_not_finished_is_no_broken_model(tmp_path: Path) -> None:
         f"gs-dist: the job in {str(tmp_path)!r} is not finished: 1 of 30 layers are published; submit the same recipe "
         "again to go on\n"
     )
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").touch()
+    assert "is not finished: 0 layers are published; submit" in run("check", tmp_path / "begun").stderr
     (tmp_path / "compressed-tensors").mkdir()
     (tmp_path / "compressed-tensors" / "config.json").touch()
     assert "published, and there is no model as ascend yet; submit" in run("check", tmp_path).stderr
