@@ -98,7 +98,7 @@ def _introduction(
     return (
         f"Weights of `{summary.model}` ({kind}, {architecture.dtype}, {head}) after post-training quantisation by "
         f"gs_dist, in {form}. Embedding, norms and head are as they were, "
-        "except for norms that took up a rescaling of channels."
+        "except for norms that took up a rescaling or a shift of channels."
     )
 
 
