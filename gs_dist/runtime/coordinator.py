@@ -289,7 +289,7 @@ def _choose_bits(
     counts = Counter(
         policy.weight_bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
     )
-    progress.message(f"chosen: {counts[4]} linears of 4 bits, {counts[8]} of 8, {counts[16]} in float")
+    progress.message(f"chosen: {counted(counts[4], 'linear')} of 4 bits, {counts[8]} of 8, {counts[16]} in float")
     return dataclasses.replace(job, plan=plan, statistics_from=job.statistics_from or job.config.output)
 
 
