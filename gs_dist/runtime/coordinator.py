@@ -53,6 +53,7 @@ from gs_dist.runtime.solving_plan import origin_of, plan_job, software_note
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
 from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
+from gs_dist.wording import counted
 from gs_dist.workload import make_workload
 
 __all__ = ["cluster", "evaluation_workers", "quantize", "resolve", "run_job"]
