@@ -185,9 +185,9 @@ def _size(text: str, option: str) -> int:
 
 
 def _facts_of(address: str) -> ClusterFacts:
-    from gs_dist.runtime import coordinator  # imports Ray
+    from gs_dist.runtime.cluster import cluster  # imports Ray
 
-    with coordinator.cluster(address, None) as facts:
+    with cluster(address, None) as facts:
         return facts
 
 

@@ -1,1 +1,1 @@
-"""The distributed job. Ray only in `worker_group` and `coordinator`."""
+"""The distributed job. Ray only in `worker_group` and `cluster`."""

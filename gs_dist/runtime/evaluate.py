@@ -16,7 +16,8 @@ from gs_dist.config import CalibrationData, base_name
 from gs_dist.errors import CheckpointError, PlanError
 from gs_dist.probe_memory import choose_groups, evaluation_shape
 from gs_dist.progress import Progress
-from gs_dist.runtime.coordinator import cluster, evaluation_workers
+from gs_dist.runtime.cluster import cluster
+from gs_dist.runtime.coordinator import evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import measure
 from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, ClusterFacts, format_bytes, host_share

@@ -231,7 +231,9 @@ def test_plan_asks_a_cluster_that_runs(
         assert num_cpus is None
         yield facts[address]
 
-    monkeypatch.setattr(sys.modules["gs_dist.runtime.coordinator"], "cluster", cluster, raising=False)
+    module = ModuleType("gs_dist.runtime.cluster")
+    module.__dict__.update(cluster=cluster)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     result = run(*large, "--address", "10.0.0.1:6379")
     assert result.exit_code == 0
     assert result.stdout == run(*large, "--nodes", 2, *NODES, "768GiB").stdout

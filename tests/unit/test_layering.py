@@ -24,7 +24,7 @@ ALLOWED = {
     "cli": {"vocabulary", "checkpoint", "ptq", "runtime", "cli"},
 }
 FRAMEWORKS = {
-    "ray": ("runtime/worker_group.py", "runtime/coordinator.py"),
+    "ray": ("runtime/worker_group.py", "runtime/cluster.py"),
     "mindspore": ("calibration/", "ptq/"),
     "pyarrow": ("calibration/dataset.py", "calibration/arrow_files.py", "summary.py"),
     "torch": (),

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.runtime.coordinator import cluster
+from gs_dist.runtime.cluster import cluster
 
 GIB = 1 << 30
 
