@@ -31,8 +31,8 @@ GIB = 1 << 30
 ITEMS = ("runtime", "weights", "activations", "statistics", "solver workspace", "write buffers")
 
 # Resident memory of a process once NumPy, SciPy, MindSpore and Ray are imported and the layer is compiled: 485 MiB
-# for the libraries (mindspore 2.10, ray 2.60; 290 MiB of it file-backed), up to 600 MiB with a layer of no size.
-CPU_RUNTIME_BYTES = GIB // 2 + GIB // 16
+# for the libraries (mindspore 2.10, ray 2.60; 290 MiB of it file-backed), up to 615 MiB with a layer of no size.
+CPU_RUNTIME_BYTES = GIB // 2 + GIB // 8
 # On a card: context, streams and the memory pool's own blocks. Not measured here; vendors' guides put aside 1 to 2 GiB.
 ASCEND_RUNTIME_BYTES = 2 * GIB
 

@@ -160,8 +160,9 @@ def _refuse_non_finite(prefix: str, statistics: LayerStatistics, block: tuple[in
         finite = np.isfinite(seen.minimum) & np.isfinite(seen.maximum)
         if seen.num_tokens and not finite.all():
             channel = int(np.flatnonzero(~finite)[0])
+            where = f"{prefix.rstrip('.')}: " if prefix else ""
             raise LayerError(
-                f"{prefix}: the {name} is not finite (channel {channel}, micro-batches {block[0]} to {block[1] - 1}); "
+                f"{where}the {name} is not finite (channel {channel}, micro-batches {block[0]} to {block[1] - 1}); "
                 "the checkpoint's weights overflow or hold NaN at or before this layer: download it again if they do, "
                 "or leave these samples out"
             )
