@@ -6,5 +6,6 @@ __all__ = ["counted"]
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 worker`, `2 workers`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """`1 worker`, `2 workers`, `2 micro-batches`."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
