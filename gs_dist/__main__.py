@@ -1,5 +1,5 @@
 """`python -m gs_dist` is `gs-dist`."""
 
-from gs_dist.cli import main
+from gs_dist.terminal.cli import main
 
 main()

@@ -8,7 +8,7 @@ __all__ = ["Progress", "SilentProgress"]
 
 
 class Progress(Protocol):
-    """Told by the coordinator as work is done; `gs_dist.console` shows it to people."""
+    """Told by the coordinator as work is done; `gs_dist.terminal.console` shows it to people."""
 
     def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
         """`done` of `total` micro-batches of the pass that `what` names have left a stage."""

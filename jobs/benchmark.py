@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.errors import UserError
-from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.plan import CalibrationPlan, make_plan
 from gs_dist.progress import SilentProgress
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
 
 PRODUCT_ROWS = 2048  # tokens of a micro-batch, where the recipe leaves them open
 PRODUCT_SECONDS = 3.0

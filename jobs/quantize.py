@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from gs_dist.cli import app
+from gs_dist.terminal.cli import app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

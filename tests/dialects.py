@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from checkpoints import DTYPES, random_tensors, save_safetensors, save_tokenizer, tiny_config
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats import CheckpointFormat
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 Array = npt.NDArray[Any]
 

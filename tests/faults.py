@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from ray.cluster_utils import Cluster
 
-from gs_dist.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig
 
 MARK = "GS_DIST_FAULT_RUN"
 KINDS = ("worker", "workers", "coordinator", "job", "node")
@@ -54,7 +54,7 @@ class Submission:
         cls, recipe: Path, log: Path, mark: str, address: str | None = None, inside: Sequence[str] = ()
     ) -> Submission:
         """`inside` is a command that runs the one after it."""
-        command = [*inside, sys.executable, "-c", "from gs_dist.cli import main; main()", "quantize", str(recipe)]
+        command = [*inside, sys.executable, "-m", "gs_dist", "quantize", str(recipe)]
         command += [] if address is None else ["--address", address]
         with log.open("wb") as stream:
             process = subprocess.Popen(

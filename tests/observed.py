@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.statistics import (
+from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
     HISTOGRAM_BINS_PER_OCTAVE,
     HISTOGRAM_MIN_EXPONENT,

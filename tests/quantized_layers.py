@@ -9,8 +9,8 @@ import numpy.typing as npt
 from checkpoints import DTYPES
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedLayer, QuantizedLinear
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

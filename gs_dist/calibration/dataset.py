@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gs_dist.calibration.arrow_files import ArrowFile, Rows, WantedRows, find_files, without_secrets
-from gs_dist.config import CalibrationData
 from gs_dist.errors import DatasetError
+from gs_dist.recipe.config import CalibrationData
 
 __all__ = ["CalibrationDataset", "TokenBatch", "open_dataset"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture, LayerInput, Linear
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.quantized import QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture, LayerInput, Linear
+from gs_dist.results.quantized import QuantizedLayer
 
 __all__ = ["DecoderLayer"]
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import LayerInput, Linear
 from gs_dist.calibration.observers import HostObserver, InputObserver
 from gs_dist.errors import LayerError
-from gs_dist.solvers.blas import one_thread
-from gs_dist.statistics import (
+from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.model.statistics import (
     LayerStatistics,
     StatisticsSettings,
     TreeAccumulator,
     TreeNode,
     merge_nodes,
 )
+from gs_dist.solvers.blas import one_thread
 
 __all__ = ["LayerLoop", "ObservableLayer"]
 

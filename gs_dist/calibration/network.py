@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration._forward import LayerForm, head_logits, layer_forward, negative_log_likelihood
 from gs_dist.calibration.device import Device
-from gs_dist.quantized import QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
 __all__ = ["CAPTURED", "DecoderNetwork", "LayerWeights", "OuterWeights", "rotary_tables"]
 

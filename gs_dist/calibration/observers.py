@@ -15,14 +15,14 @@ import numpy.typing as npt
 from mindspore import mint, ops
 from scipy.linalg.blas import ssyrk
 
-from gs_dist.solvers.blas import one_thread
-from gs_dist.statistics import (
+from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
     HISTOGRAM_BINS_PER_OCTAVE,
     HISTOGRAM_MIN_EXPONENT,
     InputStatistics,
     StatisticsSettings,
 )
+from gs_dist.solvers.blas import one_thread
 
 __all__ = ["CardObserver", "HostObserver", "InputObserver", "observe"]
 

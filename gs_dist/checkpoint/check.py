@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
@@ -21,6 +20,7 @@ from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
 from gs_dist.checkpoint.values import check_static_linears, check_tensors
 from gs_dist.errors import OutputError, UserError
+from gs_dist.model.decoder import DecoderArchitecture
 
 __all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "judge"]
 

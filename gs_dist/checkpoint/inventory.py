@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header, read_json
 from gs_dist.checkpoint.problems import Note, Problem
 from gs_dist.checkpoint.reader import contained_path
 from gs_dist.errors import CheckpointError, UserError
+from gs_dist.model.decoder import DecoderArchitecture
 
 __all__ = ["CONFIG_FILE", "DESCRIPTIONS", "INDEX_FILE", "Inventory", "take_inventory"]
 

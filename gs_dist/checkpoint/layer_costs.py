@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gs_dist.bits import LayerCosts, SchemeCost
 from gs_dist.checkpoint.manifest import Fingerprints, part_stem
 from gs_dist.checkpoint.writer import make_directory, write_json
+from gs_dist.results.costs import LayerCosts, SchemeCost
 
 __all__ = ["SENSITIVITY", "read_costs", "remove_costs", "write_costs"]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.inventory import CONFIG_FILE, DESCRIPTIONS, Inventory
+from gs_dist.model.decoder import DecoderArchitecture, Linear
 
 __all__ = ["Expectation", "Layout", "SchemeGroup", "build_layout", "detect_format", "scheme_groups"]
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_json, write_safetensors
 from gs_dist.errors import OutputError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import LinearSummary, QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import LinearSummary, QuantizedLayer
 
 __all__ = [
     "MANIFESTS",

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import EngineVerdict, judge
 from gs_dist.checkpoint.engines.compressed_tensors import DEQUANTIZE
 from gs_dist.checkpoint.writer import write_bytes
-from gs_dist.config import CalibrationConfig, published_recipe
-from gs_dist.summary import CalibrationSummary
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.config import CalibrationConfig, published_recipe
+from gs_dist.results.summary import CalibrationSummary
 
 __all__ = ["CARD", "render_model_card", "write_model_card"]
 

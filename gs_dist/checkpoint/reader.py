@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header, read_json
 from gs_dist.errors import CheckpointError
+from gs_dist.model.decoder import DecoderArchitecture
 
 __all__ = ["CheckpointReader", "contained_path"]
 

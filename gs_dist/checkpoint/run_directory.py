@@ -44,8 +44,8 @@ from gs_dist.checkpoint.run_record import (
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
-from gs_dist.policy import QuantPolicy
-from gs_dist.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
+from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
+from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = [
     "LAYER_POLICIES",

@@ -15,7 +15,7 @@ from typing import Any
 
 from gs_dist.checkpoint.manifest import MANIFESTS, Fingerprints, MadeWith
 from gs_dist.checkpoint.writer import make_directory, write_json
-from gs_dist.recipe import format_path
+from gs_dist.recipe.text import format_path
 
 __all__ = ["RunRecord", "read_record", "recipe_differences", "version_differences", "write_record"]
 

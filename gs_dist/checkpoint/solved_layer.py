@@ -16,8 +16,8 @@ import numpy.typing as npt
 from gs_dist.checkpoint.array_file import read_arrays
 from gs_dist.checkpoint.manifest import part_stem
 from gs_dist.checkpoint.writer import make_directory, write_safetensors
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 __all__ = ["SOLVED", "read_solved", "remove_solved", "write_solved"]
 

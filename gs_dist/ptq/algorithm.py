@@ -11,7 +11,6 @@ import mindspore as ms
 from mindspore import nn
 
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy
 from gs_dist.ptq.calibration_rows import read_rows
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm, QuantDense
 from gs_dist.ptq.checkpoint_loading import load_parameters
@@ -23,6 +22,7 @@ from gs_dist.ptq.policies import checked_layer_policies, resolve_cells
 from gs_dist.ptq.solving import solve_network
 from gs_dist.ptq.structure import NetworkLayer, copy_network, find_layers, find_linears
 from gs_dist.ptq.summary_table import strategy_rows, strategy_table
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers.strategy import strategy
 
 __all__ = ["PTQ"]

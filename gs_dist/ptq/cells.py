@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import mint, nn, ops
 
-from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
-from gs_dist.quantized import QuantizedLinear
+from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.affine import EPSILON, num_groups
 from gs_dist.solvers.packing import pack_int4
 

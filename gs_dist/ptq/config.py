@@ -16,8 +16,8 @@ import mindspore as ms
 from pydantic import ValidationError
 
 from gs_dist.errors import UserError
-from gs_dist.policy import AlgoArgs, OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 from gs_dist.ptq.algorithm_config import AWQConfig, GPTQQuantConfig
+from gs_dist.recipe.policy import AlgoArgs, OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 
 __all__ = ["BackendTarget", "PTQConfig", "PTQMode", "QuantGranularity"]
 

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from mindspore import mint, nn, ops
 from tokenizers import Tokenizer
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import rotary_tables  # one source of the frequencies
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.published import float_tensors

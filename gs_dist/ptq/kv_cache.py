@@ -13,9 +13,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import mint, nn
 
-from gs_dist.policy import QuantPolicy
 from gs_dist.ptq.cells import token_scale
-from gs_dist.quantized import QuantizedKVCache
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache
 
 __all__ = ["KVCache", "QuantKVCache"]
 

@@ -13,8 +13,8 @@ import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import UserError
+from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.ptq.calibration_rows import Row, row_mask, row_runner
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper

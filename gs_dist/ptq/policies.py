@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy, resolve_policies
 from gs_dist.ptq.config import PTQConfig, check_schemes
 from gs_dist.ptq.structure import display_name
+from gs_dist.recipe.matching import resolve_policies
+from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["checked_layer_policies", "resolve_cells"]
 

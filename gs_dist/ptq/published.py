@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
-from gs_dist.policy import QuantPolicy
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.ptq.cells import QuantDense
 from gs_dist.ptq.kv_cache import QuantKVCache
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 from gs_dist.solvers.strategy import strategy
 
 __all__ = ["float_tensors", "load_published"]

@@ -7,22 +7,22 @@ from typing import Any, Literal
 
 import mindspore as ms
 
-from gs_dist.architecture import LayerInput, Linear
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy, required_statistics
+from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.model.statistics import HISTOGRAM_BINS, LayerStatistics, StatisticsSettings, block_bounds
 from gs_dist.ptq.calibration_rows import Row
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm
 from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.observed_network import ObservedNetwork
 from gs_dist.ptq.structure import NetworkLayer, copy_network, display_name, find_linears
-from gs_dist.quantized import QuantizedKVCache
+from gs_dist.recipe.policy import QuantPolicy, required_statistics
+from gs_dist.results.quantized import QuantizedKVCache
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.kv_cache import cache_scale
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.strategy import strategy
-from gs_dist.statistics import HISTOGRAM_BINS, LayerStatistics, StatisticsSettings, block_bounds
 
 __all__ = ["STATISTICS_BYTES", "Propagation", "solve_network"]
 

@@ -11,13 +11,13 @@ from gs_dist import __version__
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, read_published_recipe
-from gs_dist.quantized import LinearSummary
+from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import JSON_NAME, CalibrationSummary, StageSummary, read_summary
 from gs_dist.runtime.choice import with_scheme_errors
 from gs_dist.runtime.software import mixture_note
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import JSON_NAME, CalibrationSummary, StageSummary, read_summary
 
 __all__ = ["RECIPE", "as_told_before", "summarise", "versions"]
 

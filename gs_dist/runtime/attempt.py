@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gs_dist.bits import LayerCosts
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.errors import WorkerLostError
-from gs_dist.plan import CalibrationPlan
+from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
+from gs_dist.results.costs import LayerCosts
+from gs_dist.results.summary import StageSummary
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
 from gs_dist.runtime.software import Software, check_sources, check_versions, kernel_note
 from gs_dist.runtime.stage_worker import Job, StageReport
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
-from gs_dist.summary import StageSummary
 from gs_dist.wording import counted
 
 __all__ = ["MakeGroup", "run_attempt"]

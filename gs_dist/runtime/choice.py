@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from gs_dist.bits import FLOAT, LayerCosts, SchemeCost, override_of
-from gs_dist.config import CalibrationConfig
-from gs_dist.plan import CalibrationPlan
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import LinearSummary
+from gs_dist.planning.bits import override_of
+from gs_dist.planning.plan import CalibrationPlan
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.costs import FLOAT, LayerCosts, SchemeCost
+from gs_dist.results.quantized import LinearSummary
 from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
 
 __all__ = ["chosen_policies", "render_layer_policies", "with_scheme_errors"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import ray
 
-from gs_dist.cluster_facts import ClusterFacts
 from gs_dist.errors import ClusterError
+from gs_dist.planning.cluster_facts import ClusterFacts
 
 __all__ = ["cluster"]
 

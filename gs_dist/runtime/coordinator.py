@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist import __version__
-from gs_dist.bits import LayerCosts
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
@@ -34,10 +33,14 @@ from gs_dist.checkpoint.run_directory import (
     write_origin,
 )
 from gs_dist.checkpoint.writer import write_bytes
-from gs_dist.config import CalibrationConfig, published_recipe, recipe_fingerprint
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
-from gs_dist.plan import CalibrationPlan, ClusterFacts
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.plan import CalibrationPlan
+from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
+from gs_dist.recipe.config import CalibrationConfig, published_recipe, recipe_fingerprint
+from gs_dist.results.costs import LayerCosts
+from gs_dist.results.summary import CalibrationSummary, StageSummary, write_summary
 from gs_dist.runtime.account import RECIPE, as_told_before, summarise, versions
 from gs_dist.runtime.attempt import MakeGroup, run_attempt
 from gs_dist.runtime.choice import chosen_policies, render_layer_policies
@@ -48,9 +51,7 @@ from gs_dist.runtime.software import Software
 from gs_dist.runtime.solving_plan import origin_of, plan_job, software_note
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import RayWorkerGroup, WorkerGroup, WorkerKey
-from gs_dist.summary import CalibrationSummary, StageSummary, write_summary
 from gs_dist.wording import counted
-from gs_dist.workload import make_workload
 
 __all__ = ["evaluation_workers", "quantize", "resolve", "run_job"]
 

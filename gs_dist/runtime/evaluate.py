@@ -12,16 +12,18 @@ from typing import Literal
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
-from gs_dist.config import CalibrationData, base_name
 from gs_dist.errors import CheckpointError, PlanError
-from gs_dist.probe_memory import choose_groups, evaluation_shape
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.probe import choose_groups, evaluation_shape
+from gs_dist.planning.spread import ASCEND_MEMORY_PER_WORKER, host_share
 from gs_dist.progress import Progress
+from gs_dist.recipe.config import CalibrationData, base_name
+from gs_dist.recipe.sizes import format_bytes
+from gs_dist.results.summary import PerplexitySummary
 from gs_dist.runtime.cluster import cluster
 from gs_dist.runtime.coordinator import evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import measure
-from gs_dist.spread import ASCEND_MEMORY_PER_WORKER, ClusterFacts, format_bytes, host_share
-from gs_dist.summary import PerplexitySummary
 
 __all__ = ["evaluate"]
 

@@ -16,7 +16,7 @@ from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeights
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationData
+from gs_dist.recipe.config import CalibrationData
 
 __all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]
 

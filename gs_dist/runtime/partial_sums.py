@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import CheckpointError, LayerError
-from gs_dist.statistics import TreeNode
+from gs_dist.model.statistics import TreeNode
 
 __all__ = ["PartialSums", "check_partial_sums", "tensors_checksum"]
 

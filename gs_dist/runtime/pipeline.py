@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gs_dist.errors import WorkerLostError
-from gs_dist.plan import CalibrationPlan
+from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.schedule import Stream
 from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey

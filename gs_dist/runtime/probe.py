@@ -14,15 +14,15 @@ import numpy.typing as npt
 from gs_dist.calibration.dataset import CalibrationDataset, open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import JobFailure, WorkerLostError
-from gs_dist.probe_memory import PROMPT_TOKENS
+from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
-from gs_dist.quantized import LinearSummary
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import CalibrationSummary, ProbeSummary
 from gs_dist.runtime.evaluated_model import EvaluatedModel
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
 from gs_dist.runtime.perplexity import perplexity_of
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerGroup
-from gs_dist.summary import CalibrationSummary, ProbeSummary
 
 __all__ = ["MakeEvaluationGroup", "Probe"]
 

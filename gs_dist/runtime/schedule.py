@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from gs_dist.plan import StagePlan
+from gs_dist.planning.plan import StagePlan
 
 __all__ = ["StageWave", "Stream", "plan_solves", "plan_streams"]
 

@@ -9,10 +9,11 @@ from gs_dist.checkpoint.manifest import MadeWith
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import StatisticsOrigin, read_origin
 from gs_dist.checkpoint.run_record import version_differences
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import OutputError
-from gs_dist.memory import MemoryPlan, layer_set_bytes
-from gs_dist.plan import CalibrationPlan, ClusterFacts, StagePlan, make_plan
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import MemoryPlan, layer_set_bytes
+from gs_dist.planning.plan import CalibrationPlan, StagePlan, make_plan
+from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.runtime.software import Software
 
 __all__ = ["origin_of", "plan_job", "software_note"]

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.bits import LayerCosts
 from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.dataset import TokenBatch, open_dataset
 from gs_dist.calibration.decoder_layer import DecoderLayer
@@ -30,15 +29,16 @@ from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_lay
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import read_statistics, write_statistics
 from gs_dist.checkpoint.solved_layer import read_solved, write_solved
-from gs_dist.config import CalibrationConfig
-from gs_dist.plan import CalibrationPlan
+from gs_dist.model.statistics import LayerStatistics
+from gs_dist.planning.plan import CalibrationPlan
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums, tensors_checksum
 from gs_dist.runtime.schedule import StageWave
 from gs_dist.runtime.software import Software
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.sensitivity import layer_costs
-from gs_dist.statistics import LayerStatistics
 
 __all__ = ["Job", "StageReport", "StageWorker"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
-from gs_dist.quantized import Float32, Int8
+from gs_dist.results.quantized import Float32, Int8
 from gs_dist.solvers.affine import code_range, range_parameters
 
 __all__ = ["Damping", "Panel", "Ranges", "Tile", "cut_panels", "panel_width"]

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
 
-from gs_dist.solvers.affine import range_parameters
-from gs_dist.statistics import (
+from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
     HISTOGRAM_BINS_PER_OCTAVE,
     HISTOGRAM_MIN_EXPONENT,
     InputStatistics,
 )
+from gs_dist.solvers.affine import range_parameters
 
 __all__ = [
     "ActivationRange",

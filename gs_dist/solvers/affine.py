@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import UserError
-from gs_dist.quantized import Float32, Int8
+from gs_dist.results.quantized import Float32, Int8
 
 __all__ = [
     "EPSILON",

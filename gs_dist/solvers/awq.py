@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import code_range, num_groups, range_parameters
 from gs_dist.solvers.objective import row_errors
 from gs_dist.solvers.threads import ONE_THREAD, Threads
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["AWQResult", "candidate_scale", "search_scale", "weight_importance"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.quantized import Float32
+from gs_dist.model.statistics import InputStatistics, histogram_magnitudes
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range
 from gs_dist.solvers.affine import row_blocks
-from gs_dist.statistics import InputStatistics, histogram_magnitudes
 
 __all__ = ["ChannelMeans", "channel_means"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import code_range, num_groups, range_parameters
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 

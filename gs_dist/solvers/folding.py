@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import LayerInput
 from gs_dist.errors import UserError
-from gs_dist.quantized import Float32
+from gs_dist.model.decoder import LayerInput
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import row_blocks
 
 __all__ = ["FoldedTensors", "Tensor", "source_channels", "source_index", "tie_max"]

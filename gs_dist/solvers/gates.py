@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gs_dist.quantized import QuantizedLinear
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.rescaling import Rescaling
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["lost_channels_notes", "overflow_notes"]
 

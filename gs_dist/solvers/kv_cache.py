@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gs_dist.quantized import Float32
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import symmetric_scale
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["cache_relative_error", "cache_scale"]
 

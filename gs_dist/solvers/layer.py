@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import LayerError, UserError
-from gs_dist.policy import PrecisionRecovery, QuantPolicy
-from gs_dist.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.model.statistics import InputStatistics, LayerStatistics
+from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.results.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
@@ -26,7 +27,6 @@ from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
 from gs_dist.solvers.threads import Threads
-from gs_dist.statistics import InputStatistics, LayerStatistics
 
 __all__ = ["LayerProblem", "solve_layer"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.quantized import Float32
+from gs_dist.results.quantized import Float32
 
 __all__ = ["PLAIN_SHARE", "blend", "output_error", "row_errors"]
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range, affine, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.threads import ONE_THREAD, Threads
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["ExponentResult", "search_exponent"]
 

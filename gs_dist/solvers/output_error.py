@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.quantized import Float32
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import row_blocks
 from gs_dist.solvers.objective import output_error
 from gs_dist.solvers.threads import ONE_THREAD, Threads
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["activation_term", "column_energy", "output_energy", "per_token_step_squared", "static_rounding"]
 

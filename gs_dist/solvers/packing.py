@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gs_dist.errors import UserError
-from gs_dist.quantized import Int8
+from gs_dist.results.quantized import Int8
 
 __all__ = ["pack_int4", "unpack_int4"]
 

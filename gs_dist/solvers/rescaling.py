@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import LayerInput
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.model.decoder import LayerInput
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.folding import source_channels
 from gs_dist.solvers.objective import blend
 from gs_dist.solvers.threads import ONE_THREAD, Threads
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["Rescaling", "objective_of"]
 

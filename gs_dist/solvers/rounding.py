@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gs_dist.policy import PrecisionRecovery, QuantPolicy
-from gs_dist.quantized import Float32, QuantizedLinear
+from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.results.quantized import Float32, QuantizedLinear
 from gs_dist.solvers import affine, clip, gptq
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 

@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from gs_dist.bits import FLOAT, SchemeCost, stored_bytes
 from gs_dist.errors import LayerError, UserError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.recipe.sizes import stored_bytes
+from gs_dist.results.costs import FLOAT, SchemeCost
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers import affine, output_error
 from gs_dist.solvers.folding import FoldedTensors
 from gs_dist.solvers.layer import LayerProblem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 
 __all__ = ["strategy"]
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import LayerInput
 from gs_dist.errors import UserError
-from gs_dist.policy import OutliersSuppressionType, QuantPolicy
-from gs_dist.quantized import Float32
+from gs_dist.model.decoder import LayerInput
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import OutliersSuppressionType, QuantPolicy
+from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range, awq, outlier_suppression, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans, channel_means
@@ -21,7 +22,6 @@ from gs_dist.solvers.folding import FoldedTensors, source_index, tie_max
 from gs_dist.solvers.rescaling import Rescaling, objective_of
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.threads import ONE_THREAD, Threads
-from gs_dist.statistics import InputStatistics
 
 __all__ = ["input_ranges", "suppress"]
 

@@ -26,8 +26,8 @@ with atheris.instrument_imports(include=["gs_dist", "yaml"]):
     from gs_dist.checkpoint.header import read_header
     from gs_dist.checkpoint.manifest import read_manifest
     from gs_dist.checkpoint.provenance import read_hashes
-    from gs_dist.config import load_recipe
     from gs_dist.errors import UserError
+    from gs_dist.recipe.config import load_recipe
 
 DIRECTORY = Path(tempfile.mkdtemp(prefix="gs-dist-fuzz-"))
 RECIPE = """\

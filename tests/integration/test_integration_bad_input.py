@@ -27,7 +27,7 @@ import yaml
 from checkpoints import raw_safetensors, save_tokenizer, tiny_checkpoint
 from typer.testing import CliRunner, Result
 
-from gs_dist.cli import app
+from gs_dist.terminal.cli import app
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

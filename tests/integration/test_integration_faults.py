@@ -35,7 +35,7 @@ from faults import (
 )
 from runs import run_inline, save_samples, small_recipe
 
-from gs_dist.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig
 
 pytestmark = pytest.mark.ray
 

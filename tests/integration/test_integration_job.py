@@ -14,8 +14,8 @@ from checkpoints import save_tokenizer, tiny_checkpoint
 from runs import W8A8, published_hashes, run_inline, save_samples, small_recipe
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, load_recipe
-from gs_dist.summary import read_summary
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
+from gs_dist.results.summary import read_summary
 
 pytestmark = pytest.mark.ray
 

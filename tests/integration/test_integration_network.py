@@ -29,7 +29,7 @@ from faults import (
 from namespaces import HEAD, Network, network, why_not
 from runs import run_inline, save_samples, small_recipe
 
-from gs_dist.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig
 
 _REASON = why_not()
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(bool(_REASON), reason=_REASON)]

@@ -20,15 +20,16 @@ from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gs_dist
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.cli import app
-from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.config import CalibrationConfig, load_recipe, parse_size
-from gs_dist.plan import make_plan
-from gs_dist.policy import resolve_policies
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.plan import make_plan
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
+from gs_dist.recipe.matching import resolve_policies
+from gs_dist.recipe.sizes import parse_size
+from gs_dist.terminal.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))

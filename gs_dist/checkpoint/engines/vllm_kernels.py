@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gs_dist.architecture import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture
 
 __all__ = ["PackedWeights", "describe_tensor_parallel", "takes_group_size"]
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.base import KVKind, Policies
 from gs_dist.checkpoint.formats.description import (
     FLOAT,
@@ -54,8 +53,9 @@ from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 __all__ = ["DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendFormat"]
 

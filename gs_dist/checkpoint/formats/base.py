@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedLayer
 
 __all__ = ["CheckpointFormat", "KVKind", "Policies"]
 

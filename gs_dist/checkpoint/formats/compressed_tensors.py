@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture, Linear
 from gs_dist.checkpoint.formats.base import KVKind, Policies
 from gs_dist.checkpoint.formats.compressed_tensors_notes import engine_notes
 from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
@@ -30,8 +29,9 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture, Linear
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 __all__ = ["CompressedTensorsFormat"]
 

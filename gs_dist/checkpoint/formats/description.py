@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.base import CheckpointFormat, KVKind, Policies
 from gs_dist.errors import LayerError, RecipeError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
 
 __all__ = [
     "FLOAT",

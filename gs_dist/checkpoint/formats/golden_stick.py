@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.ascend import without_quantization
 from gs_dist.checkpoint.formats.base import KVKind, Policies
 from gs_dist.checkpoint.formats.description import (
@@ -49,8 +48,9 @@ from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
-from gs_dist.policy import PrecisionRecovery, QuantPolicy
-from gs_dist.quantized import Int8, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.results.quantized import Int8, QuantizedLayer, QuantizedLinear
 
 __all__ = ["DESCRIPTION_FILE", "LABELS", "GoldenStickFormat", "pack_int4", "unpack_int4"]
 

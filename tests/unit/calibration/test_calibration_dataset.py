@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from gs_dist.calibration import dataset as dataset_module
 from gs_dist.calibration.dataset import CalibrationDataset, TokenBatch, open_dataset
-from gs_dist.config import CalibrationData
 from gs_dist.errors import DatasetError
+from gs_dist.recipe.config import CalibrationData
 
 VOCAB = 100
 Write = Callable[[pa.Table, Path], None]

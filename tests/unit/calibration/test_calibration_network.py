@@ -15,11 +15,11 @@ import pytest
 from checkpoints import tiny_checkpoint
 from safetensors import safe_open
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.calibration.device import Device, open_device
 from gs_dist.calibration.network import DecoderNetwork
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 DATA = Path(__file__).parents[2] / "data"
 sys.path.insert(0, str(DATA))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.calibration.observers import CardObserver, HostObserver, observe
-from gs_dist.statistics import (
+from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
     StatisticsSettings,
     TreeAccumulator,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from checkpoints import DTYPES, tiny_config
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import LayerError, RecipeError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedLayer
 
 FORMAT = AscendFormat()
 POLICIES = (None, dialects.W8A8, dialects.W8A8_PLUS, dialects.W8A8_DYNAMIC, dialects.W8A16)

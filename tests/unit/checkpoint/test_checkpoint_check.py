@@ -17,7 +17,6 @@ from dialects import load_json, save_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import check, check_all, judge
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.formats.ascend import AscendFormat
@@ -28,7 +27,8 @@ from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import UserError
-from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 
 INDEX, OTHER_INDEX = "model.safetensors.index.json", "quant_model_weights.safetensors.index.json"
 ASCEND, GOLDEN = "quant_model_description.json", "quantization_description.json"

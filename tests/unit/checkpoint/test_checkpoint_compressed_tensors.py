@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantized_layers import LINEARS, SCHEMES, quantise
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
@@ -23,8 +22,9 @@ from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import write_safetensors
 from gs_dist.errors import CheckpointError, UserError
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer
 
 FORMAT = FORMATS["compressed-tensors"]
 PREFIX = "model.layers.0."

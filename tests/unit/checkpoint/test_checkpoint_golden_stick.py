@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.formats.base import CheckpointFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat, pack_int4, unpack_int4
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedLayer
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedLayer
 
 FORMAT = GoldenStickFormat()
 POLICIES = (None, dialects.W8A8, dialects.W8A16, dialects.W4A16, dialects.W4A16_GROUPS)

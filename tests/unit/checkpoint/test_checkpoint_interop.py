@@ -15,8 +15,8 @@ from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 torch = pytest.importorskip("torch", reason="needs the [interop] extra")
 transformers = pytest.importorskip("transformers", reason="needs the [interop] extra")

@@ -24,8 +24,8 @@ from gs_dist.checkpoint.manifest import (
 )
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import OutputError
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import LinearSummary, QuantizedKVCache
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import LinearSummary, QuantizedKVCache
 
 FORMATS = ["compressed-tensors"]
 PRINTS = Fingerprints(recipe="aa", source="bb", data="cc")

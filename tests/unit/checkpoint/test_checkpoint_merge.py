@@ -19,8 +19,8 @@ from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import write_safetensors
 from gs_dist.errors import JobFailure, OutputError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import LinearSummary
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import LinearSummary
 
 NAME = "compressed-tensors"
 PRINTS = Fingerprints(recipe="r", source="s", data="d")

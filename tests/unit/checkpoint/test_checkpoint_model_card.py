@@ -11,17 +11,17 @@ import pytest
 import yaml
 from checkpoints import tiny_config
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.check import EngineVerdict, Problem
 from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
 from gs_dist.checkpoint.model_card import render_model_card, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary, PerplexitySummary
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import CalibrationSummary, PerplexitySummary
 
 ARCHITECTURE = DecoderArchitecture.from_config(tiny_config(torch_dtype="bfloat16"))
 STATIC = "SmoothQuant-W8-perchannel-A8-pertensor"

@@ -31,8 +31,8 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 Array = npt.NDArray[Any]
 Apply = Callable[[Array], Array]

@@ -15,9 +15,9 @@ from gs_dist.checkpoint.manifest import Fingerprints, MadeWith, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory, find_models, locked
 from gs_dist.checkpoint.run_record import read_record, recipe_differences
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import CheckpointError, OutputError
-from gs_dist.policy import QuantPolicy
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.policy import QuantPolicy
 
 PRINTS = Fingerprints(recipe="aa", source="bb", data="cc")
 SOFTWARE = MadeWith(versions={"gs-dist": "0.1.0", "numpy": "1.26.4"}, kernel="x86_64 Haswell")

@@ -9,8 +9,8 @@ from checkpoints import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gs_dist.architecture import DecoderArchitecture
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
+from gs_dist.model.decoder import DecoderArchitecture
 
 QWEN2_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
 LLAMA_70B = {**QWEN2_72B, "intermediate_size": 28672}

@@ -8,10 +8,10 @@ import pytest
 from mindspore import mint, nn
 from ptq_networks import random_dense
 
-from gs_dist.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
 from gs_dist.ptq.int8_matmul import written_out
-from gs_dist.quantized import QuantizedLinear
+from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
+from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.affine import fake_quantise_per_token, fake_quantise_static
 
 ROWS, COLUMNS = 6, 128

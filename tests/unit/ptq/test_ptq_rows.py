@@ -13,9 +13,9 @@ from ptq_networks import CHANNELS, Mlp, batches, random_dense
 from pyarrow import parquet
 
 from gs_dist.calibration.dataset import open_dataset
-from gs_dist.config import CalibrationData
 from gs_dist.ptq import PTQ, PTQConfig
 from gs_dist.ptq.calibration_rows import read_rows, row_mask
+from gs_dist.recipe.config import CalibrationData
 
 STATIC = PTQConfig(act_quant_dtype=ms.int8, act_symmetric=True)
 

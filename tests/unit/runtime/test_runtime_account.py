@@ -11,11 +11,11 @@ from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.run_directory import read_origin
-from gs_dist.config import read_published_recipe
 from gs_dist.errors import JobFailure, OutputError, WorkerLostError
+from gs_dist.recipe.config import read_published_recipe
+from gs_dist.results.summary import read_summary
 from gs_dist.runtime.software import Software
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.summary import read_summary
 
 NUM_LAYERS = 2
 KERNEL = Software.here().kernel

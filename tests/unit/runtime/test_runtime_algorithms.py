@@ -10,10 +10,10 @@ import pytest
 from runs import inline_group, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
-from gs_dist.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.summary import read_summary
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import read_summary
 
 NUM_LAYERS = 4
 

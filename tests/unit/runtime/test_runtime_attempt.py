@@ -11,12 +11,12 @@ from runs import fingerprints_of, inline_evaluation_group, plan_of, published_ha
 from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig
 from gs_dist.progress import SilentProgress
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime import attempt
 from gs_dist.runtime.coordinator import run_job
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.summary import CalibrationSummary
 
 NUM_LAYERS = 6
 

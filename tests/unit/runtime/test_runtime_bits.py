@@ -12,14 +12,15 @@ import yaml
 from runs import fingerprints_of, inline_group, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
-from gs_dist.bits import FLOAT, stored_bytes
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError, WorkerLostError
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.sizes import stored_bytes
+from gs_dist.results.costs import FLOAT
+from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import CalibrationSummary
 
 W4 = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 64}
 NUM_LAYERS = 4

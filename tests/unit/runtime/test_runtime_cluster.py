@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from gs_dist.cluster_facts import ClusterFacts
+from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.runtime.cluster import cluster
 
 GIB = 1 << 30

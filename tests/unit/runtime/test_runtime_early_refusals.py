@@ -11,10 +11,10 @@ from runs import small_recipe
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import StatisticsOrigin, locked
-from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import ClusterError, OutputError, PlanError, UserError
+from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.progress import SilentProgress
+from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.runtime.coordinator import quantize
 from gs_dist.runtime.software import Software
 from gs_dist.runtime.solving_plan import plan_job, software_note

@@ -18,19 +18,19 @@ from workers import InlineWorkerGroup
 from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import CheckpointError, ClusterError, PlanError, WorkerLostError
-from gs_dist.memory import probe_memory
-from gs_dist.plan import ClusterFacts
-from gs_dist.probe_memory import evaluation_shape
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import probe_memory
+from gs_dist.planning.probe import evaluation_shape
 from gs_dist.progress import SilentProgress
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.summary import CalibrationSummary, PerplexitySummary
 from gs_dist.runtime.evaluate import evaluate
 from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.probe import Probe
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import CalibrationSummary, PerplexitySummary
 
 FORMAT = "compressed-tensors"
 NUM_LAYERS = 5

@@ -16,10 +16,10 @@ from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist.errors import CheckpointError, LayerError
+from gs_dist.model.statistics import InputStatistics, TreeNode
 from gs_dist.runtime.attempt import MakeGroup
 from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums, tensors_checksum
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.statistics import InputStatistics, TreeNode
 
 BLOCKS = [(0, 3), (3, 6), (6, 6), (6, 8)]
 CHANNELS = 4

@@ -20,14 +20,14 @@ from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import DatasetError, JobFailure, WorkerLostError
 from gs_dist.progress import SilentProgress
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.summary import read_summary
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.perplexity import measure
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.worker_group import WorkerKey
-from gs_dist.summary import read_summary
 
 NUM_LAYERS = 3
 W4 = {"weight_quant_dtype": "qint4x2"}

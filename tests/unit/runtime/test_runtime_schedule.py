@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gs_dist.memory import MemoryPlan
-from gs_dist.plan import StagePlan
+from gs_dist.planning.memory import MemoryPlan
+from gs_dist.planning.plan import StagePlan
 from gs_dist.runtime.schedule import StageWave, Stream, plan_streams
 
 

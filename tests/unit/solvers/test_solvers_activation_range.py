@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gs_dist.model.statistics import histogram_magnitudes
 from gs_dist.solvers import activation_range
 from gs_dist.solvers.activation_range import (
     central_range,
@@ -18,7 +19,6 @@ from gs_dist.solvers.activation_range import (
     shifted_counts,
 )
 from gs_dist.solvers.affine import fake_quantise_static
-from gs_dist.statistics import histogram_magnitudes
 
 statistics_of = partial(observed.statistics_of, gram=False, histogram=True)
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers import awq
-from gs_dist.statistics import InputStatistics
 
 Array = npt.NDArray[Any]
 

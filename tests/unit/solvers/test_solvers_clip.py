@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gs_dist.policy import QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers.affine import quantise_weight
 from gs_dist.solvers.clip import clip_weight
 

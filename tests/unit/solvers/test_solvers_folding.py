@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gs_dist.architecture import LayerInput
 from gs_dist.errors import UserError
+from gs_dist.model.decoder import LayerInput
 from gs_dist.solvers.folding import FoldedTensors, source_channels, source_index, tie_max
 
 

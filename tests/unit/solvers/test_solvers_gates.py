@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedLinear
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
 

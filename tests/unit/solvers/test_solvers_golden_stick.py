@@ -14,15 +14,15 @@ import numpy.typing as npt
 import pytest
 from observed import statistics_of
 
-from gs_dist.architecture import LayerInput
-from gs_dist.policy import QuantPolicy
+from gs_dist.model.decoder import LayerInput
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers import activation_range, affine, awq, clip, outlier_suppression, output_error
 from gs_dist.solvers.folding import FoldedTensors, tie_max
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
-from gs_dist.statistics import InputStatistics
 
 Array = npt.NDArray[Any]
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy
-from gs_dist.quantized import QuantizedLinear
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers import gptq
 from gs_dist.solvers.affine import quantise_weight
 

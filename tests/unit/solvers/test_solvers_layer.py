@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
-from gs_dist.architecture import LayerInput, Linear
 from gs_dist.errors import LayerError, UserError
-from gs_dist.policy import AlgoArgs, QuantPolicy
+from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.solvers import affine, awq, clip, gptq
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
-from gs_dist.policy import QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers.bias_correction import channel_means
 from gs_dist.solvers.outlier_suppression import search_exponent
 

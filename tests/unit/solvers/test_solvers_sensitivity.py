@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gs_dist.architecture import LayerInput, Linear
-from gs_dist.bits import FLOAT, SchemeCost, stored_bytes
 from gs_dist.errors import UserError
-from gs_dist.policy import QuantPolicy
+from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.model.statistics import InputStatistics
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.recipe.sizes import stored_bytes
+from gs_dist.results.costs import FLOAT, SchemeCost
 from gs_dist.solvers import affine
 from gs_dist.solvers.layer import LayerProblem
 from gs_dist.solvers.sensitivity import choose_schemes, layer_costs, layer_patterns
-from gs_dist.statistics import InputStatistics
 
 SCHEMES = {
     "W8": QuantPolicy(),

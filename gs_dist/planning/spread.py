@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
-from gs_dist.memory import GIB
-from gs_dist.statistics import block_bounds
-from gs_dist.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
-from gs_dist.workload import Operations, Workload, count_operations, without_gram
+from gs_dist.model.statistics import block_bounds
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
+from gs_dist.planning.workload import Operations, Workload, count_operations, without_gram
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.sizes import GIB, format_bytes
 
 __all__ = [
     "ClusterFacts",
@@ -20,7 +20,6 @@ __all__ = [
     "blocks_of",
     "choose_spread",
     "device_of",
-    "format_bytes",
     "host_share",
     "pass_operations",
     "shares",
@@ -102,14 +101,6 @@ def _relative_time(spread: Spread, config: CalibrationConfig, workload: Workload
 def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
     """Reduction blocks that a replica runs: neighbours, so that it can merge most of what it holds."""
     return range(replica * num_blocks // num_replicas, (replica + 1) * num_blocks // num_replicas)
-
-
-def format_bytes(size: int) -> str:
-    """Bytes as people read them: `17.2 GiB`, `512 MiB`."""
-    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} B"
 
 
 def choose_spread(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gs_dist.memory import ITEMS
-from gs_dist.plan import CalibrationPlan, StagePlan
-from gs_dist.quantized import LinearSummary
-from gs_dist.spread import format_bytes, pass_operations
-from gs_dist.summary import CalibrationSummary, StageSummary
+from gs_dist.planning.memory import ITEMS
+from gs_dist.planning.plan import CalibrationPlan, StagePlan
+from gs_dist.planning.spread import pass_operations
+from gs_dist.recipe.sizes import format_bytes
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import CalibrationSummary, StageSummary
 from gs_dist.wording import counted
 
 __all__ = ["print_plan", "print_summary"]

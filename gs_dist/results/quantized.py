@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.policy import QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["Float32", "Int8", "LinearSummary", "QuantizedKVCache", "QuantizedLayer", "QuantizedLinear"]
 

@@ -11,15 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gs_dist.config import (
-    CalibrationConfig,
-    load_recipe,
-    parse_size,
-    published_recipe,
-    recipe_fingerprint,
-)
 from gs_dist.errors import RecipeError
-from gs_dist.policy import OutliersSuppressionType
+from gs_dist.recipe.config import CalibrationConfig, load_recipe, published_recipe, recipe_fingerprint
+from gs_dist.recipe.policy import OutliersSuppressionType
+from gs_dist.recipe.sizes import parse_size
 
 RECIPE = r"""
 model: /models/Meta-Llama-3-70B

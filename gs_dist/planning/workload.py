@@ -8,19 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from gs_dist.architecture import DecoderArchitecture
-from gs_dist.bits import budget_bytes, schemes_of
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import CheckpointError, PlanError, UserError
-from gs_dist.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
-from gs_dist.policy import (
-    OutliersSuppressionType,
-    QuantPolicy,
-    required_statistics,
-    resolve_policies,
-)
-from gs_dist.solver_operations import solver_operations
-from gs_dist.statistics import StatisticsSettings
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.statistics import StatisticsSettings
+from gs_dist.planning.bits import budget_bytes, schemes_of
+from gs_dist.planning.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
+from gs_dist.planning.solver_operations import solver_operations
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.matching import resolve_policies
+from gs_dist.recipe.policy import OutliersSuppressionType, QuantPolicy, required_statistics
 
 __all__ = [
     "Operations",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 
-from gs_dist.memory import MemoryPlan
-from gs_dist.spread import Spread
-from gs_dist.workload import Workload
+from gs_dist.planning.memory import MemoryPlan
+from gs_dist.planning.spread import Spread
+from gs_dist.planning.workload import Workload
 
 __all__ = ["choose_solver_threads"]
 

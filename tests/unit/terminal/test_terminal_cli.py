@@ -24,12 +24,12 @@ from gs_dist.checkpoint.formats.ascend import AscendFormat
 from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.run_directory import RunDirectory
-from gs_dist.cli import app
-from gs_dist.cluster_facts import ClusterFacts
-from gs_dist.config import CalibrationConfig, CalibrationData, ParallelConfig
 from gs_dist.errors import ClusterError, LayerError
-from gs_dist.quantized import LinearSummary
-from gs_dist.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.recipe.config import CalibrationConfig, CalibrationData, ParallelConfig
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
+from gs_dist.terminal.cli import app
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def test_the_installed_command_ends_with_the_exit_code(tmp_path: Path) -> None:
     program = (
         "import sys, atexit\n"
         "atexit.register(lambda: print(sorted({'ray', 'mindspore', 'pyarrow', 'scipy'} & set(sys.modules))))\n"
-        "from gs_dist.cli import main\n"
+        "from gs_dist.terminal.cli import main\n"
         f"sys.argv = ['gs-dist', 'plan', {str(tmp_path / 'none.yaml')!r}]\n"
         "main()\n"
     )
@@ -529,7 +529,10 @@ def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
     write_summary(tmp_path, a_summary())
     reading, writing = os.pipe()
     os.close(reading)
-    program = f"import sys; from gs_dist.cli import main; sys.argv = ['gs-dist', 'summary', {str(tmp_path)!r}]; main()"
+    program = (
+        f"import sys; from gs_dist.terminal.cli import main; sys.argv = ['gs-dist', 'summary', {str(tmp_path)!r}]; "
+        "main()"
+    )
     try:
         ended = subprocess.run(
             [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False

@@ -10,8 +10,8 @@ from checkpoints import tensor_shapes, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gs_dist.architecture import DecoderArchitecture, RopeScaling
 from gs_dist.errors import CheckpointError
+from gs_dist.model.decoder import DecoderArchitecture, RopeScaling
 
 LLAMA3 = {
     "rope_type": "llama3",

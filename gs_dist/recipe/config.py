@@ -28,11 +28,12 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from gs_dist.bits import contradictions
 from gs_dist.errors import RecipeError
-from gs_dist.policy import AlgoArgs, QuantPolicy
-from gs_dist.recipe import apply_overrides, parse_document, problems_of, report
-from gs_dist.recipe_keys import Values
+from gs_dist.recipe.bits import contradictions
+from gs_dist.recipe.keys import Values
+from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
+from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
 
 __all__ = [
     "FORMAT_NAMES",
@@ -43,7 +44,6 @@ __all__ = [
     "ProbeConfig",
     "base_name",
     "load_recipe",
-    "parse_size",
     "published_recipe",
     "read_published_recipe",
     "recipe_fingerprint",
@@ -55,31 +55,10 @@ FORMAT_NAMES = ("compressed-tensors", "ascend", "golden-stick")
 # rate, little enough that attention scores of one layer stay small. It must not depend on the cluster.
 AUTO_MICRO_BATCH_TOKENS = 2048
 
-_SIZE_UNITS = {"B": 1} | {
-    f"{prefix}{binary}B": base**power
-    for binary, base in (("i", 1024), ("", 1000))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-_SIZE_HELP = "a size such as 60GiB, 512MiB or 8GB"
-
 
 def _refusal(write: str) -> PydanticCustomError:
-    """An error that `gs_dist.recipe` prints as `found ...; write ...`."""
+    """An error that `gs_dist.recipe.text` prints as `found ...; write ...`."""
     return PydanticCustomError("recipe", "write {write}", {"write": write})
-
-
-def parse_size(value: object) -> int:
-    """Bytes of `60GiB`, `512MiB`, `8GB` or a whole number.
-
-    Raises:
-        ValueError: anything else, or less than one byte.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B)\s*", value) if isinstance(value, str) else None
-    if match is not None and float(match[1]) > 0:
-        return max(1, int(float(match[1]) * _SIZE_UNITS[match[2]]))
-    raise ValueError(f"{value!r} is no size: write {_SIZE_HELP}")
 
 
 def _size_or_auto(value: object) -> object:
@@ -88,7 +67,7 @@ def _size_or_auto(value: object) -> object:
     try:
         return parse_size(value)
     except ValueError:
-        raise _refusal(f"auto, or {_SIZE_HELP}") from None
+        raise _refusal(f"auto, or {SIZE_HELP}") from None
 
 
 def _share_or_size(value: object) -> object:
@@ -97,7 +76,7 @@ def _share_or_size(value: object) -> object:
     try:
         return parse_size(value)
     except ValueError:
-        raise _refusal(f"a share between 0 and 1 such as 0.30, or {_SIZE_HELP}") from None
+        raise _refusal(f"a share between 0 and 1 such as 0.30, or {SIZE_HELP}") from None
 
 
 def _count_or_auto(value: object) -> object:
@@ -147,7 +126,7 @@ def _switch(value: object) -> object:
 
 
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
-SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{_SIZE_HELP}, or auto")]
+SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{SIZE_HELP}, or auto")]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Values("text, or a list of texts")]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -311,7 +290,7 @@ class CalibrationConfig(_Section):
     bits: Literal["fixed", "auto"] = "fixed"
     """auto chooses 4, 8 or 16 bits for each linear within size_budget."""
     size_budget: Annotated[
-        float | int | None, BeforeValidator(_share_or_size), Values(f"a share such as 0.30, {_SIZE_HELP}, or null")
+        float | int | None, BeforeValidator(_share_or_size), Values(f"a share such as 0.30, {SIZE_HELP}, or null")
     ] = None
     """What the layers' linears may take with bits: auto; a share is of what they take in float."""
     sensitivity: bool = False

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gs_dist.architecture import DecoderArchitecture
-from gs_dist.config import CalibrationConfig, CalibrationData
 from gs_dist.errors import PlanError
-from gs_dist.memory import GIB, JobShape, MemoryPlan, probe_memory
-from gs_dist.spread import ClusterFacts, Spread, choose_spread, device_of, format_bytes
-from gs_dist.waves import split_evenly
-from gs_dist.workload import Workload, compute_bytes
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import JobShape, MemoryPlan, probe_memory
+from gs_dist.planning.spread import Spread, choose_spread, device_of
+from gs_dist.planning.waves import split_evenly
+from gs_dist.planning.workload import Workload, compute_bytes
+from gs_dist.recipe.config import CalibrationConfig, CalibrationData
+from gs_dist.recipe.sizes import GIB, format_bytes
 
 __all__ = ["PROMPT_TOKENS", "LayerGroups", "choose_groups", "evaluation_shape", "plan_probe"]
 

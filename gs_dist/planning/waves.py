@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gs_dist.memory import JobShape, MemoryPlan, StageShape, stage_memory
+from gs_dist.planning.memory import JobShape, MemoryPlan, StageShape, stage_memory
 
 __all__ = ["WaveChoice", "choose_waves", "count_partial_sums", "split_evenly", "split_stages"]
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from gs_dist.errors import OutputError
-from gs_dist.quantized import LinearSummary
-from gs_dist.summary import (
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.summary import (
     CalibrationSummary,
     PerplexitySummary,
     ProbeSummary,
@@ -21,7 +21,7 @@ from gs_dist.summary import (
     read_summary,
     write_summary,
 )
-from gs_dist.tables import print_summary
+from gs_dist.terminal.tables import print_summary
 
 W8A8 = "SmoothQuant-W8-perchannel-A8-pertensor"
 

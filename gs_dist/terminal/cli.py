@@ -20,14 +20,16 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from gs_dist import __version__
-from gs_dist.config import CalibrationConfig, CalibrationData, load_recipe, parse_size, read_published_recipe
-from gs_dist.console import show_progress
 from gs_dist.errors import UserError
-from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
-from gs_dist.recipe import problems_of
-from gs_dist.recipe_keys import recipe_keys
-from gs_dist.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
-from gs_dist.tables import print_plan, print_summary
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.plan import CalibrationPlan, make_plan
+from gs_dist.recipe.config import CalibrationConfig, CalibrationData, load_recipe, read_published_recipe
+from gs_dist.recipe.keys import recipe_keys
+from gs_dist.recipe.sizes import parse_size
+from gs_dist.recipe.text import problems_of
+from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
+from gs_dist.terminal.console import show_progress
+from gs_dist.terminal.tables import print_plan, print_summary
 
 __all__ = ["app", "main"]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from gs_dist.architecture import DecoderArchitecture
-from gs_dist.bits import W4, W8, least_bytes, override_of
-from gs_dist.config import CalibrationConfig
 from gs_dist.errors import PlanError
-from gs_dist.memory import MemoryPlan
-from gs_dist.policy import QuantPolicy
-from gs_dist.probe_memory import plan_probe
-from gs_dist.solver_threads import choose_solver_threads
-from gs_dist.spread import ClusterFacts, Spread, blocks_of, choose_spread, device_of, format_bytes, shares, threads_of
-from gs_dist.statistics import StatisticsSettings, block_bounds
-from gs_dist.workload import (
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.statistics import StatisticsSettings, block_bounds
+from gs_dist.planning.bits import least_bytes, override_of
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import MemoryPlan
+from gs_dist.planning.probe import plan_probe
+from gs_dist.planning.solver_threads import choose_solver_threads
+from gs_dist.planning.spread import Spread, blocks_of, choose_spread, device_of, shares, threads_of
+from gs_dist.planning.workload import (
     Operations,
     TensorHeader,
     Workload,
@@ -27,6 +26,10 @@ from gs_dist.workload import (
     layer_settings,
     make_workload,
 )
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.recipe.sizes import format_bytes
+from gs_dist.results.costs import W4, W8
 
 __all__ = [
     "CalibrationPlan",

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.errors import RecipeError
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
 
 GOOD = """\
 model: /models/tiny

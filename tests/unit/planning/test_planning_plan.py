@@ -13,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.config import CalibrationConfig, load_recipe
 from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
-from gs_dist.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
-from gs_dist.plan import CalibrationPlan, ClusterFacts, make_plan
-from gs_dist.probe_memory import choose_groups, evaluation_shape
-from gs_dist.spread import format_bytes, threads_of
-from gs_dist.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
-from gs_dist.waves import count_partial_sums, split_evenly, split_stages
+from gs_dist.model.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
+from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
+from gs_dist.planning.plan import CalibrationPlan, make_plan
+from gs_dist.planning.probe import choose_groups, evaluation_shape
+from gs_dist.planning.spread import threads_of
+from gs_dist.planning.waves import count_partial_sums, split_evenly, split_stages
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
+from gs_dist.recipe.sizes import format_bytes
 
 GIB = 1 << 30
 LAPTOP = ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=24 * GIB)

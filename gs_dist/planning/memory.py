@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gs_dist.architecture import DecoderArchitecture
-from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
-from gs_dist.statistics import HISTOGRAM_BINS, StatisticsSettings
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.statistics import HISTOGRAM_BINS, StatisticsSettings
+from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.sizes import GIB
 
 __all__ = [
     "ITEMS",
@@ -26,7 +27,6 @@ __all__ = [
     "stage_memory",
 ]
 
-GIB = 1 << 30
 
 ITEMS = ("runtime", "weights", "activations", "statistics", "solver workspace", "write buffers")
 

@@ -1,4 +1,4 @@
-"""How one linear is quantised, and which linear gets which policy.
+"""How one linear is quantised.
 
 Field names and values are those of `mindspore_gs.ptq.PTQConfig`; data types are spelt as strings so
 that this module needs no framework. Enum members compare equal to their values.
@@ -6,16 +6,14 @@ that this module needs no framework. Enum members compare equal to their values.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gs_dist.architecture import LayerInput
-from gs_dist.errors import PolicyConflictError, UserError
-from gs_dist.statistics import StatisticsSettings
+from gs_dist.model.decoder import LayerInput
+from gs_dist.model.statistics import StatisticsSettings
 
 __all__ = [
     "AlgoArgs",
@@ -23,7 +21,6 @@ __all__ = [
     "PrecisionRecovery",
     "QuantPolicy",
     "required_statistics",
-    "resolve_policies",
 ]
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -280,66 +277,6 @@ _READERS: Mapping[str, tuple[Callable[[QuantPolicy], bool], str]] = {
     "weight_clip_ratio": (lambda p: p.clips_weights, "weight_clip: true"),
     **dict.fromkeys(("block_size", "desc_act", "damp_percent", "static_groups"), _BY_GPTQ),
 }
-
-
-def resolve_policies(
-    names: Sequence[str],
-    network_policy: QuantPolicy | None,
-    layer_policies: Mapping[str, QuantPolicy | None],
-    opname_blacklist: Sequence[str] = (),
-) -> dict[str, QuantPolicy | None]:
-    """Policy of every linear, None for one that stays as it is.
-
-    A key of `layer_policies` is matched by `re.match` on the full dotted name, and the order of keys
-    does not matter; a blacklist entry is a plain substring of the name and holds for linears that no
-    key matches (golden-stick `ptq.py`, `_get_decoder_layer_policy`).
-
-    Args:
-        names: full dotted names of all linears of the model, `lm_head` included.
-        network_policy: for linears that nothing else matches.
-        layer_policies: pattern to policy; None leaves the linears alone.
-        opname_blacklist: substrings of names left alone.
-
-    Raises:
-        PolicyConflictError: two patterns match one linear.
-        UserError: a pattern or blacklist entry matches no linear, or no linear would be quantised.
-    """
-    patterns = {key: re.compile(key) for key in layer_policies}
-    unused = set(patterns)
-    unused_blacklist = set(opname_blacklist)
-    resolved: dict[str, QuantPolicy | None] = {}
-    for name in names:
-        matching = [key for key, pattern in patterns.items() if pattern.match(name)]
-        blocked = [entry for entry in opname_blacklist if entry in name]
-        unused_blacklist.difference_update(blocked)
-        if len(matching) > 1:
-            raise PolicyConflictError(
-                f"layer_policies: {matching[0]!r} and {matching[1]!r} conflict, matching same layer {name}; "
-                "narrow one of the two patterns"
-            )
-        if matching:
-            unused.discard(matching[0])
-            resolved[name] = layer_policies[matching[0]]
-            continue
-        resolved[name] = None if blocked else network_policy
-    examples = ", ".join(list(names)[:1] + list(names)[-1:])
-    if unused:
-        raise UserError(
-            f"layer_policies: {sorted(unused)[0]!r} matches no linear of the model; patterns are matched from the "
-            f"start of the full name, as in {examples}: begin with '.*', or remove the entry"
-        )
-    if unused_blacklist:
-        raise UserError(
-            f"opname_blacklist: {sorted(unused_blacklist)[0]!r} is part of no linear's name (names look like "
-            f"{examples}): correct the entry or remove it"
-        )
-    changes = [p for p in resolved.values() if p and (p.quantises_linear or p.kvcache_quant_dtype)]
-    if not changes:
-        raise UserError(
-            "the policies leave every linear unquantised: set ptq.weight_quant_dtype, or shorten opname_blacklist "
-            "and layer_policies"
-        )
-    return resolved
 
 
 def required_statistics(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gs_dist.errors import OutputError
-from gs_dist.quantized import LinearSummary
+from gs_dist.results.quantized import LinearSummary
 
 __all__ = [
     "CalibrationSummary",

@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 from rich.progress import Progress as RichBars
 
-from gs_dist.console import BarProgress, LineProgress, show_progress
 from gs_dist.progress import Progress, SilentProgress
+from gs_dist.terminal.console import BarProgress, LineProgress, show_progress
 
 
 class Clock:

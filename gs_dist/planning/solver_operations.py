@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gs_dist.architecture import DecoderArchitecture
-from gs_dist.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
-from gs_dist.statistics import HISTOGRAM_BINS, StatisticsSettings
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.statistics import HISTOGRAM_BINS, StatisticsSettings
+from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
 
 __all__ = ["solver_operations"]
 

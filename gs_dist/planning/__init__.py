@@ -1,0 +1,1 @@
+"""What a job will do and take, before a weight is read."""

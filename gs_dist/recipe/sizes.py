@@ -1,0 +1,53 @@
+"""Sizes in bytes: as people write and read them, and what a weight takes on storage."""
+
+from __future__ import annotations
+
+import re
+
+from gs_dist.recipe.policy import QuantPolicy
+
+__all__ = ["GIB", "SIZE_HELP", "format_bytes", "parse_size", "stored_bytes"]
+
+GIB = 1 << 30
+
+_SIZE_UNITS = {"B": 1} | {
+    f"{prefix}{binary}B": base**power
+    for binary, base in (("i", 1024), ("", 1000))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+SIZE_HELP = "a size such as 60GiB, 512MiB or 8GB"
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `60GiB`, `512MiB`, `8GB` or a whole number.
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B)\s*", value) if isinstance(value, str) else None
+    if match is not None and float(match[1]) > 0:
+        return max(1, int(float(match[1]) * _SIZE_UNITS[match[2]]))
+    raise ValueError(f"{value!r} is no size: write {SIZE_HELP}")
+
+
+def format_bytes(size: int) -> str:
+    """Bytes as people read them: `17.2 GiB`, `512 MiB`."""
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
+
+
+def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype: str) -> int:
+    """Bytes of a weight (out, in) with its scales and zero points; `None` is the weight in `scale_dtype`."""
+    rows, columns = shape
+    if policy is None or not policy.quantises_linear:
+        return rows * columns * _DTYPE_BYTES[scale_dtype]
+    groups = columns // policy.group_size if policy.group_size else 1
+    zero_bits = 0 if policy.weight_symmetric else policy.weight_bits
+    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * _DTYPE_BYTES[scale_dtype])
+    return -(-bits // 8)

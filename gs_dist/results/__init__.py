@@ -1,0 +1,1 @@
+"""What a job gives: quantised layers, their rows, the summary."""
