@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.calibration.dataset import CalibrationDataset
+from gs_dist.data.dataset import CalibrationDataset
 from gs_dist.errors import DatasetError
 from gs_dist.ptq.network_helper import NetworkHelper
 
@@ -24,7 +24,7 @@ def read_rows(datasets: Any) -> list[Row]:
     """All rows of the calibration data, in order; they stay in host memory.
 
     Args:
-        datasets: a `mindspore.dataset`; what `calibration.dataset.open_dataset` makes of Arrow files; an
+        datasets: a `mindspore.dataset`; what `data.dataset.open_dataset` makes of Arrow files; an
             Arrow table or record batch, each row one sample; or an iterable whose entries are arrays (the
             network's only argument), tuples or lists of arrays (positional arguments), or dicts (arguments by
             name) of arrays or of lists of numbers, a list being one sample.

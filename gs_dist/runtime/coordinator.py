@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist import __version__
-from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.layer_costs import read_costs
@@ -33,6 +32,7 @@ from gs_dist.checkpoint.run_directory import (
     write_origin,
 )
 from gs_dist.checkpoint.writer import write_bytes
+from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
+from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, PlanError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.probe import choose_groups, evaluation_shape

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.calibration.activation_store import ActivationStore
-from gs_dist.calibration.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeights
 from gs_dist.checkpoint.formats import FORMATS
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.recipe.config import CalibrationData
 
 __all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.calibration.dataset import CalibrationDataset, open_dataset
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.data.dataset import CalibrationDataset, open_dataset
 from gs_dist.errors import JobFailure, WorkerLostError
 from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress

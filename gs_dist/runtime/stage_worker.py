@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.calibration.activation_store import ActivationStore
-from gs_dist.calibration.dataset import TokenBatch, open_dataset
 from gs_dist.calibration.decoder_layer import DecoderLayer
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.layer_loop import LayerLoop
@@ -29,6 +28,7 @@ from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_lay
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import read_statistics, write_statistics
 from gs_dist.checkpoint.solved_layer import read_solved, write_solved
+from gs_dist.data.dataset import TokenBatch, open_dataset
 from gs_dist.model.statistics import LayerStatistics
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.recipe.config import CalibrationConfig

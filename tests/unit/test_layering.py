@@ -21,16 +21,21 @@ ALLOWED = {
     "planning": {"words", "model", "recipe", "results", "planning"},
     "solvers": {"words", "model", "recipe", "results", "solvers"},
     "checkpoint": {"words", "model", "recipe", "results", "checkpoint"},
-    "calibration": {"words", "model", "recipe", "results", "solvers", "checkpoint", "calibration"},
-    "ptq": {"words", "model", "recipe", "results", "solvers", "checkpoint", "calibration", "ptq"},
-    "runtime": {"words", "model", "recipe", "results", "planning", "solvers", "checkpoint", "calibration", "runtime"},
-    "terminal": {"words", "model", "recipe", "results", "planning", "checkpoint", "ptq", "runtime", "terminal"},
+    "data": {"words", "recipe", "data"},
+    "calibration": {"words", "model", "recipe", "results", "solvers", "checkpoint", "data", "calibration"},
+    "ptq": {"words", "model", "recipe", "results", "solvers", "checkpoint", "data", "calibration", "ptq"},
+    "runtime": {
+        *("words", "model", "recipe", "results", "planning", "solvers", "checkpoint", "data", "calibration"),
+        "runtime",
+    },
+    "terminal": {"words", "model", "recipe", "results", "planning", "checkpoint", "data", "ptq", "runtime", "terminal"},
 }
 LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "wording"}
 FRAMEWORKS = {
     "ray": ("runtime/worker_group.py", "runtime/cluster.py"),
     "mindspore": ("calibration/", "ptq/"),
-    "pyarrow": ("calibration/dataset.py", "calibration/arrow_files.py", "results/summary.py"),
+    "pyarrow": ("data/", "results/summary.py"),
+    "jinja2": ("data/",),
     "torch": (),
     "transformers": (),
     "pickle": (),

@@ -12,7 +12,7 @@ from mindspore import nn
 from ptq_networks import CHANNELS, Mlp, batches, random_dense
 from pyarrow import parquet
 
-from gs_dist.calibration.dataset import open_dataset
+from gs_dist.data.dataset import open_dataset
 from gs_dist.ptq import PTQ, PTQConfig
 from gs_dist.ptq.calibration_rows import read_rows, row_mask
 from gs_dist.recipe.config import CalibrationData

@@ -15,9 +15,9 @@ import pytest
 from runs import inline_evaluation_group, plan_of, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
-from gs_dist.calibration.dataset import open_dataset
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, ClusterError, PlanError, WorkerLostError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import probe_memory

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from gs_dist.calibration import dataset as dataset_module
-from gs_dist.calibration.dataset import CalibrationDataset, TokenBatch, open_dataset
+from gs_dist.data import dataset as dataset_module
+from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
 

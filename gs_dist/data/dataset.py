@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gs_dist.calibration.arrow_files import ArrowFile, Rows, WantedRows, find_files, without_secrets
+from gs_dist.data.arrow_files import ArrowFile, Rows, WantedRows, find_files, without_secrets
 from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
 
