@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from checkpoints import DTYPES, random_tensors, save_safetensors, save_tokenizer, tiny_config
 
-from gs_dist.checkpoint.formats import CheckpointFormat
+from gs_dist.checkpoint.dialects import Codec
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -91,7 +91,7 @@ def uniform_policies(architecture: DecoderArchitecture, policy: QuantPolicy | No
 
 def save_model(
     directory: Path,
-    dialect: CheckpointFormat,
+    dialect: Codec,
     policy: QuantPolicy | dict[str, QuantPolicy | None] | None,
     dtype: str = "bfloat16",
     model_type: str = "llama",

@@ -10,15 +10,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from gs_dist.checkpoint.dialects import layout_of
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
-from gs_dist.checkpoint.layouts import Layout, build_layout, detect_format
+from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
 from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
-from gs_dist.checkpoint.values import check_static_linears, check_tensors
+from gs_dist.checkpoint.values import check_tensors
 from gs_dist.errors import OutputError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
 
@@ -44,13 +45,13 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
     if engine is not None and engine not in ENGINES:
         raise UserError(f"--for {engine}: known engines are {', '.join(sorted(ENGINES))}")
     inventory = take_inventory(_model_directory(Path(directory)))
-    dialect = detect_format(inventory)
+    dialect = detect_dialect(inventory)
     architecture = inventory.architecture
-    layout = Layout(format=dialect)
+    layout = Layout(dialect=dialect)
     if dialect and architecture is not None:
-        layout = build_layout(inventory, dialect, architecture)
-        sound = check_tensors(inventory, layout)
-        check_static_linears(inventory, layout, sound)
+        rules = layout_of(dialect)
+        layout = build_layout(inventory, dialect, rules, architecture)
+        rules.check_relations(inventory, layout, check_tensors(inventory, layout))
         if engine is not None:
             ENGINES[engine](inventory, layout)
         _check_hashes(inventory, architecture)
@@ -80,9 +81,9 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
         UserError: `directory` is not a directory.
     """
     inventory = take_inventory(directory)
-    dialect = detect_format(inventory)
+    dialect = detect_dialect(inventory)
     if dialect and inventory.architecture is not None:
-        layout = build_layout(inventory, dialect, inventory.architecture)
+        layout = build_layout(inventory, dialect, layout_of(dialect), inventory.architecture)
         inventory.problems.clear()  # those of the format's own rules
         ENGINES[engine](inventory, layout)
     return EngineVerdict(
@@ -193,7 +194,7 @@ def _sha256(path: Path) -> str:
 
 def _facts(inventory: Inventory, layout: Layout, architecture: DecoderArchitecture | None) -> dict[str, str]:
     """What the directory is, for a reader."""
-    facts = {"format": layout.format or "unknown"}
+    facts = {"format": layout.dialect or "unknown"}
     if architecture is not None:
         facts["model"] = f"{architecture.model_type}, {architecture.num_layers} layers, {architecture.dtype}"
         facts["head"] = "tied to the embedding" if architecture.tie_word_embeddings else "of its own"

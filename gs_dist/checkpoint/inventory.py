@@ -19,19 +19,15 @@ from gs_dist.checkpoint.problems import Note, Problem
 from gs_dist.checkpoint.reader import contained_path
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import description_files
 
-__all__ = ["CONFIG_FILE", "DESCRIPTIONS", "INDEX_FILE", "Inventory", "take_inventory"]
+__all__ = ["CONFIG_FILE", "INDEX_FILE", "Inventory", "take_inventory"]
 
 Array = npt.NDArray[Any]
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DESCRIPTIONS: Mapping[str, str] = {
-    "quant_model_description.json": "ascend",
-    "quantization_description.json": "golden-stick",
-}
-"""Name of a description file to the dialect it belongs to."""
 
 _CHUNK = 16 << 20  # bytes of a tensor in memory at a time
 _MAX_LAYERS = 10_000  # some ten times what any model has; every layer's tensors are listed in memory
@@ -106,7 +102,7 @@ def take_inventory(directory: Path) -> Inventory:
     inventory = Inventory(directory=directory)
     _read_config(inventory)
     for name in sorted(path.name for path in directory.glob("*.json")):
-        if any(name.endswith(known) for known in DESCRIPTIONS):
+        if any(name.endswith(known) for known in description_files()):
             content = _json(inventory, name)
             if content is not None:
                 inventory.descriptions[name] = _with_text_labels(inventory, name, content)

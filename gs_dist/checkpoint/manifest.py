@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_json, write_safetensors
 from gs_dist.errors import OutputError
@@ -110,7 +110,7 @@ def publish_layer(
         output: the run's output directory; subdirectories are made.
         layer: what the solvers made of the layer.
         architecture: of the source checkpoint.
-        formats: names in `FORMATS`.
+        formats: dialects to write.
         fingerprints: what the layer was made from.
         made_with: the software of this process.
 
@@ -122,7 +122,7 @@ def publish_layer(
     shards = {}
     for name in formats:
         directory = make_directory(output / name)
-        tensors = FORMATS[name].encode_layer(layer, architecture)
+        tensors = codec_of(name).encode_layer(layer, architecture)
         shards[name] = write_safetensors(directory / f"{part_stem(layer.layer)}.safetensors", tensors)
     kv_cache = None
     if layer.kv_cache is not None:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gs_dist.checkpoint.formats import FORMATS, CheckpointFormat
-from gs_dist.checkpoint.formats.base import Policies
+from gs_dist.checkpoint.dialects import Codec, codec_of
+from gs_dist.checkpoint.dialects.base import Policies
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader, contained_path
@@ -63,7 +63,7 @@ def merge_checkpoint(
 
     Args:
         output: the run's output directory.
-        format_name: a name in `FORMATS`.
+        format_name: the dialect.
         reader: the source checkpoint.
         manifests: those of all decoder layers, in any order.
         outer: the manifest of embedding, final norm and head.
@@ -83,7 +83,7 @@ def merge_checkpoint(
     kv_cache = {layer: part.kv_cache for layer, part in layers.items()}
     _check_planned(planned or {}, policies, layers)
     for part in parts:
-        _check_accounted(part, FORMATS[format_name], policies, reader)
+        _check_accounted(part, codec_of(format_name), policies, reader)
         _check_on_disk(directory, part, format_name)
     _check_no_foreign_weights(directory, parts, format_name)
 
@@ -95,14 +95,14 @@ def merge_checkpoint(
 
     remove_leftovers(directory)
     written = _copy_companions(reader.directory, directory)
-    for name, content in FORMATS[format_name].extra_files(policies, kv_cache, architecture).items():
+    for name, content in codec_of(format_name).extra_files(policies, kv_cache, architecture).items():
         write_json(directory / name, content)
         written.append(name)
     # auto_map names code to run, and _name_or_path may be a path of the machine.
     source = {key: value for key, value in reader.config.items() if key not in ("auto_map", "_name_or_path")}
     if "dtype" not in source and "torch_dtype" not in source:
         source["torch_dtype"] = architecture.dtype
-    write_json(directory / "config.json", FORMATS[format_name].config(source, policies, kv_cache, architecture))
+    write_json(directory / "config.json", codec_of(format_name).config(source, policies, kv_cache, architecture))
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / INDEX_FILE, index)
     return MergeRecord(
@@ -138,9 +138,7 @@ def _check_planned(planned: Policies, actual: Policies, layers: Mapping[int, Lay
             raise JobFailure(f"{name}: the recipe leaves it alone, and it was quantised")
 
 
-def _check_accounted(
-    part: LayerManifest, dialect: CheckpointFormat, policies: Policies, reader: CheckpointReader
-) -> None:
+def _check_accounted(part: LayerManifest, dialect: Codec, policies: Policies, reader: CheckpointReader) -> None:
     """A shard holds exactly what the architecture and the policies call for, in the source's float dtypes."""
     architecture = reader.architecture
     if part.layer is None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header, read_json
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import description_files
 
 __all__ = ["CheckpointReader", "contained_path"]
 
@@ -26,8 +27,6 @@ Array = npt.NDArray[Any]
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What the ascend and golden-stick dialects have in place of `quantization_config`.
-DESCRIPTION_FILES = ("quant_model_description.json", "quantization_description.json")
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _EDGE = 64 << 10  # bytes of each end of a file's data that the fingerprint looks at
@@ -94,14 +93,14 @@ class CheckpointReader:
         self._config_path = contained_path(self.directory, CONFIG_FILE)
         self.config = read_json(self._config_path, CONFIG_FILE)
         self.quantization_config: Any = self.config.get("quantization_config")  # checked by the format that reads it
-        described = any((self.directory / name).is_file() for name in DESCRIPTION_FILES)
+        described = any((self.directory / name).is_file() for name in description_files())
         if quantized and not described and not isinstance(self.quantization_config, Mapping):
             raise CheckpointError(
-                f"{CONFIG_FILE}: quantization_config is missing, and there is no {' or '.join(DESCRIPTION_FILES)}: "
+                f"{CONFIG_FILE}: quantization_config is missing, and there is no {' or '.join(description_files())}: "
                 "the checkpoint is not quantised"
             )
         if described and not quantized:
-            (found_name, *_) = (name for name in DESCRIPTION_FILES if (self.directory / name).is_file())
+            (found_name, *_) = (name for name in description_files() if (self.directory / name).is_file())
             raise CheckpointError(
                 f"{found_name} describes quantised weights, so this checkpoint is quantised already; set model to the "
                 "directory of the float checkpoint it was made from"

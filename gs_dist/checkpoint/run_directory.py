@@ -18,7 +18,7 @@ from typing import Any
 import numpy.typing as npt
 
 from gs_dist.checkpoint.array_file import read_arrays
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import published_dialect
 from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.layer_costs import SENSITIVITY
 from gs_dist.checkpoint.manifest import (
@@ -45,6 +45,7 @@ from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = [
@@ -55,7 +56,6 @@ __all__ = [
     "find_models",
     "holds_statistics",
     "locked",
-    "published_format",
     "read_origin",
     "read_statistics",
     "remove_statistics",
@@ -68,8 +68,6 @@ LOCK = ".lock"
 STATISTICS = "statistics"
 LAYER_POLICIES = "layer_policies.yaml"
 _FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
-# Files by which a model directory of a format is known.
-_MARKERS = {"ascend": "quant_model_description.json", "golden-stick": "quantization_description.json"}
 
 
 @contextmanager
@@ -125,7 +123,7 @@ def _remove_empty(path: Path) -> None:
 
 
 def _refuse_foreign(path: Path) -> None:
-    ours = {*FORMATS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
+    ours = {*DIALECTS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
     names = sorted(entry.name for entry in path.iterdir())
     foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
     if foreign:
@@ -357,21 +355,6 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
     return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
 
 
-def published_format(directory: Path) -> str | None:
-    """The format that a job published a model directory in; None for one of floats.
-
-    Raises:
-        CheckpointError: config.json is damaged.
-    """
-    for name, marker in _MARKERS.items():
-        if (directory / marker).is_file():
-            return name
-    if not (directory / "config.json").is_file():
-        return None
-    config = read_json(directory / "config.json", "config.json")
-    return "compressed-tensors" if config.get("quantization_config") is not None else None
-
-
 def find_models(directory: Path, formats: Sequence[str] = ()) -> dict[str, Path]:
     """Format to model directory, given a job's output or a model directory itself.
 
@@ -382,8 +365,8 @@ def find_models(directory: Path, formats: Sequence[str] = ()) -> dict[str, Path]
     Raises:
         CheckpointError: there is no finished model, or none in a format that is wanted.
     """
-    found = {name: directory / name for name in FORMATS if (directory / name / INDEX_FILE).is_file()}
-    itself = published_format(directory) if not found and (directory / INDEX_FILE).is_file() else None
+    found = {name: directory / name for name in DIALECTS if (directory / name / INDEX_FILE).is_file()}
+    itself = published_dialect(directory) if not found and (directory / INDEX_FILE).is_file() else None
     if itself is not None:
         found = {itself: directory}
     missing = [name for name in formats if name not in found]

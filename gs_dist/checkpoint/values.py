@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.inventory import Inventory
-from gs_dist.checkpoint.layouts import Expectation, Layout
+from gs_dist.checkpoint.layout import Expectation, Layout
+from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["check_static_linears", "check_tensors"]
 
@@ -30,7 +31,7 @@ def check_tensors(inventory: Inventory, layout: Layout) -> set[str]:
     Values are looked at only where dtype and shape are right.
     """
     sound = set()
-    sources = "the description" if layout.format != "compressed-tensors" else "config.json"
+    sources = "the description" if DIALECTS[layout.dialect].description_file else "config.json"
     for name, expected in layout.tensors.items():
         info = inventory.tensors.get(name)
         if info is None:
@@ -191,15 +192,13 @@ _RULES: Mapping[str, Callable[[Inventory, str, Expectation], Finding]] = {
 }
 
 
-def check_static_linears(inventory: Inventory, layout: Layout, sound: set[str]) -> None:
-    """Rules between the tensors of W8A8 linears of the ascend and golden-stick dialects.
+def check_static_linears(inventory: Inventory, layout: Layout, sound: set[str], *, folds_bias: bool) -> None:
+    """Rules between the tensors of W8A8 linears of dialects that store what an engine's kernel takes.
 
     deq_scale is input_scale x weight_scale. quant_bias is round(bias / deq_scale - sum of offset x weight)
-    over the input channels, with bias in the ascend dialect and without in golden-stick. Linears that engines
-    fuse share input scale and offset.
+    over the input channels, with bias where the dialect folds it in (`folds_bias`) and without elsewhere. Linears
+    that engines fuse share input scale and offset.
     """
-    if layout.format not in ("ascend", "golden-stick"):
-        return
     for name, kind in layout.kinds.items():
         leaves = [f"{name}.{leaf}" for leaf in ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias")]
         if kind != "W8A8" or not sound.issuperset(leaves):
@@ -210,7 +209,7 @@ def check_static_linears(inventory: Inventory, layout: Layout, sound: set[str]) 
         if weight_scale in sound and np.ptp(scale) == 0:  # a scale a channel has smoothing in it
             product = scale[0] * inventory.read(weight_scale).astype(np.float64).reshape(-1)
             _compare(inventory, name + ".deq_scale", "deq-scale", deq_scale, product, _CLOSE * product)
-        _check_quant_bias(inventory, layout, name, deq_scale, sound)
+        _check_quant_bias(inventory, layout, name, deq_scale, sound, folds_bias=folds_bias)
     _check_shared_inputs(inventory, layout, sound)
 
 
@@ -221,10 +220,12 @@ def _deq_scale(inventory: Inventory, name: str) -> Array:
     return np.asarray(stored.astype(np.float64))
 
 
-def _check_quant_bias(inventory: Inventory, layout: Layout, name: str, deq_scale: Array, sound: set[str]) -> None:
+def _check_quant_bias(
+    inventory: Inventory, layout: Layout, name: str, deq_scale: Array, sound: set[str], *, folds_bias: bool
+) -> None:
     expected = -_offset_sums(inventory, name)
     slack = 1.0 + _CLOSE * np.abs(expected)
-    if layout.format == "ascend" and name + ".bias" in layout.tensors:
+    if folds_bias and name + ".bias" in layout.tensors:
         if name + ".bias" not in sound:
             return
         folded = inventory.read(name + ".bias").astype(np.float64) / deq_scale

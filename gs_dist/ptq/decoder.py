@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import rotary_tables  # one source of the frequencies
+from gs_dist.checkpoint.dialects import published_dialect
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.ptq.kv_cache import KVCache
@@ -184,7 +184,7 @@ class CausalDecoder(nn.Cell):
 
 
 def _reader(directory: Path | str) -> CheckpointReader:
-    return CheckpointReader(directory, quantized=published_format(Path(directory)) is not None)
+    return CheckpointReader(directory, quantized=published_dialect(Path(directory)) is not None)
 
 
 class _Source:

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.calibration.device import Device
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of, published_dialect
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import published_format
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.ptq.cells import QuantDense
@@ -63,7 +62,7 @@ def load_published(network: Any, directory: Path, device: Device) -> None:
         CheckpointError: the directory is damaged or was not published by a job; the network has other linears, or
             its cells are of another scheme.
     """
-    name = published_format(directory)
+    name = published_dialect(directory)
     if name is None:
         raise CheckpointError(
             f"{directory.name!r} holds a float model: give the model directory that a job published, such as "
@@ -77,7 +76,7 @@ def load_published(network: Any, directory: Path, device: Device) -> None:
         floats["lm_head.weight"] = floats["model.embed_tokens.weight"]
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        decoded = FORMATS[name].decode_layer(reader, layer)
+        decoded = codec_of(name).decode_layer(reader, layer)
         _fill_linears(cells, decoded, architecture)
         _fill_cache(cells.get(f"{prefix}self_attn.cache"), decoded.kv_cache, f"{prefix}self_attn")
         floats.update({prefix + tensor: array for tensor, array in decoded.tensors.items()})

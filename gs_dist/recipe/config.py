@@ -30,13 +30,13 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gs_dist.errors import RecipeError
 from gs_dist.recipe.bits import contradictions
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
 
 __all__ = [
-    "FORMAT_NAMES",
     "CalibrationConfig",
     "CalibrationData",
     "PTQSection",
@@ -48,8 +48,6 @@ __all__ = [
     "read_published_recipe",
     "recipe_fingerprint",
 ]
-
-FORMAT_NAMES = ("compressed-tensors", "ascend", "golden-stick")
 
 # Tokens of a micro-batch where the recipe leaves its size open: enough for matrix products to run at full
 # rate, little enough that attention scores of one layer stay small. It must not depend on the cluster.
@@ -112,11 +110,11 @@ def _list_of_names(value: object) -> object:
     raise _refusal("a list of parts of names, such as [lm_head]")
 
 
-def _formats(value: object) -> object:
+def _dialects(value: object) -> object:
     entries = _one_or_more(value)
     assert isinstance(entries, tuple)
-    if any(entry not in FORMAT_NAMES for entry in entries) or len(set(entries)) != len(entries):
-        raise _refusal(f"one or more of {', '.join(FORMAT_NAMES)}, each once")
+    if any(entry not in DIALECTS for entry in entries) or len(set(entries)) != len(entries):
+        raise _refusal(f"one or more of {', '.join(DIALECTS)}, each once")
     return entries
 
 
@@ -269,9 +267,9 @@ class CalibrationConfig(_Section):
     """Linears with a policy of their own, by regular expressions that match full names from the start."""
     parallel: ParallelConfig = ParallelConfig()
     """How the job is spread; nothing here changes the published bytes."""
-    format: Annotated[
-        tuple[str, ...], BeforeValidator(_formats), Values(f"one or more of {', '.join(FORMAT_NAMES)}")
-    ] = ("compressed-tensors",)
+    format: Annotated[tuple[str, ...], BeforeValidator(_dialects), Values(f"one or more of {', '.join(DIALECTS)}")] = (
+        "compressed-tensors",
+    )
     """Forms the model is published in, each in a directory of its own."""
     gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Gram matrices of activations, which errors are reported from; off takes them only where a solver must."""

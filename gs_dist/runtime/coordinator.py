@@ -17,7 +17,7 @@ from typing import Any
 
 from gs_dist import __version__
 from gs_dist.checkpoint.check import check
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
 from gs_dist.checkpoint.model_card import CARD, write_model_card
@@ -168,7 +168,7 @@ def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: Calibratio
         note
         for name in config.format
         for policies in plan.policy_sets
-        for note in FORMATS[name].check_policies(policies, reader.architecture)
+        for note in codec_of(name).check_policies(policies, reader.architecture)
     ]
     return list(dict.fromkeys(notes))
 

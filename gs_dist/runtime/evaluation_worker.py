@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeights
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.recipe.config import CalibrationData
@@ -89,7 +89,7 @@ class EvaluationWorker:
             if which == FLOAT:
                 self._layers.append(self._network.layer_weights(self._reader.read_layer(index)))
             else:
-                layer = FORMATS[which].decode_layer(self._reader, index)
+                layer = codec_of(which).decode_layer(self._reader, index)
                 self._layers.append(self._network.layer_weights({}, quantized=layer))
         self._group = group
 

@@ -22,7 +22,7 @@ from gs_dist.calibration.device import open_device
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.calibration.observers import CardObserver, HostObserver
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.layer_costs import remove_costs, write_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -266,7 +266,7 @@ class StageWorker:
             statistics=statistics,
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
-            makes_biases=all(FORMATS[name].makes_biases for name in self._job.config.format),
+            makes_biases=all(codec_of(name).makes_biases for name in self._job.config.format),
         )
 
     def _judge(self, layer: int, statistics: LayerStatistics) -> LayerCosts:

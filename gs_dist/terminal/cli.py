@@ -215,17 +215,15 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
 
 def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[CalibrationPlan, list[str]]:
     """The plan, and what the formats have to say about it."""
-    from gs_dist.checkpoint.formats import FORMATS
+    from gs_dist.checkpoint.dialects import codec_of
     from gs_dist.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(Path(config.model))
     made = make_plan(config, reader.architecture, reader.tensors, facts)
     notes: list[str] = []
     for name in config.format:
-        if name not in FORMATS:
-            raise UserError(f"format {name} is not served by this version: choose from {', '.join(FORMATS)}")
         for policies in made.policy_sets:
-            notes += FORMATS[name].check_policies(policies, reader.architecture)
+            notes += codec_of(name).check_policies(policies, reader.architecture)
     return made, list(dict.fromkeys(notes))
 
 

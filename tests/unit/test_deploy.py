@@ -21,7 +21,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gs_dist
 from gs_dist.checkpoint.check import check
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.planning.cluster_facts import ClusterFacts
@@ -267,8 +267,8 @@ def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) 
         config.ptq.opname_blacklist,
     )
     for name in config.format:
-        FORMATS[name].check_policies(policies, architecture)
-        dialects.save_model(tmp_path / name, FORMATS[name], dict(policies), hidden_size=128)
+        codec_of(name).check_policies(policies, architecture)
+        dialects.save_model(tmp_path / name, codec_of(name), dict(policies), hidden_size=128)
         for engine in ENGINES[recipe.stem]:
             assert check(tmp_path / name, engine).problems == ()
 

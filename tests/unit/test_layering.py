@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gs_dist.recipe.dialects import DIALECTS
+
 PACKAGE = Path(__file__).parents[2] / "gs_dist"
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -128,7 +130,8 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_the_command_line_imports_no_heavy_package_at_start() -> None:
     """`gs-dist plan` reaches neither Ray, MindSpore nor Arrow, through whatever it imports at start."""
     reached: set[str] = set()
-    pending = ["gs_dist.terminal.cli", "gs_dist.checkpoint.reader", "gs_dist.checkpoint.formats"]
+    pending = ["gs_dist.terminal.cli", "gs_dist.checkpoint.reader", "gs_dist.checkpoint.dialects"]
+    pending += [f"{dialect.home}.{part}" for dialect in DIALECTS.values() for part in ("codec", "layout")]
     while pending:
         module = pending.pop()
         if module in reached:
@@ -156,3 +159,17 @@ def test_every_room_of_the_package_is_known() -> None:
 def test_only_what_every_room_says_lies_loose_at_the_top_of_the_package() -> None:
     """A new noun has a room; the top is no place to leave it."""
     assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE_MODULES
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_checker_knows_nothing_of_the_writer_that_it_checks(dialect: str) -> None:
+    """A dialect's layout reaches no codec, nor what codecs share, through whatever it imports: a second opinion."""
+    writers = {name for name in MODULES if ".dialects." in name and not name.endswith(".layout")}
+    reached: set[str] = set()
+    pending = [f"{DIALECTS[dialect].home}.layout"]
+    while pending:
+        module = pending.pop()
+        assert module not in writers, f"the layout of {dialect} reaches {module}"
+        found = {name for name in imported(MODULES[module]) if name in MODULES} - reached
+        reached |= found
+        pending.extend(found)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from gs_dist.checkpoint.engines import compressed_tensors, vllm_ascend, vllm_mindspore
 from gs_dist.checkpoint.inventory import Inventory
-from gs_dist.checkpoint.layouts import Layout
+from gs_dist.checkpoint.layout import Layout
 
 __all__ = ["ENGINES"]
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout, SchemeGroup, scheme_groups
+from gs_dist.checkpoint.layout import Layout
 
 __all__ = ["DEQUANTIZE", "check_transformers", "check_vllm"]
 
@@ -85,8 +86,8 @@ def check_vllm(inventory: Inventory, layout: Layout) -> None:
 
 def _check_library(inventory: Inventory, layout: Layout) -> bool:
     """`quant_config.py`: method, status, formats and arguments that the library knows. False for another dialect."""
-    if layout.format != "compressed-tensors":
-        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", "compressed-tensors")
+    if layout.dialect != "compressed-tensors":
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", "compressed-tensors")
         return False
     config = inventory.quantization_config
     if config.get("format") not in _FORMATS:

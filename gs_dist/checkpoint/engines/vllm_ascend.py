@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout, SchemeGroup, scheme_groups
+from gs_dist.checkpoint.layout import Layout
+from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["check"]
 
-_DESCRIPTION = "quant_model_description.json"
+_DESCRIPTION = DIALECTS["ascend"].describing_file
 # Kinds registered for "linear" by `register_scheme` that a dense int8 or int4 checkpoint can have.
 _LINEAR_KINDS = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16")
 _FUSED = {
@@ -27,15 +29,15 @@ _KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
 
 def check(inventory: Inventory, layout: Layout) -> None:
     """Applies the loader's rules to an ascend or a compressed-tensors directory; no other dialect is loaded."""
-    if layout.format == "ascend":
+    if layout.dialect == "ascend":
         _check_description(inventory, layout)
         _check_kv(inventory, layout)
         _check_dtype(inventory, layout)
-    elif layout.format == "compressed-tensors":
+    elif layout.dialect == "compressed-tensors":
         _check_compressed_tensors(inventory)
     else:
         expected = f"{_DESCRIPTION}, or quant_method compressed-tensors (utils.py, detect_quantization_method)"
-        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", expected)
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", expected)
 
 
 def _check_description(inventory: Inventory, layout: Layout) -> None:

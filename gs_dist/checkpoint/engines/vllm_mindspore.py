@@ -10,32 +10,34 @@ from __future__ import annotations
 import re
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layouts import Layout
+from gs_dist.checkpoint.layout import Layout
+from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["check"]
 
-_FILES = ("quantization_description.json", "quant_model_description.json", "quant_model_description_w8a8sc.json")
+_READ = ("golden-stick", "ascend")
+_FILES = (*(DIALECTS[name].describing_file for name in _READ), "quant_model_description_w8a8sc.json")
 _KINDS = ("FLOAT", "W8A8")  # quantization_method_mapping, without W8A8S, which is for the 310P alone
 _FUSED = ((r"\b[qkv]_proj$", "qkv_proj"), (r"\b(gate|up)_proj$", "gate_up_proj"))
 
 
 def check(inventory: Inventory, layout: Layout) -> None:
     """Applies the reader's rules to a golden-stick or an ascend directory; no other dialect is loaded."""
-    if layout.format not in ("golden-stick", "ascend"):
+    if layout.dialect not in _READ:
         expected = f"{_FILES[0]} (golden_stick.py, get_config_filenames)"
-        inventory.report(CONFIG_FILE, "engine-format", f"{layout.format} checkpoint", expected)
+        inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", expected)
         return
     found = sorted(p.name for p in inventory.directory.glob("*.json") if p.name.endswith(_FILES))
     if len(found) > 1:
         expected = "one description file by the end of its name (weight_utils.py, get_quant_config)"
         inventory.report(found[1], "description-single", " and ".join(found), expected)
-    file = _FILES[0] if layout.format == "golden-stick" else _FILES[1]
+    file = DIALECTS[layout.dialect].describing_file
     _check_consistency(inventory, file)
     for name, kind in layout.kinds.items():
         if kind not in _KINDS:
             expected = "FLOAT or W8A8 (golden_stick.py, quantization_method_mapping)"
             inventory.report(file, "engine-kind", kind, expected, name)
-    if layout.format == "golden-stick":
+    if layout.dialect == "golden-stick":
         _check_row_parallel(inventory, layout)
     else:
         _check_folded_bias(inventory, layout, file)

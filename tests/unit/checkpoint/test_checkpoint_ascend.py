@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from checkpoints import DTYPES, tiny_config
 
-from gs_dist.checkpoint.formats.ascend import AscendFormat
+from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
-FORMAT = AscendFormat()
+FORMAT = AscendCodec()
 POLICIES = (None, dialects.W8A8, dialects.W8A8_PLUS, dialects.W8A8_DYNAMIC, dialects.W8A16)
 STATIC = {"weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias"}
 DYNAMIC = {"weight", "weight_scale", "weight_offset"}

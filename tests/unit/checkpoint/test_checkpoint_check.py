@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gs_dist.checkpoint.check import check, check_all, judge
+from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
+from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
+from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec
 from gs_dist.checkpoint.engines import ENGINES
-from gs_dist.checkpoint.formats.ascend import AscendFormat
-from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
-from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer, read_manifest
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
@@ -61,35 +61,35 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = {"model_type": "qwen2", "hidden_size": 128, "zero_point": 9}
     odd = {"hidden_size": 68, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 34}
     specs: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "ascend": (AscendFormat(), asymmetric, {**model, "kv_cache": "per_channel"}),
-        "ascend-float16": (AscendFormat(), asymmetric, {**model, "dtype": "float16"}),
-        "ascend-no-bias": (AscendFormat(), dialects.W8A8, {}),
-        "ascend-tied": (AscendFormat(), dialects.W8A16, {"tie_word_embeddings": True}),
-        "golden": (GoldenStickFormat(), asymmetric, model),
-        "golden-w4": (GoldenStickFormat(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
-        "golden-w8a16": (GoldenStickFormat(), dialects.W8A16, {}),
-        "ct": (CompressedTensorsFormat(), dialects.W8A8, {}),
-        "ct-asymmetric": (CompressedTensorsFormat(), asymmetric, {}),
-        "ct-w4": (CompressedTensorsFormat(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
-        "ct-w4-odd": (CompressedTensorsFormat(), dialects.W4A16, odd),
-        "ct-dynamic": (CompressedTensorsFormat(), dialects.W8A8_DYNAMIC, {}),
-        "ct-cache": (CompressedTensorsFormat(), dialects.W8A16, {"hidden_size": 128, "kv_cache": "per_channel"}),
-        "ct-w4-zero-points": (CompressedTensorsFormat(), W4_ZERO_POINTS, {"hidden_size": 128}),
-        "ct-w8-zero-points": (CompressedTensorsFormat(), QuantPolicy(weight_symmetric=False), {"hidden_size": 128}),
+        "ascend": (AscendCodec(), asymmetric, {**model, "kv_cache": "per_channel"}),
+        "ascend-float16": (AscendCodec(), asymmetric, {**model, "dtype": "float16"}),
+        "ascend-no-bias": (AscendCodec(), dialects.W8A8, {}),
+        "ascend-tied": (AscendCodec(), dialects.W8A16, {"tie_word_embeddings": True}),
+        "golden": (GoldenStickCodec(), asymmetric, model),
+        "golden-w4": (GoldenStickCodec(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
+        "golden-w8a16": (GoldenStickCodec(), dialects.W8A16, {}),
+        "ct": (CompressedTensorsCodec(), dialects.W8A8, {}),
+        "ct-asymmetric": (CompressedTensorsCodec(), asymmetric, {}),
+        "ct-w4": (CompressedTensorsCodec(), dialects.W4A16_GROUPS, {"hidden_size": 128}),
+        "ct-w4-odd": (CompressedTensorsCodec(), dialects.W4A16, odd),
+        "ct-dynamic": (CompressedTensorsCodec(), dialects.W8A8_DYNAMIC, {}),
+        "ct-cache": (CompressedTensorsCodec(), dialects.W8A16, {"hidden_size": 128, "kv_cache": "per_channel"}),
+        "ct-w4-zero-points": (CompressedTensorsCodec(), W4_ZERO_POINTS, {"hidden_size": 128}),
+        "ct-w8-zero-points": (CompressedTensorsCodec(), QuantPolicy(weight_symmetric=False), {"hidden_size": 128}),
         "ct-w8a8-zero-points": (
-            CompressedTensorsFormat(),
+            CompressedTensorsCodec(),
             QuantPolicy(weight_symmetric=False, act_quant_dtype="int8", act_quant_granularity="per_token"),
             {},
         ),
-        "ct-w4a8": (CompressedTensorsFormat(), dialects.W4A8, {}),
-        "ct-wide": (CompressedTensorsFormat(), W4_GROUPS_OF_256, {"hidden_size": 256, "intermediate_size": 256}),
+        "ct-w4a8": (CompressedTensorsCodec(), dialects.W4A8, {}),
+        "ct-wide": (CompressedTensorsCodec(), W4_GROUPS_OF_256, {"hidden_size": 256, "intermediate_size": 256}),
         "ct-wide-float16": (
-            CompressedTensorsFormat(),
+            CompressedTensorsCodec(),
             W4_GROUPS_OF_256,
             {"hidden_size": 256, "intermediate_size": 256, "dtype": "float16"},
         ),
-        "ct-two-sizes": (CompressedTensorsFormat(), two_sizes(), {"hidden_size": 128}),
-        "ct-group-index": (CompressedTensorsFormat(), W4_GROUP_INDEX, {"hidden_size": 128}),
+        "ct-two-sizes": (CompressedTensorsCodec(), two_sizes(), {"hidden_size": 128}),
+        "ct-group-index": (CompressedTensorsCodec(), W4_GROUP_INDEX, {"hidden_size": 128}),
     }
     for name, (dialect, policy, options) in specs.items():
         dialects.save_model(root / name, dialect, policy, **options)

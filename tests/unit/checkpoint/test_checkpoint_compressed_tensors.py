@@ -15,18 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantized_layers import LINEARS, SCHEMES, quantise
 
-from gs_dist.checkpoint.formats import FORMATS
-from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
+from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import write_safetensors
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer
 
-FORMAT = FORMATS["compressed-tensors"]
+FORMAT = codec_of("compressed-tensors")
 PREFIX = "model.layers.0."
 
 
@@ -387,12 +388,12 @@ def test_scales_per_token_are_symmetric_whatever_the_policy_says() -> None:
     assert group["input_activations"]["symmetric"] is False
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", DIALECTS)
 def test_a_cache_with_a_scale_a_token_is_refused_alike_by_every_format(name: str) -> None:
     """Nothing of it could be published, so that no other format is advised."""
     policies = uniform(QuantPolicy(kvcache_quant_dtype="int8", kvcache_quant_granularity="per_token"))
     with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn: .* exists in gs_dist\.ptq alone") as caught:
-        FORMATS[name].check_policies(policies, architecture())
+        codec_of(name).check_policies(policies, architecture())
     assert "kvcache_quant_granularity: per_channel" in str(caught.value)
     assert "format" not in str(caught.value)
 

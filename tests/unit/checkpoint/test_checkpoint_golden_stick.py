@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gs_dist.checkpoint.formats.base import CheckpointFormat
-from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
-from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat, pack_int4, unpack_int4
+from gs_dist.checkpoint.dialects.base import Codec
+from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
+from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec, pack_int4, unpack_int4
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
-FORMAT = GoldenStickFormat()
+FORMAT = GoldenStickCodec()
 POLICIES = (None, dialects.W8A8, dialects.W8A16, dialects.W4A16, dialects.W4A16_GROUPS)
 
 
@@ -247,8 +247,8 @@ def test_expected_tensors_are_what_is_written(tmp_path: Path, policy: QuantPolic
     }
 
 
-@pytest.mark.parametrize("dialect", [FORMAT, CompressedTensorsFormat()], ids=["golden-stick", "compressed-tensors"])
-def test_a_shift_that_has_no_place_is_told_beforehand(dialect: CheckpointFormat) -> None:
+@pytest.mark.parametrize("dialect", [FORMAT, CompressedTensorsCodec()], ids=["golden-stick", "compressed-tensors"])
+def test_a_shift_that_has_no_place_is_told_beforehand(dialect: Codec) -> None:
     """Outlier Suppression Plus then only rescales, and the note names the format that has room for the shift."""
     architecture = DecoderArchitecture.from_config(tiny_config("llama"))
     notes = dialect.check_policies(dialects.uniform_policies(architecture, dialects.W8A8_PLUS), architecture)

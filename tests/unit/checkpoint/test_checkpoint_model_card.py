@@ -12,9 +12,9 @@ import yaml
 from checkpoints import tiny_config
 
 from gs_dist.checkpoint.check import EngineVerdict, Problem
-from gs_dist.checkpoint.formats.ascend import AscendFormat
-from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
-from gs_dist.checkpoint.formats.golden_stick import GoldenStickFormat
+from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
+from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
+from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec
 from gs_dist.checkpoint.model_card import render_model_card, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.model.decoder import DecoderArchitecture
@@ -113,7 +113,7 @@ def test_perplexities_are_shown_where_they_were_measured() -> None:
     assert "Perplexity was not measured" in other_format
 
 
-FORMATS = {dialect.name: dialect for dialect in (CompressedTensorsFormat(), AscendFormat(), GoldenStickFormat())}
+FORMATS = {dialect.name: dialect for dialect in (CompressedTensorsCodec(), AscendCodec(), GoldenStickCodec())}
 
 
 def serving(directory: Path, format_name: str, policy: QuantPolicy, **options: Any) -> str:

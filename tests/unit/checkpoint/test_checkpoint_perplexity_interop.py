@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
@@ -333,7 +333,7 @@ def evaluate(directory: Path, name: str, ids: Array) -> Evaluated:
     hidden = network.embed(outer, ids)
     roundings, seen = set(), []
     for layer in range(reader.architecture.num_layers):
-        weights = network.layer_weights({}, quantized=FORMATS[name].decode_layer(reader, layer))
+        weights = network.layer_weights({}, quantized=codec_of(name).decode_layer(reader, layer))
         roundings.add((*weights.schemes, *weights.kv_schemes))
         hidden, captured = network.forward_layer(weights, hidden)
         seen.append({key: tensor.asnumpy() for key, tensor in captured.items()})

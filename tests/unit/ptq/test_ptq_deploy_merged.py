@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import DecoderNetwork
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq import (
@@ -96,7 +96,7 @@ def fake_quantised(model: Path, name: str) -> Any:
     exchanged: dict[str, Any] = {}
     for layer in range(2):
         prefix = f"model.layers.{layer}."
-        decoded = FORMATS[name].decode_layer(reader, layer)
+        decoded = codec_of(name).decode_layer(reader, layer)
         for linear, found in decoded.linears.items():
             form = linear_form(prefix + linear, cells[prefix + linear])
             form = replace(form, bias=form.bias or found.bias is not None)
@@ -118,7 +118,7 @@ def evaluated(model: Path, name: str, ids: np.ndarray) -> np.ndarray:
     outer = network.outer_weights(reader.read_outer())
     hidden = network.embed(outer, ids)
     for layer in range(reader.architecture.num_layers):
-        weights = network.layer_weights({}, quantized=FORMATS[name].decode_layer(reader, layer))
+        weights = network.layer_weights({}, quantized=codec_of(name).decode_layer(reader, layer))
         hidden, _ = network.forward_layer(weights, hidden, capture=False)
     return np.asarray(network.logits(outer, hidden).asnumpy())
 

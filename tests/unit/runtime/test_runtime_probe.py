@@ -18,7 +18,7 @@ from workers import InlineWorkerGroup
 
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork
-from gs_dist.checkpoint.formats import FORMATS
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import DatasetError, JobFailure, WorkerLostError
 from gs_dist.progress import SilentProgress
@@ -63,7 +63,7 @@ def network_of(config: CalibrationConfig, which: str) -> Callable[[np.ndarray[An
     layers = [
         network.layer_weights(reader.read_layer(index))
         if which == FLOAT
-        else network.layer_weights({}, quantized=FORMATS[which].decode_layer(reader, index))
+        else network.layer_weights({}, quantized=codec_of(which).decode_layer(reader, index))
         for index in range(reader.architecture.num_layers)
     ]
     tied = reader.architecture.tie_word_embeddings

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from typer.testing import CliRunner, Result
 
 from gs_dist import __version__
-from gs_dist.checkpoint.formats.ascend import AscendFormat
-from gs_dist.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
+from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
+from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import ClusterError, LayerError
@@ -372,8 +372,8 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     write_summary(tmp_path, replace(a_summary(), formats=formats))
     # Model and output of one base name, as in models/tiny and runs/tiny.
     (tmp_path / "recipe.yaml").write_text("model: tiny\noutput: tiny\ncalibration: {data: c.parquet}\n")
-    dialects.save_model(tmp_path / "ascend", AscendFormat(), dialects.W8A8)
-    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsFormat(), dialects.W8A8)
+    dialects.save_model(tmp_path / "ascend", AscendCodec(), dialects.W8A8)
+    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsCodec(), dialects.W8A8)
     data = ["--data", "a.parquet", "--data", "b.parquet", "--num-samples", "4", "--no-packing"]
     result = run("evaluate", tmp_path, *data, "--model", tmp_path / "float")
     assert result.exit_code == 0
@@ -421,7 +421,7 @@ def test_the_memory_of_an_evaluation_is_a_size(tmp_path: Path, runtime: Runtime)
 
 def test_check_says_what_a_directory_is(tmp_path: Path) -> None:
     """A clean one is described on stdout, with exit code 0."""
-    dialects.save_model(tmp_path, CompressedTensorsFormat(), dialects.W8A8)
+    dialects.save_model(tmp_path, CompressedTensorsCodec(), dialects.W8A8)
     result = run("check", tmp_path, "--for", "transformers")
     assert result.exit_code == 0
     assert result.stdout.endswith("compressed-tensors checkpoint for transformers: no problem found\n")
@@ -429,7 +429,7 @@ def test_check_says_what_a_directory_is(tmp_path: Path) -> None:
 
 def test_check_says_why_a_directory_would_not_load(tmp_path: Path) -> None:
     """A broken one is the user's turn, and so is an unknown engine."""
-    dialects.save_model(tmp_path, CompressedTensorsFormat(), dialects.W8A8)
+    dialects.save_model(tmp_path, CompressedTensorsCodec(), dialects.W8A8)
     (tmp_path / "layer-00001.safetensors").unlink()
     result = run("check", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -493,8 +493,8 @@ def test_every_field_of_a_recipe_has_a_description(section: type[BaseModel]) -> 
 def test_each_format_of_a_job_is_checked(tmp_path: Path) -> None:
     """One report after another, and the exit code of the worst."""
     (tmp_path / "manifests").mkdir()
-    dialects.save_model(tmp_path / "ascend", AscendFormat(), dialects.W8A8_DYNAMIC)
-    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsFormat(), dialects.W8A8_DYNAMIC)
+    dialects.save_model(tmp_path / "ascend", AscendCodec(), dialects.W8A8_DYNAMIC)
+    dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsCodec(), dialects.W8A8_DYNAMIC)
     result = run("check", tmp_path)
     assert result.exit_code == 2
     first, second = result.stderr.split("\n\n")

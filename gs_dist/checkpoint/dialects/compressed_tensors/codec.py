@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.checkpoint.formats.base import KVKind, Policies
-from gs_dist.checkpoint.formats.compressed_tensors_notes import engine_notes
-from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
+from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
+from gs_dist.checkpoint.dialects.compressed_tensors.notes import engine_notes
+from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size, unpack_int32
+from gs_dist.checkpoint.dialects.compressed_tensors.schemes import (
     actorder,
     config_groups,
     layer_policies,
@@ -23,8 +24,7 @@ from gs_dist.checkpoint.formats.compressed_tensors_schemes import (
     policy_of,
     quantization_args,
 )
-from gs_dist.checkpoint.formats.description import kv_layers, shift_notes
-from gs_dist.checkpoint.formats.packing import pack_int32, packed_size, unpack_int32
+from gs_dist.checkpoint.dialects.description import kv_layers, shift_notes
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
@@ -33,21 +33,21 @@ from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
-__all__ = ["CompressedTensorsFormat"]
+__all__ = ["CODEC", "CompressedTensorsCodec"]
 
 Array = npt.NDArray[Any]
 
 _KV_PARTS = ("k_scale", "v_scale")
 
 
-class CompressedTensorsFormat:
+class CompressedTensorsCodec:
     """Writes and reads back compressed-tensors checkpoints."""
 
     name = "compressed-tensors"
     makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
-        """See `CheckpointFormat.check_policies`."""
+        """See `Codec.check_policies`."""
         for linear_name, policy, linear in layer_policies(policies, architecture):
             size = policy.group_size
             if size and linear.in_features % size:
@@ -60,7 +60,7 @@ class CompressedTensorsFormat:
         return (*shift_notes(self.name, policies), *engine_notes(policies, architecture))
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
-        """See `CheckpointFormat.encode_layer`. Scales are stored in the model's dtype.
+        """See `Codec.encode_layer`. Scales are stored in the model's dtype.
 
         A KV cache scaled per channel is stored with one scale for the keys and one for the values, the
         largest: the dialect knows no finer one that engines load.
@@ -91,7 +91,7 @@ class CompressedTensorsFormat:
     def expected_tensors(
         self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
     ) -> dict[str, StoredTensor]:
-        """See `CheckpointFormat.expected_tensors`."""
+        """See `Codec.expected_tensors`."""
         prefix = architecture.layer_prefix(layer)
         floats = architecture.layer_tensors()
         expected = {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in floats.items()}
@@ -117,7 +117,7 @@ class CompressedTensorsFormat:
         kv_cache: Mapping[int, KVKind],
         architecture: DecoderArchitecture,
     ) -> dict[str, Any]:
-        """See `CheckpointFormat.config`."""
+        """See `Codec.config`."""
         groups, ignore = config_groups(policies, architecture)
         formats = {group["format"] for group in groups.values()}
         quantization = {
@@ -138,7 +138,7 @@ class CompressedTensorsFormat:
         return {}
 
     def decode_layer(self, reader: CheckpointReader, layer: int) -> QuantizedLayer:
-        """See `CheckpointFormat.decode_layer`."""
+        """See `Codec.decode_layer`."""
         architecture = reader.architecture
         config = reader.quantization_config
         if not isinstance(config, Mapping) or config.get("quant_method") != self.name:
@@ -162,6 +162,9 @@ class CompressedTensorsFormat:
             kv_cache = QuantizedKVCache(key_scale=key, value_scale=value)
         _check_float_rest(rest, linears, architecture, prefix)
         return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=kv_cache)
+
+
+CODEC: Codec = CompressedTensorsCodec()
 
 
 def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from gs_dist.checkpoint.formats.ascend import without_quantization
-from gs_dist.checkpoint.formats.base import KVKind, Policies
-from gs_dist.checkpoint.formats.description import (
+from gs_dist.checkpoint.dialects.ascend.codec import without_quantization
+from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
+from gs_dist.checkpoint.dialects.description import (
     FLOAT,
     Array,
     cast_scale,
@@ -49,16 +49,17 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
 from gs_dist.results.quantized import Int8, QuantizedLayer, QuantizedLinear
 
-__all__ = ["DESCRIPTION_FILE", "LABELS", "GoldenStickFormat", "pack_int4", "unpack_int4"]
+__all__ = ["CODEC", "DESCRIPTION_FILE", "LABELS", "GoldenStickCodec", "pack_int4", "unpack_int4"]
 
-DESCRIPTION_FILE = "quantization_description.json"
+DESCRIPTION_FILE = DIALECTS["golden-stick"].describing_file
 LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16")
 
 
-class GoldenStickFormat:
+class GoldenStickCodec:
     """Writes and reads Golden Stick's layout; see the module's page for the tensors."""
 
     name = "golden-stick"
@@ -117,7 +118,7 @@ class GoldenStickFormat:
     def expected_tensors(
         self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
     ) -> dict[str, StoredTensor]:
-        """See `CheckpointFormat.expected_tensors`."""
+        """See `Codec.expected_tensors`."""
         prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
         shapes = architecture.layer_tensors()
         found: dict[str, StoredTensor] = {}
@@ -182,6 +183,9 @@ class GoldenStickFormat:
             linears={name: _decode_linear(leaves, label, prefix + name) for name, (label, leaves) in linears.items()},
             tensors=rest,
         )
+
+
+CODEC: Codec = GoldenStickCodec()
 
 
 def pack_int4(codes: Int8) -> Int8:

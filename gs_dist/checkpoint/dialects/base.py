@@ -13,7 +13,7 @@ from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
-__all__ = ["CheckpointFormat", "KVKind", "Policies"]
+__all__ = ["Codec", "KVKind", "Policies"]
 
 Policies = Mapping[str, QuantPolicy | None]
 """Policy by full dotted name of a linear (`model.layers.3.mlp.down_proj`); None or absent: it stays as it is."""
@@ -22,7 +22,7 @@ KVKind = str | None
 """How a layer's KV cache is quantised: "per_channel", "per_token", or None where it stays as it is."""
 
 
-class CheckpointFormat(Protocol):
+class Codec(Protocol):
     """A dialect: names, dtypes and shapes of stored tensors, and the files that describe them.
 
     `lm_head` is carried over in float by every dialect, whatever policy it is given.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from gs_dist.checkpoint.dialects.base import Policies
+from gs_dist.checkpoint.dialects.compressed_tensors.schemes import actorder, layer_policies, scheme_key
+from gs_dist.checkpoint.dialects.description import fused_members, input_settings
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
-from gs_dist.checkpoint.formats.base import Policies
-from gs_dist.checkpoint.formats.compressed_tensors_schemes import actorder, layer_policies, scheme_key
-from gs_dist.checkpoint.formats.description import fused_members, input_settings
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import QuantPolicy
 

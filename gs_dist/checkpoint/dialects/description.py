@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.checkpoint.formats.base import CheckpointFormat, KVKind, Policies
+from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import QuantPolicy
@@ -104,7 +104,7 @@ def describe_tensors(policies: Policies, tensors: Iterable[str]) -> dict[str, st
 
 
 def expected_names(
-    dialect: CheckpointFormat, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
+    dialect: Codec, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
 ) -> list[str]:
     """Full names of all tensors that a checkpoint of the dialect holds."""
     names = list(architecture.outer_tensors())

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gs_dist.checkpoint.formats.base import Policies
+from gs_dist.checkpoint.dialects.base import Policies
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy

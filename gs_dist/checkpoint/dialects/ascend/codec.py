@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from gs_dist.checkpoint.formats.base import KVKind, Policies
-from gs_dist.checkpoint.formats.description import (
+from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
+from gs_dist.checkpoint.dialects.description import (
     FLOAT,
     Array,
     cast_scale,
@@ -54,19 +54,20 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
-__all__ = ["DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendFormat"]
+__all__ = ["CODEC", "DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendCodec"]
 
-DESCRIPTION_FILE = "quant_model_description.json"
+DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
 LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16")
 KV_BLOCK = 32  # last dimension of the NZ view of an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)
 
 _INT32 = np.iinfo(np.int32)
 
 
-class AscendFormat:
+class AscendCodec:
     """Writes and reads vLLM-Ascend's ModelSlim layout; see the module's page for the tensors."""
 
     name = "ascend"
@@ -114,7 +115,7 @@ class AscendFormat:
     def expected_tensors(
         self, layer: int, policies: Policies, kv_cache: KVKind, architecture: DecoderArchitecture
     ) -> dict[str, StoredTensor]:
-        """See `CheckpointFormat.expected_tensors`."""
+        """See `Codec.expected_tensors`."""
         prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
         shapes = architecture.layer_tensors()
         found: dict[str, StoredTensor] = {}
@@ -206,6 +207,9 @@ class AscendFormat:
             kv_cache=_decode_kv(rest),
             tensors=rest,
         )
+
+
+CODEC: Codec = AscendCodec()
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""Checkpoint dialects of serving engines: a folder each, found by the records of `gs_dist.recipe.dialects`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from gs_dist.checkpoint.dialects.base import Codec
+from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.layout import DialectLayout
+from gs_dist.recipe.dialects import DIALECTS
+
+__all__ = ["Codec", "codec_of", "layout_of", "published_dialect"]
+
+
+def codec_of(name: str) -> Codec:
+    """What writes and reads the dialect of that name in a recipe's `format`; its folder's `codec.CODEC`."""
+    codec: Codec = import_module(f"{DIALECTS[name].home}.codec").CODEC
+    return codec
+
+
+def layout_of(name: str) -> DialectLayout:
+    """By what rules a directory of the dialect is checked; its folder's `layout.LAYOUT`, apart from the codec."""
+    layout: DialectLayout = import_module(f"{DIALECTS[name].home}.layout").LAYOUT
+    return layout
+
+
+def published_dialect(directory: Path) -> str | None:
+    """The dialect that a job published a model directory in; None for one of floats.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    for dialect in DIALECTS.values():
+        if dialect.description_file is not None and (directory / dialect.description_file).is_file():
+            return dialect.name
+    if not (directory / "config.json").is_file():
+        return None
+    quantization = read_json(directory / "config.json", "config.json").get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    told = [dialect for dialect in DIALECTS.values() if dialect.quant_method is not None]
+    return next((dialect for dialect in told if dialect.quant_method == method), told[0]).name  # it refuses others

@@ -1,0 +1,1 @@
+"""ModelSlim's layout, which vLLM-Ascend reads."""

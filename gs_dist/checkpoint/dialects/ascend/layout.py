@@ -1,0 +1,81 @@
+"""What an ascend directory must hold.
+
+Sources: vllm_ascend/quantization/methods/w8a8_static.py, w8a8_dynamic.py, w8a16.py; kv_c8.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gs_dist.checkpoint.inventory import Inventory
+from gs_dist.checkpoint.layout import FLOATS, DialectLayout, Expectation, Layout, Leaves, described_linears, with_single
+from gs_dist.checkpoint.values import check_static_linears
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.recipe.dialects import DIALECTS
+
+__all__ = ["LAYOUT", "AscendLayout"]
+
+_DESCRIPTION = DIALECTS["ascend"].describing_file
+_LABELS = ("W8A8", "W8A8_DYNAMIC", "W8A16")
+
+
+class AscendLayout:
+    """Rules on ModelSlim's layout, by the description's labels."""
+
+    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantised`."""
+        scale_dtypes = with_single(architecture.dtype)
+        quantised = {}
+        described = described_linears(inventory, layout, architecture, _DESCRIPTION, _LABELS)
+        for name, linear in described.items():
+            rows, columns = linear.out_features, linear.in_features
+            static = layout.kinds[name] == "W8A8"
+            leaves = {
+                "weight": Expectation(dtypes=("int8",), shape=(rows, columns)),
+                "weight_rows": Expectation(dtypes=(), shape=(rows,)),
+                "weight_scale": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="scale", optional=static),
+                "weight_offset": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="zero", optional=static),
+            }
+            if static:
+                half = architecture.dtype == "float16"
+                leaves["input_scale"] = Expectation(dtypes=scale_dtypes, shape=(1,), values="scale")
+                leaves["input_offset"] = Expectation(dtypes=("int8", *scale_dtypes), shape=(1,), values="offset")
+                leaves["deq_scale"] = Expectation(
+                    dtypes=("int64" if half else "float32",), shape=(rows,), values="bits" if half else "scale"
+                )
+                leaves["quant_bias"] = Expectation(dtypes=("int32",), shape=(rows,))
+            quantised[name] = leaves
+        description = inventory.descriptions[_DESCRIPTION]
+        _made_biases(layout, description, architecture)
+        for layer in range(architecture.num_layers):
+            prefix = architecture.layer_prefix(layer) + "self_attn."
+            if any(f"{prefix}{projection}.kv_cache_scale" in description for projection in ("k_proj", "v_proj")):
+                layout.kv_layers.append(layer)
+                for projection in ("k_proj", "v_proj"):
+                    for leaf, values in (("scale", "scale"), ("offset", "zero")):
+                        layout.tensors[f"{prefix}{projection}.kv_cache_{leaf}"] = Expectation(
+                            dtypes=scale_dtypes, shape=(architecture.kv_size,), values=values
+                        )
+        if layout.kv_layers and description.get("kv_cache_type") != "C8":
+            found = f"kv_cache_type {description.get('kv_cache_type')!r:.40}"
+            inventory.report(_DESCRIPTION, "description-kv", found, "C8, since there are KV cache scales")
+        return quantised
+
+    def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
+        """See `check_static_linears`; the engine adds quant_bias alone, with the linear's bias in it."""
+        check_static_linears(inventory, layout, sound, folds_bias=True)
+
+
+LAYOUT: DialectLayout = AscendLayout()
+
+
+def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: DecoderArchitecture) -> None:
+    """Biases that the source model lacks: of norms (vllm_ascend/ops/layernorm.py), and of static linears."""
+    for layer in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(layer)
+        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), architecture.hidden_size)
+        static = [n for n in architecture.linears if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
+        for name, size in {**sizes, **{linear.name: linear.out_features for linear in static}}.items():
+            if f"{prefix}{name}.bias" in description:
+                layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOATS, shape=(size,), values="float")

@@ -1,0 +1,1 @@
+"""compressed-tensors, which transformers and vLLM read."""

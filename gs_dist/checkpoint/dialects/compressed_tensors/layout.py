@@ -1,0 +1,147 @@
+"""What a compressed-tensors directory must hold.
+
+Sources: compressed_tensors quant_config.py, compressors/quantized_compressors/{naive_quantized,pack_quantized}.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
+from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, all_linears, with_single
+from gs_dist.model.decoder import DecoderArchitecture, Linear
+
+__all__ = ["LAYOUT", "CompressedTensorsLayout", "SchemeGroup", "scheme_groups"]
+
+_PACKED_BITS = (4, 8)
+
+
+class CompressedTensorsLayout:
+    """Rules on a directory by the schemes of quantization_config."""
+
+    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantised`."""
+        config = inventory.quantization_config
+        groups = scheme_groups(inventory)
+        ignore = config.get("ignore") or []
+        if not isinstance(ignore, list) or not all(isinstance(target, str) for target in ignore):
+            inventory.report(CONFIG_FILE, "config-groups", f"ignore {ignore!r:.100}", "a list of names")
+            ignore = []
+        quantised = {}
+        for name, linear in all_linears(architecture):
+            ignored = any(_matches(name, target) for target in ignore)
+            group = None if ignored else next((group for group in groups if group.takes(name)), None)
+            if group is None:
+                layout.kinds[name] = "FLOAT"
+                continue
+            leaves, kind = _scheme_tensors(inventory, group, linear, name, architecture)
+            layout.kinds[name] = kind
+            if leaves:
+                quantised[name] = leaves
+        if config.get("kv_cache_scheme"):
+            layout.kv_layers = list(range(architecture.num_layers))
+            for layer in layout.kv_layers:
+                for leaf in ("k_scale", "v_scale"):
+                    layout.tensors[f"{architecture.layer_prefix(layer)}self_attn.{leaf}"] = Expectation(
+                        dtypes=with_single(architecture.dtype), shape=(1,), values="scale"
+                    )
+        return quantised
+
+    def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
+        """None: nothing that is stored follows from something else."""
+
+
+LAYOUT: DialectLayout = CompressedTensorsLayout()
+
+
+def _scheme_tensors(
+    inventory: Inventory, group: SchemeGroup, linear: Linear, name: str, architecture: DecoderArchitecture
+) -> tuple[Leaves, str]:
+    weights, inputs = group.weights, group.inputs
+    bits, size = weights.get("num_bits"), weights.get("group_size") or 0
+    rows, columns = linear.out_features, linear.in_features
+    grouped = weights.get("strategy") == "group"
+    if (
+        not isinstance(bits, int)
+        or bits not in _PACKED_BITS
+        or weights.get("type") != "int"
+        or weights.get("strategy") not in ("group", "channel")
+    ):
+        inventory.report(CONFIG_FILE, "scheme", f"weights {dict(weights)!r:.160}", "int of 4 or 8 bits", name)
+        return {}, "?"
+    if grouped and (not isinstance(size, int) or size <= 0 or columns % size):
+        inventory.report(CONFIG_FILE, "group-size", f"group_size {size!r:.40}", f"a divisor of {columns}", name)
+        return {}, "?"
+    groups = columns // size if grouped else 1
+    scale = Expectation(dtypes=with_single(architecture.dtype), shape=(rows, groups), values="scale")
+    leaves = {"weight_rows": Expectation(dtypes=(), shape=(rows,)), "weight_scale": scale}
+    if group.format == "int-quantized":
+        leaves["weight"] = Expectation(dtypes=("int8",), shape=(rows, columns))
+        zero_point = Expectation(dtypes=("int8",), shape=(rows, groups))
+    elif group.format == "pack-quantized":
+        factor = 32 // bits
+        leaves["weight_packed"] = Expectation(
+            dtypes=("int32",), shape=(rows, -(-columns // factor)), values=f"padding{bits}", limit=columns
+        )
+        leaves["weight_shape"] = Expectation(dtypes=("int64", "int32"), shape=(2,), values=f"shape {rows} {columns}")
+        zero_point = Expectation(dtypes=("int32",), shape=(-(-rows // factor), groups))
+    else:
+        inventory.report(CONFIG_FILE, "scheme", f"format {group.format!r:.60}", "int-quantized or pack-quantized", name)
+        return {}, "?"
+    if not weights.get("symmetric", True):
+        leaves["weight_zero_point"] = zero_point
+    if weights.get("actorder") == "group":
+        leaves["weight_g_idx"] = Expectation(dtypes=("int32",), shape=(columns,), values="group-index", limit=groups)
+    static = inputs is not None and not inputs.get("dynamic")
+    if inputs is not None and static:
+        leaves["input_scale"] = Expectation(dtypes=scale.dtypes, shape=(1,), values="scale")
+        if not inputs.get("symmetric", True):
+            leaves["input_zero_point"] = Expectation(dtypes=("int8",), shape=(1,), values="offset")
+    kind = f"W{bits}A16" if inputs is None else f"W{bits}A8" + ("" if static else "_DYNAMIC")
+    return leaves, kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeGroup:
+    """A config group of compressed-tensors: the linears it targets and the arguments of both sides."""
+
+    label: str
+    targets: tuple[str, ...]
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None
+    format: object
+
+    def takes(self, name: str) -> bool:
+        """Whether the group targets a linear."""
+        return any(target == "Linear" or _matches(name, target) for target in self.targets)
+
+
+def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
+    """The groups of quantization_config that are well formed, in their order; others are reported."""
+    config = inventory.quantization_config
+    groups = config.get("config_groups")
+    found = []
+    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+        content = group if isinstance(group, Mapping) else {}
+        targets, weights, inputs = (content.get(key) for key in ("targets", "weights", "input_activations"))
+        if not (_is_texts(targets) and isinstance(weights, Mapping) and isinstance(inputs, Mapping | None)):
+            expected = "targets (a list of names), weights (a table), input_activations (a table or null)"
+            inventory.report(CONFIG_FILE, "config-groups", f"{label}: {group!r:.160}", expected)
+            continue
+        form = content.get("format") or config.get("format")
+        found.append(SchemeGroup(label=label, targets=tuple(targets), weights=weights, inputs=inputs, format=form))
+    return found
+
+
+def _is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _matches(name: str, target: str) -> bool:
+    try:
+        return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    except (re.error, OverflowError, RecursionError):
+        return False

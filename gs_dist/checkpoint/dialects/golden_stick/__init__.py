@@ -1,0 +1,1 @@
+"""Golden Stick's layout, for vLLM-MindSpore and networks that Golden Stick builds."""
