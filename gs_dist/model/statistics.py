@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 __all__ = [
     "HISTOGRAM_BINS",
+    "HISTOGRAM_BYTES_PER_CHANNEL",
     "InputStatistics",
     "LayerStatistics",
     "StatisticsSettings",
@@ -37,6 +38,7 @@ HISTOGRAM_MIN_EXPONENT = -20
 HISTOGRAM_OCTAVES = 40
 HISTOGRAM_BINS_PER_OCTAVE = 4
 HISTOGRAM_BINS = HISTOGRAM_OCTAVES * HISTOGRAM_BINS_PER_OCTAVE
+HISTOGRAM_BYTES_PER_CHANNEL = 2 * HISTOGRAM_BINS * 4
 
 _SUM, _MIN, _MAX = np.add, np.minimum, np.maximum
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from gs_dist.methods.method import Work
 from gs_dist.model.decoder import DecoderArchitecture
-from gs_dist.model.statistics import HISTOGRAM_BINS, StatisticsSettings
-from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import GIB
 
 __all__ = [
@@ -50,7 +51,6 @@ OBSERVER_COPIES = 2
 
 # Per channel: minimum and maximum in float32, sums of magnitudes and of squares in float64.
 VECTOR_BYTES_PER_CHANNEL = 4 + 4 + 8 + 8
-HISTOGRAM_BYTES_PER_CHANNEL = 2 * HISTOGRAM_BINS * 4
 
 # On a card a block's Gram matrix is `sum + x xT`: the product and the new sum stand beside the old sum.
 CARD_GRAM_WORKSPACES = 2
@@ -62,25 +62,15 @@ LOGITS_BYTES, LOGITS_ROWS, LOGITS_COPIES = 64 << 20, 16, 3
 LOADING_COPIES = 2
 
 # Of the largest Gram matrix while a layer is solved, in bytes per entry: the rescaled float32 copy with its one-sided
-# intermediate; a search adds one float64 copy; GPTQ works on the damped float64 matrix, its inverse and a factor.
+# intermediate. What methods add to this and to the weight's is theirs to say (`gs_dist.methods`).
 RESCALED_GRAM_BYTES = 4 + 4
-SEARCH_GRAM_BYTES = 8
-GPTQ_GRAM_BYTES = 3 * 8
 # Of a layer's largest weight while it is solved, in bytes per entry: float32 weight, rescaled, dequantised, difference
-# and its product with the Gram matrix, and int8 codes. GPTQ's working copy is float64.
+# and its product with the Gram matrix, and int8 codes.
 SOLVER_WEIGHT_BYTES = 5 * 4 + 1
-GPTQ_WEIGHT_BYTES = 8
 
 # What each further thread of a solve holds. Always: 16 MiB of rows whose error is computed, clipped or rounded, up to
 # twice; buffers of two BLAS libraries; and what its heap keeps.
 THREAD_BYTES = 128 << 20
-# AWQ rounds this many rows under one candidate: float32, and ranges of small groups in float64.
-AWQ_TILE_ROWS, AWQ_TILE_BYTES = 512, 5
-# GPTQ's tile: float32 transposed, codes twice, scales and zero points; and of a panel some float32 vectors a channel.
-GPTQ_TILE_ROWS, GPTQ_TILE_BYTES, GPTQ_PANEL_VECTORS = 2048, 7, 16
-# A search over exponents looks at this many rows of each weight: rescaled, codes, dequantised; and at histograms, as
-# float64 with and without shift.
-SEARCH_ROWS, SEARCH_ROW_BYTES, SEARCH_HISTOGRAMS = 1024, 4 + 1 + 4, 4 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,33 +223,15 @@ def solver_bytes(
             policy, (rows, channels) = policies.get(name), shapes[name]
             if policy is None or not policy.quantises_linear:
                 continue
-            gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-            searches = policy.clips_weights or policy.outliers_suppression not in (
-                OutliersSuppressionType.NONE,
-                OutliersSuppressionType.SMOOTH,
-            )
+            work = Work(rows=rows, channels=channels, taken=taken)
+            added = [method.workspace(policy, work) for method in policy.methods]
             if matrices:
-                shared = max(shared, channels**2 * (RESCALED_GRAM_BYTES * matrices + SEARCH_GRAM_BYTES * int(searches)))
-            factors = channels**2 * GPTQ_GRAM_BYTES * int(gptq and matrices > 0)
-            own.append(factors + rows * channels * (SOLVER_WEIGHT_BYTES + GPTQ_WEIGHT_BYTES * int(gptq)))
-            thread = max(thread, _thread_bytes(policy, taken, rows, channels))
+                copies = channels**2 * RESCALED_GRAM_BYTES * matrices
+                shared = max(shared, copies + max(space.shared for space in added))
+            own.append(rows * channels * SOLVER_WEIGHT_BYTES + sum(space.own for space in added))
+            thread = max(thread, THREAD_BYTES + max(space.thread for space in added))
         worst = max(worst, shared + sum(sorted(own)[-num_threads:]))
     return worst + (num_threads - 1) * thread
-
-
-def _thread_bytes(policy: QuantPolicy, taken: StatisticsSettings, rows: int, channels: int) -> int:
-    """Temporaries of one thread at work on a linear: on whichever of its steps takes most."""
-    steps = [0]
-    if policy.outliers_suppression is OutliersSuppressionType.AWQ:
-        steps.append(min(rows, AWQ_TILE_ROWS) * channels * AWQ_TILE_BYTES)
-    elif policy.outliers_suppression is not OutliersSuppressionType.NONE:
-        histograms = channels * HISTOGRAM_BYTES_PER_CHANNEL * SEARCH_HISTOGRAMS * int(taken.histogram)
-        steps.append(min(rows, SEARCH_ROWS) * channels * SEARCH_ROW_BYTES + histograms)
-    if policy.precision_recovery is PrecisionRecovery.GPTQ:
-        width = max(policy.algo_args.block_size, policy.group_size)
-        panel = 4 * GPTQ_PANEL_VECTORS * min(width, channels)
-        steps.append(min(rows, GPTQ_TILE_ROWS) * (channels * GPTQ_TILE_BYTES + panel))
-    return THREAD_BYTES + max(steps)
 
 
 def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gs_dist.methods.activation_range import RATIOS
+from gs_dist.methods.method import Work, error_operations
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.statistics import HISTOGRAM_BINS, StatisticsSettings
-from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["solver_operations"]
 
-# Rows of each weight that a search over SmoothQuant's exponents looks at.
-_SEARCH_ROWS = 1024
-# Numbers made for a weight that is rounded under some range: divided, rounded, clipped, multiplied, subtracted.
-_ROUNDED = 8
-# A search of a static range: some 190 ranges, shrunk at both ends in turn where they have a zero point, each judged by
-# what lies between some 4000 magnitudes of either sign; and before, all channels' histograms brought onto one axis.
-_RANGES, _ASYMMETRIC_ROUNDS, _MAGNITUDES, _PER_MAGNITUDE = 190, 5, 2 * 4000, 10
+# A search of a static range: ranges shrunk at both ends in turn where they have a zero point, each judged by what lies
+# between some 4000 magnitudes of either sign; and before, all channels' histograms brought onto one axis.
+_ASYMMETRIC_ROUNDS, _MAGNITUDES, _PER_MAGNITUDE = 5, 2 * 4000, 10
 # Numbers made for each count of a histogram: what it is worth, and what rounding costs the values there.
 _PER_COUNT = 24
 
@@ -51,67 +49,21 @@ def solver_operations(
             policy, (rows, channels) = policies.get(name), shapes[name]
             judged = (schemes or {}).get(name)
             if judged is not None:
-                total += (1 + len(judged)) * _judged(rows, channels)
+                total += (1 + len(judged)) * error_operations(rows, channels)
             if policy is None or not policy.quantises_linear:
                 continue
             searched = policy if policy.is_static else searched
-            total += 2 * _judged(rows, channels)  # of the weight, and of its change
-            total += _suppression(policy, taken, rows, channels) + _rounding(policy, rows, channels)
+            total += 2 * error_operations(rows, channels)  # of the weight, and of its change
+            work = Work(rows=rows, channels=channels, taken=taken)
+            total += sum(method.operations(policy, work) for method in policy.methods)
         if searched is not None:
-            # Linears of one input share its range; so does each exponent's trial.
-            total += (1 + _exponent_trials(searched)) * _static_range(searched, layer_input.channels)
+            # Linears of one input share its range; so does each scale that is tried.
+            total += (1 + searched.suppression.range_searches(searched)) * _static_range(searched, layer_input.channels)
     return total
-
-
-def _judged(rows: int, channels: int) -> int:
-    """tr(D G DT): two operations an entry, of half of the symmetric matrix."""
-    return rows * channels * channels
-
-
-def _exponent_trials(policy: QuantPolicy) -> int:
-    """SmoothQuant scales tried for an input; the shifts of Outlier Suppression Plus are tried with every fourth."""
-    kind = policy.outliers_suppression
-    if kind in (OutliersSuppressionType.NONE, OutliersSuppressionType.AWQ):
-        return 0
-    tried = policy.migration_strength if kind is OutliersSuppressionType.SMOOTH else policy.exponents
-    if isinstance(tried, float):
-        return 0 if kind is OutliersSuppressionType.SMOOTH else 1
-    shifts = 2 if kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS and policy.act_quant_dtype else 0
-    return len(tried) + shifts * -(-len(tried) // 4)
-
-
-def _suppression(policy: QuantPolicy, taken: StatisticsSettings, rows: int, channels: int) -> int:
-    if policy.outliers_suppression is OutliersSuppressionType.AWQ:
-        exponents = 1 if isinstance(policy.exponents, float) else len(policy.exponents)
-        return (1 + exponents) * (_judged(rows, channels) + _ROUNDED * rows * channels)  # and plain rounding
-    trials = _exponent_trials(policy)
-    seen = -(-rows // max(1, -(-rows // _SEARCH_ROWS)))
-    sides = 1 + int(taken.weighted_gram)
-    energies = sides * _judged(seen, channels) if trials else 0
-    return energies + trials * (sides * _judged(seen, channels) + _ROUNDED * seen * channels)
 
 
 def _static_range(policy: QuantPolicy, channels: int) -> int:
     if policy.act_range != "mse":
         return 0
     rounds = 1 if policy.act_symmetric else _ASYMMETRIC_ROUNDS
-    return _RANGES * rounds * _MAGNITUDES * _PER_MAGNITUDE + channels * 2 * HISTOGRAM_BINS * _PER_COUNT
-
-
-def _rounding(policy: QuantPolicy, rows: int, channels: int) -> int:
-    """Clipping, and GPTQ's factorisation and updates, once more where ranges are found before a second pass."""
-    size = policy.group_size or channels
-    ratios = len(policy.clip_ratios)
-    by_gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-    finds_on_the_way = by_gptq and policy.group_size > 0
-    total = 0
-    if policy.clips_weights and not finds_on_the_way:
-        total += (1 + ratios) * rows * channels * (2 * size + _ROUNDED)  # the whole of each diagonal block
-    if not by_gptq:
-        return total
-    one_pass = channels**3 // 3 + rows * channels * (channels + _ROUNDED)
-    total += one_pass
-    if finds_on_the_way and policy.clips_weights:
-        total += (ratios - 1) * rows * channels * (size + _ROUNDED)  # each ratio rounds a group anew
-        total += one_pass if policy.algo_args.desc_act and policy.algo_args.static_groups else 0
-    return total
+    return len(RATIOS) * rounds * _MAGNITUDES * _PER_MAGNITUDE + channels * 2 * HISTOGRAM_BINS * _PER_COUNT

@@ -16,7 +16,7 @@ from gs_dist.planning.memory import JobShape, channels_of, largest_gram_bytes, l
 from gs_dist.planning.solver_operations import solver_operations
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.matching import resolve_policies
-from gs_dist.recipe.policy import OutliersSuppressionType, QuantPolicy, required_statistics
+from gs_dist.recipe.policy import QuantPolicy, required_statistics
 
 __all__ = [
     "Operations",
@@ -208,7 +208,7 @@ def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mappi
     no_cache = {"kvcache_quant_dtype": None, "kvcache_quant_granularity": "per_channel"}
     for layer_input in architecture.inputs:
         readers = [policies[name] for name in layer_input.linears]
-        asked = [p for p in readers if p and p.outliers_suppression is not OutliersSuppressionType.NONE]
+        asked = [p for p in readers if p and p.suppression.rescales]
         if asked and len({None if p is None else p.model_copy(update=no_cache) for p in readers}) > 1:
             raise PlanError(
                 f"{prefix}{', '.join(layer_input.linears)} read one activation, which "

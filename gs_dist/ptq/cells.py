@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mindspore import mint, nn, ops
 
 from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
-from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.affine import EPSILON, num_groups
 from gs_dist.solvers.packing import pack_int4
@@ -78,9 +78,7 @@ class _QuantisedLinear(nn.Cell):
         self.activation = _copy_of(form.activation)
         # NaN until parameters come: a network whose checkpoint was never loaded shows it at once.
         ones, zeros = np.full(form.in_features, np.nan, np.float32), np.zeros(form.in_features, np.float32)
-        suppression = policy.outliers_suppression
-        smooths = suppression is not OutliersSuppressionType.NONE
-        shifts = suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+        smooths, shifts = policy.suppression.rescales, policy.suppression.shifts
         self.smooth_scale = self._parameter("smooth_scale", ones) if smooths else None
         self.smooth_shift = self._parameter("smooth_shift", zeros) if shifts else None
         static = policy.is_static
@@ -216,7 +214,7 @@ class QuantDense(_QuantisedLinear):
         self.weight_scale = self._parameter("weight_scale", np.full((rows, groups), np.nan, np.float32))
         offset = np.zeros((rows, groups), np.int8)
         self.weight_offset = None if policy.weight_symmetric else self._parameter("weight_offset", offset)
-        moves = has_group_index(policy)
+        moves = policy.column_order == "group"
         self.group_index = self._parameter("group_index", np.zeros(columns, np.int32)) if moves else None
         w8a8 = self.rounds_input and policy.weight_bits == 8 and policy.weight_symmetric
         self.kernel = int8_kernel(form.dtype) if w8a8 else None
@@ -295,13 +293,6 @@ def _copy_of(activation: Any) -> Any:
     if not isinstance(activation, nn.Cell):
         return activation
     return copy.deepcopy(activation, {id(parameter): parameter for parameter in activation.get_parameters()})
-
-
-def has_group_index(policy: QuantPolicy) -> bool:
-    """Whether groups of that policy's weights may lie across the columns, so that an index must be kept."""
-    args = policy.algo_args
-    gptq = policy.precision_recovery is PrecisionRecovery.GPTQ
-    return gptq and policy.group_size > 0 and args.desc_act and not args.static_groups
 
 
 def token_scale(x: Any) -> Any:

@@ -10,7 +10,7 @@ import mindspore as ms
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput, Linear
-from gs_dist.model.statistics import HISTOGRAM_BINS, LayerStatistics, StatisticsSettings, block_bounds
+from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, LayerStatistics, StatisticsSettings, block_bounds
 from gs_dist.ptq.calibration_rows import Row
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm
 from gs_dist.ptq.kv_cache import QuantKVCache
@@ -153,7 +153,7 @@ def _statistics_bytes(channels: int, settings: StatisticsSettings) -> int:
     """Bytes of one input's statistics over all live partial sums of the reduction tree."""
     one = channels * (2 * 4 + 2 * 8)
     one += (settings.gram + settings.weighted_gram) * 4 * channels**2
-    one += settings.histogram * channels * 2 * HISTOGRAM_BINS * 4
+    one += settings.histogram * channels * HISTOGRAM_BYTES_PER_CHANNEL
     return one * (_NUM_BLOCKS.bit_length() + 1)
 
 

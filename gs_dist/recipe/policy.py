@@ -6,16 +6,28 @@ that this module needs no framework. Enum members compare equal to their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gs_dist.methods.clip import RATIOS as CLIP_RATIOS
+from gs_dist.methods.contradiction import Contradiction
+from gs_dist.methods.method import ColumnOrder, Method, RoundingMethod, SuppressionMethod
+from gs_dist.methods.table import (
+    CLIP,
+    METHODS,
+    ROUNDINGS,
+    SUPPRESSIONS,
+    AlgoArgs,
+    OutliersSuppressionType,
+    PrecisionRecovery,
+)
 from gs_dist.model.decoder import LayerInput
 from gs_dist.model.statistics import StatisticsSettings
 
 __all__ = [
+    "GROUP_SIZES",
     "AlgoArgs",
     "OutliersSuppressionType",
     "PrecisionRecovery",
@@ -23,67 +35,7 @@ __all__ = [
     "required_statistics",
 ]
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-
-STATIC_ALPHAS = (0.5, 0.65, 0.8, 0.9)
-EXPONENTS = tuple(i / 20 for i in range(20))  # of Golden Stick's AWQConfig
-PLUS_EXPONENTS = tuple(i / 20 for i in range(21))  # Golden Stick's outlier suppression with shifts goes up to 1
-CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # of Golden Stick's AWQConfig
-# Shares of a group's largest weight at which GPTQ tries its range. A little beyond it pays at times: the largest
-# code is then used by more than one weight.
-GPTQ_RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
-
-
-class OutliersSuppressionType(str, Enum):
-    """Ways to move outliers between activations and weights before rounding."""
-
-    SMOOTH = "smooth"
-    AWQ = "awq"
-    OUTLIER_SUPPRESSION_PLUS = "outlier-suppression+"
-    OUTLIER_SUPPRESSION_LITE = "outlier-suppression-lite"
-    NONE = "none"
-
-    @classmethod
-    def from_str(cls, name: str) -> OutliersSuppressionType:
-        """Member of that value, upper or lower case; `NONE` for any other text, as upstream."""
-        return next((m for m in cls if m.value == name.lower()), cls.NONE)
-
-
-class PrecisionRecovery(str, Enum):
-    """Ways to round weights that look at more than one weight at a time."""
-
-    GPTQ = "gptq"
-    NONE = "none"
-
-    @classmethod
-    def from_str(cls, name: str) -> PrecisionRecovery:
-        """Member of that value, upper or lower case; `NONE` for any other text, as upstream."""
-        return next((m for m in cls if m.value == name.lower()), cls.NONE)
-
-
-class AlgoArgs(BaseModel):
-    """Arguments of the algorithms, in one flat table (Golden Stick's AWQConfig, GPTQQuantConfig, SmoothQuantConfig)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    # Of each three: one value, several to search, or None for what suits the algorithm that reads it
-    # (`QuantPolicy.migration_strength`, `.exponents`, `.clip_ratios`). Each group of linears takes the best.
-    alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
-    """SmoothQuant's strength: how much of the outliers moves into the weights; null is 0.5, or a search."""
-    duo_scaling: bool = True
-    """AWQ looks at the weights' magnitudes as well as at the activations'."""
-    smooth_alpha: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
-    """Exponent of AWQ and Outlier Suppression, or several to search among; null searches all of theirs."""
-    weight_clip_ratio: Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)] | None = None
-    """Shares of a weight's range that clipping, or GPTQ on groups, chooses among; null is a list of theirs."""
-    block_size: Annotated[int, Field(gt=0)] = 128
-    """Columns that GPTQ rounds before it corrects the ones behind them."""
-    desc_act: bool = False
-    """GPTQ rounds the channels of largest activations first."""
-    damp_percent: Ratio = 0.01
-    """What GPTQ adds to the Gram matrix's diagonal, as a share of its mean; raised where it does not suffice."""
-    static_groups: bool = False
-    """GPTQ finds the scales of all groups before it rounds; with desc_act groups then stay contiguous."""
+GROUP_SIZES = (64, 128, 256)
 
 
 class QuantPolicy(BaseModel):
@@ -132,23 +84,29 @@ class QuantPolicy(BaseModel):
         return self.weight_quant_dtype is not None
 
     @property
-    def migration_strength(self) -> float | tuple[float, ...]:
-        """SmoothQuant's alpha, or those it is searched among.
+    def suppression(self) -> SuppressionMethod[AlgoArgs]:
+        """What `outliers_suppression` names."""
+        return SUPPRESSIONS[self.outliers_suppression]
 
-        Unless the recipe says, static activations with a range of least error search: one token of enormous
-        energy then decides neither the range nor how much of it moves into the weights.
-        """
-        if self.algo_args.alpha is not None:
-            return self.algo_args.alpha
-        return STATIC_ALPHAS if self.is_static and self.act_range == "mse" else 0.5
+    @property
+    def rounding(self) -> RoundingMethod[AlgoArgs]:
+        """What `precision_recovery` names."""
+        return ROUNDINGS[self.precision_recovery]
+
+    @property
+    def weight_methods(self) -> tuple[Method[AlgoArgs], ...]:
+        """What works on the weights once inputs are rescaled, in order."""
+        return (CLIP, self.rounding) if self.clips_weights else (self.rounding,)
+
+    @property
+    def methods(self) -> tuple[Method[AlgoArgs], ...]:
+        """All that the policy turns on, in the order in which they work."""
+        return (self.suppression, *self.weight_methods)
 
     @property
     def exponents(self) -> float | tuple[float, ...]:
-        """AWQ's and Outlier Suppression's exponent, or those it is searched among (`smooth_alpha`)."""
-        if self.algo_args.smooth_alpha is not None:
-            return self.algo_args.smooth_alpha
-        plus = self.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
-        return PLUS_EXPONENTS if plus else EXPONENTS
+        """Strength of the outlier suppression, or those it is searched among."""
+        return self.suppression.exponents(self)
 
     @property
     def makes_bias(self) -> bool:
@@ -156,32 +114,38 @@ class QuantPolicy(BaseModel):
 
         A static linear's integer product has a correction added anyway, which holds it at no cost.
         """
-        return self.is_static and self.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+        return self.is_static and self.suppression.shifts
 
     @property
     def clips_weights(self) -> bool:
         """Whether the weight's ranges are searched.
 
-        Golden Stick forces clipping on with AWQ and OSL. Where GPTQ rounds groups, it searches their ranges itself.
-        Unless the recipe says, it is on too where a search moves a static activation's outliers into weights: the
-        columns that take them up would set the range of each row otherwise.
+        Some methods force it on. Unless the recipe says, it is on too where a search moves a static activation's
+        outliers into weights: the columns that take them up would set the range of each row otherwise.
         """
-        kind = self.outliers_suppression
-        if kind in (OutliersSuppressionType.AWQ, OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE):
+        if self.suppression.forces_clipping:
             return True
         if self.weight_clip is not None or not (self.is_static and self.act_range == "mse"):
             return bool(self.weight_clip)
-        searched = kind is OutliersSuppressionType.SMOOTH and isinstance(self.migration_strength, tuple)
-        return searched or kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS
+        return self.suppression.clips_by_default(self)
+
+    @property
+    def searches_ranges_on_the_way(self) -> bool:
+        """Whether it is the rounding method that searches the weight's ranges, where they are."""
+        return self.rounding.searches_ranges(self)
 
     @property
     def clip_ratios(self) -> tuple[float, ...]:
-        """Shares of a range that clipping, or GPTQ where it searches ranges, chooses among (`weight_clip_ratio`)."""
+        """Shares of a range that clipping, or a rounding method that searches ranges, chooses among."""
         given = self.algo_args.weight_clip_ratio
         if given is None:
-            grouped = self.precision_recovery is PrecisionRecovery.GPTQ and self.group_size > 0
-            return GPTQ_RANGE_RATIOS if grouped else CLIP_RATIOS
+            return self.rounding.clip_ratios(self) if self.searches_ranges_on_the_way else CLIP_RATIOS
         return (given,) if isinstance(given, float) else given
+
+    @property
+    def column_order(self) -> ColumnOrder | None:
+        """Whether columns are rounded in an order of their own, and whose groups follow."""
+        return self.rounding.column_order(self)
 
     def unread_arguments(self, arguments: AlgoArgs) -> dict[str, str]:
         """Fields of `arguments` that are not left at their defaults and that no algorithm of this policy reads.
@@ -191,7 +155,9 @@ class QuantPolicy(BaseModel):
         """
         fresh = AlgoArgs()
         changed = [name for name in AlgoArgs.model_fields if getattr(arguments, name) != getattr(fresh, name)]
-        return {name: _READERS[name][1] for name in changed if not _READERS[name][0](self)}
+        read = {name for method in self.methods for name in method.arguments}
+        readers = {name: next(m.switch for m in METHODS if name in m.arguments) for name in changed}
+        return {name: switch for name, switch in readers.items() if name not in read}
 
     @property
     def is_static(self) -> bool:
@@ -200,83 +166,55 @@ class QuantPolicy(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> QuantPolicy:
-        weight, act, kv = self.weight_quant_dtype, self.act_quant_dtype, self.kvcache_quant_dtype
-        suppression, recovery = self.outliers_suppression, self.precision_recovery
-        w8a8 = weight == "int8" and act == "int8"
-        w4a8 = weight == "qint4x2" and act == "int8"
-        problems = []
-        if act is not None and weight is None:
-            problems.append("act_quant_dtype is int8 while weight_quant_dtype is null: set weight_quant_dtype: int8")
-        if act is None and self.act_quant_granularity == "per_token":
-            problems.append(
-                "act_quant_granularity is per_token while act_quant_dtype is null: set act_quant_dtype: int8"
-            )
-        if w8a8 and self.weight_quant_granularity != "per_channel":
-            problems.append(
-                "W8A8 takes weights per channel: set weight_quant_granularity: per_channel, or act_quant_dtype: null"
-            )
-        if kv is None and self.kvcache_quant_granularity == "per_token":
-            problems.append(
-                "kvcache_quant_granularity is per_token while kvcache_quant_dtype is null: "
-                "set kvcache_quant_dtype: int8"
-            )
-        if self.weight_quant_granularity == "per_group":
-            if self.group_size not in (64, 128, 256):
-                problems.append(f"group_size is {self.group_size}: per_group takes 64, 128 or 256")
-        elif self.group_size != 0:
-            problems.append(
-                f"group_size is {self.group_size} while weight_quant_granularity is {self.weight_quant_granularity}: "
-                "set group_size: 0, or weight_quant_granularity: per_group"
-            )
-        if w8a8 and suppression is OutliersSuppressionType.AWQ:
-            problems.append("AWQ does not serve W8A8: set outliers_suppression: smooth")
-        if w8a8 and recovery is PrecisionRecovery.GPTQ:
-            problems.append("GPTQ does not serve W8A8: set precision_recovery: none")
-        if suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE and not (w8a8 and kv is None):
-            problems.append(
-                "outlier-suppression-lite serves exactly W8A8 without KV-cache quantisation: "
-                "set weight_quant_dtype and act_quant_dtype to int8 and kvcache_quant_dtype to null"
-            )
-        if weight == "qint4x2" and kv == "int8":
-            problems.append("qint4x2 weights exclude an int8 KV cache: set one of them to null")
-        if w4a8:
-            if recovery is not PrecisionRecovery.GPTQ:
-                problems.append("W4A8 needs precision_recovery: gptq")
-            if not (self.algo_args.desc_act and self.algo_args.static_groups):
-                problems.append("W4A8 needs algo_args desc_act: true and static_groups: true")
-            if self.act_quant_granularity != "per_token":
-                problems.append("W4A8 needs act_quant_granularity: per_token")
-        if weight is None and (
-            suppression is not OutliersSuppressionType.NONE
-            or recovery is not PrecisionRecovery.NONE
-            or self.weight_clip
-        ):
-            problems.append(
-                "outliers_suppression, precision_recovery and weight_clip work on quantised weights, "
-                "and weight_quant_dtype is null: set it, or leave them out"
-            )
+        problems = [*_contradictions(self), *(found for m in self.methods for found in m.contradictions(self))]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("; ".join(str(problem) for problem in problems))
         return self
 
 
-_SEARCHED = (
-    OutliersSuppressionType.AWQ,
-    OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
-    OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS,
-)
-_BY_GPTQ: tuple[Callable[[QuantPolicy], bool], str] = (
-    lambda policy: policy.precision_recovery is PrecisionRecovery.GPTQ,
-    "precision_recovery: gptq",
-)
-# What reads each argument, and the setting that turns it on.
-_READERS: Mapping[str, tuple[Callable[[QuantPolicy], bool], str]] = {
-    "alpha": (lambda p: p.outliers_suppression is OutliersSuppressionType.SMOOTH, "outliers_suppression: smooth"),
-    "duo_scaling": (lambda p: p.outliers_suppression is OutliersSuppressionType.AWQ, "outliers_suppression: awq"),
-    "smooth_alpha": (lambda p: p.outliers_suppression in _SEARCHED, "outliers_suppression: awq"),
-    "weight_clip_ratio": (lambda p: p.clips_weights, "weight_clip: true"),
-    **dict.fromkeys(("block_size", "desc_act", "damp_percent", "static_groups"), _BY_GPTQ),
-}
+def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
+    """What settings exclude each other whatever the method; methods say their own."""
+    weight, act, kv = policy.weight_quant_dtype, policy.act_quant_dtype, policy.kvcache_quant_dtype
+    w8a8 = weight == "int8" and act == "int8"
+    act_per, weight_per = policy.act_quant_granularity, policy.weight_quant_granularity
+    if act is not None and weight is None:
+        yield _either({"act_quant_dtype": act, "weight_quant_dtype": weight}, {"weight_quant_dtype": "int8"})
+    if act is None and act_per == "per_token":
+        yield _either({"act_quant_granularity": act_per, "act_quant_dtype": act}, {"act_quant_dtype": "int8"})
+    if w8a8 and weight_per != "per_channel":
+        yield Contradiction(
+            field="weight_quant_granularity",
+            found="W8A8 takes weights per channel",
+            write=[{"weight_quant_granularity": "per_channel"}, {"act_quant_dtype": None}],
+        )
+    if kv is None and policy.kvcache_quant_granularity == "per_token":
+        found = {"kvcache_quant_granularity": "per_token", "kvcache_quant_dtype": kv}
+        yield _either(found, {"kvcache_quant_dtype": "int8"})
+    size = {"group_size": policy.group_size, "weight_quant_granularity": weight_per}
+    if weight_per == "per_group" and policy.group_size not in GROUP_SIZES:
+        yield _either(size, *({"group_size": allowed} for allowed in GROUP_SIZES))
+    if weight_per != "per_group" and policy.group_size != 0:
+        yield _either(size, {"group_size": 0}, {"weight_quant_granularity": "per_group"})
+    if weight == "qint4x2" and kv == "int8":
+        yield Contradiction(
+            field="kvcache_quant_dtype",
+            found="qint4x2 weights exclude an int8 KV cache",
+            write=[{"kvcache_quant_dtype": None}, {"weight_quant_dtype": "int8"}],
+        )
+    if weight == "qint4x2" and act == "int8" and act_per != "per_token":
+        write = [{"act_quant_granularity": "per_token"}]
+        yield Contradiction(field="act_quant_granularity", found="W4A8 takes activations per token", write=write)
+    if weight is None and (policy.suppression.rescales or policy.rounding.label or policy.weight_clip):
+        yield Contradiction(
+            field="weight_quant_dtype",
+            found="outliers_suppression, precision_recovery and weight_clip work on quantised weights, and "
+            "weight_quant_dtype is null",
+            write=[{"weight_quant_dtype": "int8"}],
+        )
+
+
+def _either(found: Mapping[str, object], *write: Mapping[str, object]) -> Contradiction:
+    return Contradiction(field=next(iter(found)), found=found, write=write)
 
 
 def required_statistics(
@@ -292,16 +230,10 @@ def required_statistics(
     settings = {}
     for layer_input in inputs:
         readers = [p for p in (policies.get(name) for name in layer_input.linears) if p and p.quantises_linear]
-        searches = any(
-            p.precision_recovery is PrecisionRecovery.GPTQ
-            or p.clips_weights
-            or p.outliers_suppression not in (OutliersSuppressionType.NONE, OutliersSuppressionType.SMOOTH)
-            or (p.outliers_suppression is OutliersSuppressionType.SMOOTH and isinstance(p.migration_strength, tuple))
-            for p in readers
-        )
+        needed = [method.statistics(p) for p in readers for method in p.methods]
         settings[layer_input.name] = StatisticsSettings(
-            gram=bool(readers) and (gram or searches),
-            weighted_gram=searches,
+            gram=bool(readers) and (gram or any(taken.gram for taken in needed)),
+            weighted_gram=any(taken.weighted_gram for taken in needed),
             histogram=any(p.is_static and p.act_range == "mse" for p in readers),
         )
     return settings

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
 
+from gs_dist.methods.activation_range import RATIOS
 from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
     HISTOGRAM_BINS_PER_OCTAVE,
@@ -45,8 +46,6 @@ Weighting = Literal["plain", "token", "both"]
 
 # Resolution of the common logarithmic axis: a channel's shift is rounded to 1/64 octave (1.1 %).
 _STEPS_PER_OCTAVE = 64
-# Ranges tried: the largest value seen times 2^(-i/16), down to 2^-12 of it.
-_RATIOS = tuple(2.0 ** (-i / 16) for i in range(12 * 16 + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,10 +285,10 @@ def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: st
     def cost(shares: tuple[float, float]) -> float:
         return float(tried(profile.low * shares[0], profile.high * shares[1]).rounding or 0.0)
 
-    shares = min(((r, r) for r in _RATIOS), key=cost)
+    shares = min(((r, r) for r in RATIOS), key=cost)
     while not symmetric:
-        lower = min(((r, shares[1]) for r in (shares[0], *_RATIOS)), key=cost)
-        moved = min(((lower[0], r) for r in (lower[1], *_RATIOS)), key=cost)
+        lower = min(((r, shares[1]) for r in (shares[0], *RATIOS)), key=cost)
+        moved = min(((lower[0], r) for r in (lower[1], *RATIOS)), key=cost)
         if moved == shares:
             break
         shares = moved

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.methods.awq import TILE_ROWS
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
@@ -22,8 +23,6 @@ from gs_dist.solvers.objective import row_errors
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["AWQResult", "candidate_scale", "search_scale", "weight_importance"]
-
-_TILE_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def weight_importance(
 
     def shares(tile: tuple[Float32, int]) -> npt.NDArray[np.float64]:
         weight, start = tile
-        magnitude = np.abs(weight[start : start + _TILE_ROWS]).reshape(-1, groups, columns // groups)
+        magnitude = np.abs(weight[start : start + TILE_ROWS]).reshape(-1, groups, columns // groups)
         magnitude /= magnitude.max(axis=2, keepdims=True) + np.float32(1e-6)
         return np.asarray(magnitude.reshape(-1, columns).sum(axis=0, dtype=np.float64))
 
@@ -63,7 +62,7 @@ def weight_importance(
 
 def _tiles(weights: Sequence[Float32]) -> list[tuple[Float32, int]]:
     """Each weight with the first row of each of its tiles."""
-    return [(weight, start) for weight in weights for start in range(0, len(weight), _TILE_ROWS)]
+    return [(weight, start) for weight in weights for start in range(0, len(weight), TILE_ROWS)]
 
 
 def candidate_scale(
@@ -143,7 +142,7 @@ def _losses(
 ) -> list[float]:
     def loss(part: tuple[Float32, int, Float32]) -> float:
         weight, start, scale = part
-        rows = np.ascontiguousarray(weight[start : start + _TILE_ROWS], dtype=np.float32)
+        rows = np.ascontiguousarray(weight[start : start + TILE_ROWS], dtype=np.float32)
         delta = _rounding_change(rows, scale, policy, scale_dtype)
         return float(row_errors(delta, gram).sum())
 

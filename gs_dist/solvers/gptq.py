@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
+from gs_dist.methods.gptq import TILE_ROWS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
@@ -34,8 +35,6 @@ __all__ = ["GPTQResult", "quantise"]
 
 Float = npt.NDArray[np.floating[Any]]
 
-# Rows of a tile: vectors of 8 KiB stay in the first cache, and the tile of a 28672-wide weight takes 235 MB.
-_TILE_ROWS = 2048
 # Channels transposed at a time.
 _STRIP = 64
 # Damping, as a share of the mean diagonal, tried after a failed factorisation: at least 1 %, tenfold each time.
@@ -171,7 +170,7 @@ def _solve(
         zero_point = None if policy.weight_symmetric else np.empty((rows, groups), dtype=np.int8)
 
     def solve(start: int) -> float:
-        part = slice(start, start + _TILE_ROWS)
+        part = slice(start, start + TILE_ROWS)
         tile = Tile(
             weight=_at_places(weight[part], place),
             scale=np.ascontiguousarray(scale[part].T),
@@ -187,7 +186,7 @@ def _solve(
         return loss
 
     loss = 0.0
-    for part_loss in task.threads.map(solve, range(0, rows, _TILE_ROWS)):
+    for part_loss in task.threads.map(solve, range(0, rows, TILE_ROWS)):
         loss += part_loss  # not by sum(), which compensates from Python 3.12 on
     index = None
     if not known and groups > 1 and not np.array_equal(order, np.arange(columns)):

@@ -16,7 +16,7 @@ import numpy as np
 from gs_dist.errors import LayerError, UserError
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import InputStatistics, LayerStatistics
-from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
@@ -240,7 +240,7 @@ def _solve_group(
     statistics = problem.statistics[layer_input.name]
     ranges = input_ranges(policies, statistics, rescaling, folded, problem.scale_dtype)
     objective: Float32 | None = None
-    if any(p.precision_recovery is PrecisionRecovery.GPTQ or p.clips_weights for p in policies.values()):
+    if any(method.statistics(p).gram for p in policies.values() for method in p.weight_methods):
         objective = rescaling.objective(statistics)
 
     def solve(item: tuple[str, QuantPolicy]) -> tuple[str, QuantizedLinear, LinearSummary]:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["strategy"]
-
-_SUPPRESSION = {
-    OutliersSuppressionType.SMOOTH: "SmoothQuant",
-    OutliersSuppressionType.AWQ: "AWQ",
-    OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE: "OSL",
-    OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS: "OutlierSuppressionPlus",
-}
 
 
 def strategy(policy: QuantPolicy | None) -> str:
     """`SmoothQuant-W8-perchannel-A8-pertensor`, `AWQ-wclip-W4-pergroup`, `NA` for a linear that stays."""
     if policy is None or not policy.quantises_linear:
         return "NA"
-    parts = [_SUPPRESSION[policy.outliers_suppression]] if policy.outliers_suppression in _SUPPRESSION else []
-    if policy.clips_weights:
-        parts.append("wclip")
-    if policy.precision_recovery is PrecisionRecovery.GPTQ:
-        parts.append("GPTQ")
+    parts = [method.label for method in policy.methods if method.label]
     parts.append(f"W{policy.weight_bits}-{policy.weight_quant_granularity.replace('_', '')}")
     if policy.act_quant_dtype is not None:
         parts.append(f"A8-{policy.act_quant_granularity.replace('_', '')}")

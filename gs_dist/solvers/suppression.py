@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import UserError
+from gs_dist.methods.exponent_search import SEARCH_ROWS
+from gs_dist.methods.outlier_suppression import SHIFT_STEP
 from gs_dist.model.decoder import LayerInput
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import OutliersSuppressionType, QuantPolicy
@@ -25,10 +27,6 @@ from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["input_ranges", "suppress"]
 
-# Rows of each weight that a search over SmoothQuant exponents looks at. Rounding errors of 8-bit rows
-# are alike, and all rows of a 28672-wide layer would take hours.
-_SEARCH_ROWS = 1024
-_TRIED = 4  # every how manieth exponent is tried of a shift at first
 _RARE = 0.002  # share of a channel's values that the middle of the usual ones leaves out
 
 
@@ -59,39 +57,13 @@ def suppress(
     policy = _common_policy(layer_input, policies)
     if policy is None or statistics is None:
         return Rescaling()
-    kind = policy.outliers_suppression
-    alpha = policy.migration_strength
-    if kind is OutliersSuppressionType.SMOOTH and isinstance(alpha, float):
-        scale = smoothing_scale(
-            tie_max(statistics.max_abs, layer_input),
-            tie_max(folded.column_max(layer_input.linears), layer_input),
-            alpha,
-        )
-        return _fold(layer_input, folded, scale)
-    if kind is OutliersSuppressionType.AWQ:
-        found = awq.search_scale(
-            threads.map(folded.weight, layer_input.linears),
-            statistics,
-            policy,
-            gram=objective_of(statistics),
-            scale_dtype=scale_dtype,
-            tie=None if layer_input.repeat == 1 else source_index(layer_input),
-            threads=threads,
-        )
-        if found.alpha is None:
-            return Rescaling(notes=("AWQ: no scale of the search was better than plain rounding",))
-        return _fold(layer_input, folded, found.scale)
-    if statistics.gram is None:
-        raise UserError("outlier suppression searches by Gram matrices: set gram: on")
-    search = _Search(layer_input, policy, statistics, folded, scale_dtype, threads)
-    if kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS and policy.act_quant_dtype is not None:
-        return _shifted(search, new_biases)
-    return _fold(layer_input, folded, search.exponent().scale)
+    shared = _SharedInput(layer_input, policy, statistics, folded, scale_dtype, new_biases, threads)
+    return _KERNELS[policy.outliers_suppression](shared)
 
 
 def _common_policy(layer_input: LayerInput, policies: Mapping[str, QuantPolicy | None]) -> QuantPolicy | None:
     """The one policy of an input's readers if it suppresses outliers, else None."""
-    asked = [p for p in policies.values() if p and p.outliers_suppression is not OutliersSuppressionType.NONE]
+    asked = [p for p in policies.values() if p and p.suppression.rescales]
     if not asked:
         return None
     cache = {"kvcache_quant_dtype": None, "kvcache_quant_granularity": "per_channel"}
@@ -105,25 +77,26 @@ def _common_policy(layer_input: LayerInput, policies: Mapping[str, QuantPolicy |
     return asked[0]
 
 
-def _fold(layer_input: LayerInput, folded: FoldedTensors, scale: Float32, **rest: Any) -> Rescaling:
-    return Rescaling(scale=folded.fold(layer_input, scale), explicit=layer_input.source is None, **rest)
-
-
 @dataclass(frozen=True)
-class _Search:
-    """SmoothQuant's exponent by search: Outlier Suppression Lite; Plus after a shift."""
+class _SharedInput:
+    """What a method is given of an input and the linears that read it, and SmoothQuant's exponent by search."""
 
     layer_input: LayerInput
     policy: QuantPolicy
     statistics: InputStatistics
     folded: FoldedTensors
     scale_dtype: str
+    new_biases: Collection[str]
     threads: Threads
+
+    def fold(self, scale: Float32, **rest: Any) -> Rescaling:
+        """Divides the input by `scale` (channels,)."""
+        explicit = self.layer_input.source is None
+        return Rescaling(scale=self.folded.fold(self.layer_input, scale), explicit=explicit, **rest)
 
     @cached_property
     def alphas(self) -> tuple[float, ...]:
-        smooth = self.policy.outliers_suppression is OutliersSuppressionType.SMOOTH
-        alphas = self.policy.migration_strength if smooth else self.policy.exponents
+        alphas = self.policy.exponents
         return (alphas,) if isinstance(alphas, float) else alphas
 
     @cached_property
@@ -131,7 +104,7 @@ class _Search:
         found = []
         for name in self.layer_input.linears:
             rows = self.folded.shape(name)[0]
-            found.append(self.folded.weight(name, slice(None, None, max(1, -(-rows // _SEARCH_ROWS)))))
+            found.append(self.folded.weight(name, slice(None, None, max(1, -(-rows // SEARCH_ROWS)))))
         return found
 
     def tie(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -143,6 +116,8 @@ class _Search:
         means: ChannelMeans | None = None,
         alphas: tuple[float, ...] | None = None,
     ) -> outlier_suppression.ExponentResult:
+        if self.statistics.gram is None:
+            raise UserError("outlier suppression searches by Gram matrices: set gram: on")
         return outlier_suppression.search_exponent(
             self.weights,
             self.tie(self.folded.column_max(self.layer_input.linears)),
@@ -164,28 +139,64 @@ class _Search:
         return [np.asarray(0.5 * (self.tie(high) - self.tie(-low)), dtype=np.float32) for low, high in ranges]
 
 
-def _shifted(search: _Search, new_biases: Collection[str]) -> Rescaling:
+def _unchanged(shared: _SharedInput) -> Rescaling:
+    return Rescaling()
+
+
+def _smoothed(shared: _SharedInput) -> Rescaling:
+    """SmoothQuant with one strength, which needs no search, or the best of several."""
+    alpha = shared.policy.exponents
+    if not isinstance(alpha, float):
+        return _searched(shared)
+    columns = shared.folded.column_max(shared.layer_input.linears)
+    return shared.fold(smoothing_scale(shared.tie(shared.statistics.max_abs), shared.tie(columns), alpha))
+
+
+def _searched(shared: _SharedInput) -> Rescaling:
+    """SmoothQuant's scale of the strength that leaves the least error: Outlier Suppression Lite."""
+    return shared.fold(shared.exponent().scale)
+
+
+def _by_awq(shared: _SharedInput) -> Rescaling:
+    layer_input = shared.layer_input
+    found = awq.search_scale(
+        shared.threads.map(shared.folded.weight, layer_input.linears),
+        shared.statistics,
+        shared.policy,
+        gram=objective_of(shared.statistics),
+        scale_dtype=shared.scale_dtype,
+        tie=None if layer_input.repeat == 1 else source_index(layer_input),
+        threads=shared.threads,
+    )
+    if found.alpha is None:
+        return Rescaling(notes=("AWQ: no scale of the search was better than plain rounding",))
+    return shared.fold(found.scale)
+
+
+def _shifted(search: _SharedInput) -> Rescaling:
     """Outlier Suppression Plus: shifts the input if something absorbs that and the loss falls; corrects biases.
 
     The paper shifts to the middle of all values. Where one token is enormous, that would push all others to the
     edge of the range, so the middle of the usual values is tried too, and no shift at all.
     """
-    layer_input, folded = search.layer_input, search.folded
+    if search.policy.act_quant_dtype is None:
+        return _searched(search)
+    layer_input, folded, new_biases = search.layer_input, search.folded, search.new_biases
     source = layer_input.source
     without = [n for n in layer_input.linears if source is not None and not _takes_bias(n, folded, new_biases)]
     means = None if without else channel_means(search.statistics)
     best, shift = search.exponent(means=means), None
     lacking = _why_unshifted(source, without, layer_input, folded, new_biases)
-    some = search.alphas[::_TRIED]
+    some = search.alphas[::SHIFT_STEP]
     for middle in search.middles() if lacking is None else ():
         # A few exponents tell whether a shift is any good, and all of them are tried only then.
-        if search.exponent(middle, means, some).loss < min(best.losses[::_TRIED]):
+        if search.exponent(middle, means, some).loss < min(best.losses[::SHIFT_STEP]):
             found = search.exponent(middle, means)
             best, shift = (found, middle) if found.loss < best.loss else (best, shift)
     notes = () if lacking is None else (f"outlier-suppression+ without shift: {lacking}",)
     if lacking is None and source is not None:  # a zero where it stays, so that the bias is always there
         folded.shift(layer_input, np.zeros(layer_input.channels, np.float32) if shift is None else shift)
-    rescaling = _fold(layer_input, folded, best.scale, means=means, notes=notes)
+    rescaling = search.fold(best.scale, means=means, notes=notes)
     if shift is None or rescaling.scale is None:
         return rescaling
     return replace(rescaling, shift=folded.shift_in_force(layer_input, shift, rescaling.scale))
@@ -208,6 +219,16 @@ def _why_unshifted(
     if without or not _takes_bias(source, folded, new_biases):
         return f"{[*without, source][0]} has no bias to absorb it"
     return None if folded.passes_shift(layer_input) else f"{source} is not all that makes {layer_input.name}"
+
+
+# The kernel of each method of `gs_dist.methods` that rescales.
+_KERNELS: Mapping[OutliersSuppressionType, Callable[[_SharedInput], Rescaling]] = {
+    OutliersSuppressionType.SMOOTH: _smoothed,
+    OutliersSuppressionType.AWQ: _by_awq,
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE: _searched,
+    OutliersSuppressionType.OUTLIER_SUPPRESSION_PLUS: _shifted,
+    OutliersSuppressionType.NONE: _unchanged,
+}
 
 
 def input_ranges(

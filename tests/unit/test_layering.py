@@ -15,22 +15,21 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 # Which rooms each room may import, itself included, lowest first. `words` are the loose modules at the top of the
 # package: what every room may say.
+PLAIN = {"words", "model", "methods", "recipe", "results"}
 ALLOWED = {
     "words": {"words"},
     "model": {"words", "model"},
-    "recipe": {"words", "model", "recipe"},
-    "results": {"words", "model", "recipe", "results"},
-    "planning": {"words", "model", "recipe", "results", "planning"},
-    "solvers": {"words", "model", "recipe", "results", "solvers"},
-    "checkpoint": {"words", "model", "recipe", "results", "checkpoint"},
+    "methods": {"words", "model", "methods"},
+    "recipe": {"words", "model", "methods", "recipe"},
+    "results": PLAIN,
+    "planning": PLAIN | {"planning"},
+    "solvers": PLAIN | {"solvers"},
+    "checkpoint": PLAIN | {"checkpoint"},
     "data": {"words", "recipe", "data"},
-    "calibration": {"words", "model", "recipe", "results", "solvers", "checkpoint", "data", "calibration"},
-    "ptq": {"words", "model", "recipe", "results", "solvers", "checkpoint", "data", "calibration", "ptq"},
-    "runtime": {
-        *("words", "model", "recipe", "results", "planning", "solvers", "checkpoint", "data", "calibration"),
-        "runtime",
-    },
-    "terminal": {"words", "model", "recipe", "results", "planning", "checkpoint", "data", "ptq", "runtime", "terminal"},
+    "calibration": PLAIN | {"solvers", "checkpoint", "data", "calibration"},
+    "ptq": PLAIN | {"solvers", "checkpoint", "data", "calibration", "ptq"},
+    "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "runtime"},
+    "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "runtime", "terminal"},
 }
 LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "wording"}
 FRAMEWORKS = {

@@ -205,8 +205,7 @@ def input_settings(policy: QuantPolicy | None) -> tuple[object, ...]:
     """What decides a linear's static input scale: linears of one input that agree on it have the same one."""
     if policy is None:
         return ()
-    arguments = (policy.migration_strength, policy.exponents)
-    return (policy.act_symmetric, policy.act_range, policy.outliers_suppression, *arguments)
+    return (policy.act_symmetric, policy.act_range, policy.outliers_suppression, policy.exponents)
 
 
 def require_shared_input(layer: QuantizedLayer) -> None:

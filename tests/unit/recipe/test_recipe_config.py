@@ -157,7 +157,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         ),
         (
             "{weight_quant_dtype: qint4x2, weight_quant_granularity: per_group, group_size: 32}",
-            "ptq: group_size is 32: per_group takes 64, 128 or 256",
+            "ptq: group_size is 32 while weight_quant_granularity is per_group: set group_size: 64, 128 or 256",
         ),
     ],
 )

@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 
 def policy(*, group_size: int = 64, symmetric: bool = True, bits: int = 4, **algo_args: Any) -> QuantPolicy:
     return QuantPolicy(
+        outliers_suppression="awq",
         weight_quant_dtype="qint4x2" if bits == 4 else "int8",
         weight_quant_granularity="per_group" if group_size else "per_channel",
         group_size=group_size,

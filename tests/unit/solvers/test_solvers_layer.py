@@ -555,8 +555,8 @@ FOUR_BITS = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_g
 def test_any_number_of_threads_gives_the_same_bytes(policy, biases, monkeypatch):
     """Every array and every figure of a layer solved on two and three threads is that of one, over many tiles."""
     for module, name, size in (
-        (awq, "_TILE_ROWS", 16),
-        (gptq, "_TILE_ROWS", 16),
+        (awq, "TILE_ROWS", 16),
+        (gptq, "TILE_ROWS", 16),
         (clip, "_TILE_ELEMENTS", 1 << 10),
         (affine, "_BLOCK_ELEMENTS", 1 << 10),
     ):

@@ -40,10 +40,7 @@ def layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Ite
 
 def actorder(policy: QuantPolicy) -> str | None:
     """`weight` (columns taken in another order, groups as stored), `group` (an index is stored), or None."""
-    args = policy.algo_args
-    if policy.precision_recovery is not PrecisionRecovery.GPTQ or not args.desc_act or not policy.group_size:
-        return None
-    return "weight" if args.static_groups else "group"
+    return policy.column_order
 
 
 def quantization_args(bits: int, *, strategy: str, symmetric: bool = True, **others: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import DIALECTS
-from gs_dist.recipe.policy import PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Int8, QuantizedLayer, QuantizedLinear
 
 __all__ = ["CODEC", "DESCRIPTION_FILE", "LABELS", "GoldenStickCodec", "pack_int4", "unpack_int4"]
@@ -218,8 +218,7 @@ def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
         )
     if policy.weight_bits == 8 and policy.weight_quant_granularity != "per_channel":
         reasons.append("Golden Stick's W8A16 files are per channel: set weight_quant_granularity: per_channel")
-    reordered = policy.precision_recovery is PrecisionRecovery.GPTQ and policy.algo_args.desc_act
-    if reordered and policy.weight_quant_granularity == "per_group" and not policy.algo_args.static_groups:
+    if policy.column_order == "group":
         reasons.append(
             "Golden Stick's files cannot say which group a column belongs to: set algo_args static_groups: true, or "
             "desc_act: false"

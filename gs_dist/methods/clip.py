@@ -1,0 +1,46 @@
+"""Weight clipping (Lin et al. 2024): the range of each channel or group that leaves the least output error.
+
+The kernel is `gs_dist.solvers.clip`.
+"""
+
+from __future__ import annotations
+
+from gs_dist.methods.method import ROUNDED, SEARCHED, Arguments, Method, Policy, Ratios, Work, Workspace
+from gs_dist.model.statistics import StatisticsSettings
+
+__all__ = ["RATIOS", "Clip", "ClipArguments"]
+
+RATIOS = tuple(1 - i / 20 for i in range(10))  # of Golden Stick's AWQConfig
+
+SEARCH_GRAM_BYTES = 8  # a float64 copy of the Gram matrix
+
+
+class ClipArguments(Arguments):
+    """That of Golden Stick's AWQConfig."""
+
+    weight_clip_ratio: Ratios = None
+    """Shares of a weight's range that clipping, or GPTQ on groups, chooses among; null is a list of theirs."""
+
+
+class Clip(Method[ClipArguments]):
+    """Searches each range before rounding, unless the rounding method searches them itself."""
+
+    field = "weight_clip"
+    name = "true"
+    label = "wclip"
+    arguments = tuple(ClipArguments.model_fields)
+
+    def statistics(self, policy: Policy[ClipArguments]) -> StatisticsSettings:
+        """Blocks along the diagonal."""
+        return SEARCHED
+
+    def workspace(self, policy: Policy[ClipArguments], work: Work) -> Workspace:
+        """A copy of the Gram matrix; the tiles are what every thread holds anyway."""
+        return Workspace(shared=work.channels**2 * SEARCH_GRAM_BYTES)
+
+    def operations(self, policy: Policy[ClipArguments], work: Work) -> int:
+        """Each ratio and the whole range, against the whole of each diagonal block."""
+        if policy.searches_ranges_on_the_way:
+            return 0
+        size = policy.group_size or work.channels
+        return (1 + len(policy.clip_ratios)) * work.rows * work.channels * (2 * size + ROUNDED)

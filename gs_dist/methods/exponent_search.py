@@ -1,0 +1,65 @@
+"""SmoothQuant's scale for one strength or several: what smoothing and both kinds of outlier suppression share.
+
+Each strength is judged by the output error it leaves, over some rows of each weight. The kernel is
+`gs_dist.solvers.outlier_suppression`.
+"""
+
+from __future__ import annotations
+
+from gs_dist.methods.clip import SEARCH_GRAM_BYTES
+from gs_dist.methods.method import (
+    ROUNDED,
+    SEARCHED,
+    Asked,
+    Policy,
+    SuppressionMethod,
+    Work,
+    Workspace,
+    error_operations,
+)
+from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
+
+__all__ = ["SEARCH_ROWS", "ExponentSearch"]
+
+# Rows of each weight that a search looks at. Rounding errors of 8-bit rows are alike, and all rows of a 28672-wide
+# layer would take hours.
+SEARCH_ROWS = 1024
+
+# Bytes of an entry of those rows: rescaled, codes, dequantised. Histograms are held as float64 with and without shift.
+_ROW_BYTES, _HISTOGRAMS = 4 + 1 + 4, 4 * 2
+
+
+class ExponentSearch(SuppressionMethod[Asked]):
+    """A method that tries SmoothQuant's scale for several strengths."""
+
+    def searches(self, policy: Policy[Asked]) -> bool:
+        """Whether it judges by output errors, be it a single strength."""
+        return True
+
+    def statistics(self, policy: Policy[Asked]) -> StatisticsSettings:
+        """Output errors, where it judges by them."""
+        return SEARCHED if self.searches(policy) else super().statistics(policy)
+
+    def trials(self, policy: Policy[Asked]) -> int:
+        """How many scales are tried; 0 where none is judged."""
+        exponents = self.exponents(policy)
+        return (1 if isinstance(exponents, float) else len(exponents)) if self.searches(policy) else 0
+
+    def range_searches(self, policy: Policy[Asked]) -> int:
+        """One for each scale."""
+        return self.trials(policy)
+
+    def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
+        """A copy of the Gram matrix where it searches; a thread's rows of the weight, and its histograms."""
+        shared = work.channels**2 * SEARCH_GRAM_BYTES if self.searches(policy) else 0
+        histograms = work.channels * HISTOGRAM_BYTES_PER_CHANNEL * _HISTOGRAMS if work.taken.histogram else 0
+        rows = min(work.rows, SEARCH_ROWS) * work.channels * _ROW_BYTES
+        return Workspace(shared=shared, thread=rows + histograms)
+
+    def operations(self, policy: Policy[Asked], work: Work) -> int:
+        """Error of the rows looked at, before and for each scale, for each way of weighting tokens."""
+        trials = self.trials(policy)
+        seen = -(-work.rows // max(1, -(-work.rows // SEARCH_ROWS)))
+        sides = 1 + int(work.taken.weighted_gram)
+        energies = sides * error_operations(seen, work.channels) if trials else 0
+        return energies + trials * (sides * error_operations(seen, work.channels) + ROUNDED * seen * work.channels)

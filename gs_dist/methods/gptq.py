@@ -1,0 +1,108 @@
+"""GPTQ (Frantar et al. 2023): weights rounded one input channel at a time, later channels make up for the error.
+
+The kernel is `gs_dist.solvers.gptq`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field
+
+from gs_dist.methods.contradiction import Contradiction
+from gs_dist.methods.method import (
+    CORRECTED,
+    ROUNDED,
+    Arguments,
+    ColumnOrder,
+    Policy,
+    Ratio,
+    RoundingMethod,
+    Work,
+    Workspace,
+)
+from gs_dist.model.statistics import StatisticsSettings
+
+__all__ = ["GPTQ", "RANGE_RATIOS", "TILE_ROWS", "GPTQArguments"]
+
+# Shares of a group's largest weight at which its range is tried. A little beyond it pays at times: the largest code is
+# then used by more than one weight.
+RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
+# Rows worked on at a time: vectors of 8 KiB stay in the first cache, and a 28672-wide weight's take 235 MB.
+TILE_ROWS = 2048
+
+# Bytes of an entry of the Gram matrix: damped in float64, its inverse and a factor. Of the weight: a float64 copy.
+_GRAM_BYTES, _WEIGHT_BYTES = 3 * 8, 8
+# Of a tile's entry: float32 transposed, codes twice, scales and zero points; of a panel some float32 vectors a channel.
+_TILE_BYTES, _PANEL_VECTORS = 7, 16
+
+
+class GPTQArguments(Arguments):
+    """Those of Golden Stick's GPTQQuantConfig."""
+
+    block_size: Annotated[int, Field(gt=0)] = 128
+    """Columns that GPTQ rounds before it corrects the ones behind them."""
+    desc_act: bool = False
+    """GPTQ rounds the channels of largest activations first."""
+    damp_percent: Ratio = 0.01
+    """What GPTQ adds to the Gram matrix's diagonal, as a share of its mean; raised where it does not suffice."""
+    static_groups: bool = False
+    """GPTQ finds the scales of all groups before it rounds; with desc_act groups then stay contiguous."""
+
+
+class GPTQ(RoundingMethod[GPTQArguments]):
+    """Searches the ranges of groups on its way; those of whole channels are searched before."""
+
+    name = "gptq"
+    label = "GPTQ"
+    arguments = tuple(GPTQArguments.model_fields)
+
+    def statistics(self, policy: Policy[GPTQArguments]) -> StatisticsSettings:
+        """The matrix itself, which is factorised."""
+        return CORRECTED
+
+    def contradictions(self, policy: Policy[GPTQArguments]) -> Iterable[Contradiction]:
+        """As Golden Stick: W8A8 gains nothing by it, and W4A8 is stored with groups in place."""
+        if policy.weight_quant_dtype == policy.act_quant_dtype == "int8":
+            write = [{"precision_recovery": "none"}]
+            yield Contradiction(field="precision_recovery", found="GPTQ does not serve W8A8", write=write)
+        args, w4a8 = policy.algo_args, (policy.weight_quant_dtype, policy.act_quant_dtype) == ("qint4x2", "int8")
+        if w4a8 and not (args.desc_act and args.static_groups):
+            order = {"algo_args.desc_act": True, "algo_args.static_groups": True}
+            yield Contradiction(field="algo_args", found="W4A8 takes columns in their own order", write=[order])
+
+    def searches_ranges(self, policy: Policy[GPTQArguments]) -> bool:
+        """Those of groups: a range found by plain rounding does not suit what makes up for rounding."""
+        return policy.group_size > 0
+
+    def clip_ratios(self, policy: Policy[GPTQArguments]) -> tuple[float, ...]:
+        """Its own list."""
+        return RANGE_RATIOS
+
+    def column_order(self, policy: Policy[GPTQArguments]) -> ColumnOrder | None:
+        """With `desc_act`, of groups."""
+        args = policy.algo_args
+        if not args.desc_act or not policy.group_size:
+            return None
+        return "weight" if args.static_groups else "group"
+
+    def workspace(self, policy: Policy[GPTQArguments], work: Work) -> Workspace:
+        """Factors and a working copy for each linear, a tile for each thread."""
+        factors = work.channels**2 * _GRAM_BYTES if work.taken.gram or work.taken.weighted_gram else 0
+        width = max(policy.algo_args.block_size, policy.group_size)
+        panel = 4 * _PANEL_VECTORS * min(width, work.channels)
+        return Workspace(
+            own=factors + work.rows * work.channels * _WEIGHT_BYTES,
+            thread=min(work.rows, TILE_ROWS) * (work.channels * _TILE_BYTES + panel),
+        )
+
+    def operations(self, policy: Policy[GPTQArguments], work: Work) -> int:
+        """Factorisation and updates, once more where ranges are found before a second pass."""
+        rows, channels = work.rows, work.channels
+        one_pass = channels**3 // 3 + rows * channels * (channels + ROUNDED)
+        if not (policy.searches_ranges_on_the_way and policy.clips_weights):
+            return one_pass
+        # Each ratio rounds a group anew.
+        tries = (len(policy.clip_ratios) - 1) * rows * channels * (policy.group_size + ROUNDED)
+        return one_pass * (2 if self.column_order(policy) == "weight" else 1) + tries
