@@ -24,6 +24,7 @@ _SPELLING = {
     "float16": "F16",
     "bfloat16": "BF16",
     "int8": "I8",
+    "uint8": "U8",
     "int32": "I32",
     "int64": "I64",
 }

@@ -85,7 +85,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
     if len(data) > _MAX_JSON:
         raise CheckpointError(f"{label}: has more than {_MAX_JSON} bytes, which no such file needs; replace it")
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_consistent)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label}: is not valid JSON ({error!s:.200}); download or write it again") from error
     if not isinstance(value, dict):
@@ -137,6 +137,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {twice!r:.200} occurs twice")
+    return result
+
+
+def _consistent(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, a key of which may occur twice with one value: which of two was meant cannot be known."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        for key, value in pairs:
+            if result[key] != value:
+                raise ValueError(f"key {key!r:.200} occurs twice, with different values")
     return result
 
 

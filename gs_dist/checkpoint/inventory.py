@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header, read_json
+from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.problems import Note, Problem
-from gs_dist.checkpoint.reader import contained_path
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import description_files

@@ -6,38 +6,21 @@ files and, last, the index that makes the directory a model.
 
 from __future__ import annotations
 
-import fnmatch
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gs_dist.checkpoint.companions import copy_companions
 from gs_dist.checkpoint.dialects import Codec, codec_of
 from gs_dist.checkpoint.dialects.base import Policies
 from gs_dist.checkpoint.header import read_header
-from gs_dist.checkpoint.manifest import LayerManifest
-from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader, contained_path
-from gs_dist.checkpoint.writer import StoredTensor, publish, remove_leftovers, write_json
+from gs_dist.checkpoint.manifest import LayerManifest, part_stem
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.weight_files import INDEX_FILE
+from gs_dist.checkpoint.writer import StoredTensor, remove_leftovers, write_json
 from gs_dist.errors import CheckpointError, JobFailure, OutputError
 
-__all__ = ["MergeRecord", "merge_checkpoint"]
-
-# Files that go with the weights. Code (*.py) is never carried over.
-_COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map*",
-    "added_tokens*",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-)
-_NEVER = ("*.py", "*.safetensors", "*.bin", "*.index.json", "config.json")
-_MAX_COMPANION = 256 << 20  # bytes; tokenizers have up to some 40 MB
+__all__ = ["MergeRecord", "merge_checkpoint", "refuse_foreign_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +68,7 @@ def merge_checkpoint(
     for part in parts:
         _check_accounted(part, codec_of(format_name), policies, reader)
         _check_on_disk(directory, part, format_name)
-    _check_no_foreign_weights(directory, parts, format_name)
+    refuse_foreign_weights(output, format_name, architecture.num_layers)
 
     weight_map: dict[str, str] = {}
     for part in parts:
@@ -94,7 +77,7 @@ def merge_checkpoint(
     total_size = sum(_data_bytes(directory, part, format_name) for part in parts)
 
     remove_leftovers(directory)
-    written = _copy_companions(reader.directory, directory)
+    written = copy_companions(reader.companions(), directory)
     for name, content in codec_of(format_name).extra_files(policies, kv_cache, architecture).items():
         write_json(directory / name, content)
         written.append(name)
@@ -183,29 +166,15 @@ def _check_on_disk(directory: Path, part: LayerManifest, format_name: str) -> No
         raise OutputError(f"{label}: is not the file that was written; {again}")
 
 
-def _check_no_foreign_weights(directory: Path, parts: Iterable[LayerManifest], format_name: str) -> None:
-    ours = {part.shards[format_name].file for part in parts}
-    foreign = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in ours)
+def refuse_foreign_weights(output: Path, format_name: str, num_layers: int) -> None:
+    """Refuses weight files in a format's directory that no run of so many layers writes.
+
+    Raises:
+        OutputError: there is one; the message names it.
+    """
+    ours = {f"{part_stem(layer)}.safetensors" for layer in (None, *range(num_layers))}
+    foreign = sorted(path.name for path in (output / format_name).glob("*.safetensors") if path.name not in ours)
     if foreign:
         raise OutputError(
             f"{format_name}/{foreign[0]}: is not of this run, and serving engines would load it too; move it away"
         )
-
-
-def _copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies tokenizer, generation and licence files; returns their names, sorted."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
-        if not wanted or any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEVER):
-            continue
-        real = contained_path(source, name)
-        if not real.is_file():
-            continue
-        if real.stat().st_size > _MAX_COMPANION:
-            raise OutputError(f"{name}: has {real.stat().st_size} bytes, too many for a tokenizer file; move it away")
-        with real.open("rb") as stream, publish(target / name) as file:
-            shutil.copyfileobj(stream, file)
-        copied.append(name)
-    return copied

@@ -33,7 +33,7 @@ from gs_dist.checkpoint.manifest import (
 )
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
-from gs_dist.checkpoint.reader import INDEX_FILE, CheckpointReader
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_record import (
     RunRecord,
     read_record,
@@ -42,6 +42,7 @@ from gs_dist.checkpoint.run_record import (
     write_record,
 )
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
+from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.checkpoint.finite import not_finite
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import Expectation, Layout
 from gs_dist.recipe.dialects import DIALECTS
@@ -17,7 +17,6 @@ __all__ = ["check_static_linears", "check_tensors"]
 
 Array = npt.NDArray[Any]
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CLOSE = 0.02  # relative; scales may have been rounded to bfloat16 on the way, twice
 _SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -85,16 +84,10 @@ def _position(flat: int, shape: tuple[int, ...]) -> str:
     return str(tuple(int(i) for i in np.unravel_index(flat, shape))) if shape else "()"
 
 
-def _not_finite(block: Array) -> Array:
-    if block.dtype == _BFLOAT16:  # all exponent bits set; much faster than going through float32
-        return np.asarray(block.view(np.uint16) & 0x7F80 == 0x7F80)
-    return np.asarray(~np.isfinite(block))
-
-
 def _finite(inventory: Inventory, name: str, expected: Expectation) -> Finding:
     seen = 0
     for block in inventory.chunks(name):
-        bad = _not_finite(block)
+        bad = not_finite(block)
         if bad.any():
             first = int(np.argmax(bad))
             where = _position(seen + first, expected.shape)

@@ -9,7 +9,7 @@ from typing import Any
 import mindspore as ms
 
 from gs_dist.calibration.device import Device
-from gs_dist.checkpoint.reader import INDEX_FILE
+from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq.published import load_published
 

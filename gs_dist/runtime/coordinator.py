@@ -20,6 +20,7 @@ from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
+from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.model_card import CARD, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import (
@@ -120,6 +121,7 @@ def _refuse_early(
 
     Whether the job fits a cluster at `address` is known once that is joined.
     """
+    reader.companions()  # refuses what could not be carried over in the end
     if address is not None:
         make_workload(config, reader.architecture, reader.tensors)
         return None
@@ -163,8 +165,9 @@ def _run_on_ray(
 
 
 def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: CalibrationPlan) -> list[str]:
-    """What the formats have to say about the plan; they refuse policies that they cannot hold."""
-    notes = [
+    """What model and formats have to say about the plan; they refuse what they cannot carry over or hold."""
+    notes = [*reader.notes, *reader.companions().notes]
+    notes += [
         note
         for name in config.format
         for policies in plan.policy_sets
@@ -222,6 +225,10 @@ def _run_locked(
     finished = run.prepare(reader.architecture.num_layers)
     if finished:
         progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
+    if len(finished) < reader.architecture.num_layers:
+        reader.refuse_damaged_outer()
+        for name in config.format:
+            refuse_foreign_weights(run.path, name, reader.architecture.num_layers)
     stages: dict[WorkerKey, StageSummary] = {}
     if config.bits == "auto":
         job = _choose_bits(job, finished, make_group, progress, stages)

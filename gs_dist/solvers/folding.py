@@ -8,7 +8,7 @@ feeds a channel of each of them, so those channels must share their s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ def source_index(layer_input: LayerInput) -> npt.NDArray[np.intp]:
         return channel
     head, within = np.divmod(channel, layer_input.head_dim)
     return np.asarray(head // layer_input.repeat * layer_input.head_dim + within, dtype=np.intp)
+
+
+def _parts(tensor: Tensor) -> Iterable[slice]:
+    """Rows of a matrix in blocks, a vector as a whole."""
+    return row_blocks(tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 else (slice(None),)
 
 
 class FoldedTensors:
@@ -178,7 +183,7 @@ class FoldedTensors:
         """A tensor that stays in floating point, in its source dtype: the source array itself if untouched.
 
         Raises:
-            UserError: folding would overflow the dtype.
+            UserError: folding would overflow the dtype, or the source holds values that are not finite.
         """
         if name in self._replaced:
             return self._replaced[name]
@@ -189,6 +194,8 @@ class FoldedTensors:
         elif kind == "weight" and source.ndim == 2 and (owner in self._rows or owner in self._columns):
             folded = self.weight(owner)
         else:
+            if any(not np.isfinite(source[rows].astype(np.float32)).all() for rows in _parts(source)):
+                raise UserError(f"tensor {name} holds values that are not finite: the checkpoint is damaged")
             return source
         with np.errstate(over="ignore"):
             stored = np.asarray(folded).astype(source.dtype)

@@ -214,13 +214,13 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
 
 
 def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[CalibrationPlan, list[str]]:
-    """The plan, and what the formats have to say about it."""
+    """The plan, and what model and formats have to say about it."""
     from gs_dist.checkpoint.dialects import codec_of
     from gs_dist.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(Path(config.model))
     made = make_plan(config, reader.architecture, reader.tensors, facts)
-    notes: list[str] = []
+    notes = [*reader.notes, *reader.companions().notes]
     for name in config.format:
         for policies in made.policy_sets:
             notes += codec_of(name).check_policies(policies, reader.architecture)

@@ -71,7 +71,7 @@ def test_the_index_covers_every_shard_and_rewrites_none(run: Run) -> None:
 
 
 def test_what_serving_needs_goes_along(run: Run) -> None:
-    """Tokenizer, generation and licence files are copied; code, weights and strangers are not."""
+    """Whatever is neither weights nor code is copied, and the card is not."""
     source = run.reader.directory
     for name in ("LICENSE", "merges.txt", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"):
         (source / name).write_text(name)
@@ -82,7 +82,7 @@ def test_what_serving_needs_goes_along(run: Run) -> None:
         path.name for path in run.directory.glob("*.safetensors")
     }
     assert copied == {
-        "LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
+        "LICENSE", "a.txt", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
         "model.safetensors.index.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
         "tokenizer_config.json",
     }  # fmt: skip

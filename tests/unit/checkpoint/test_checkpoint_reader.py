@@ -20,6 +20,7 @@ from checkpoints import (
     tiny_checkpoint,
     tiny_config,
 )
+from safetensors.numpy import load_file
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
@@ -150,7 +151,7 @@ TENSOR_FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     (
         "integers",
         lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones((128, 64), np.int8)}),
-        "is int8",
+        r"'model.layers.0.mlp.up_proj.weight' \(int8\) is of quantised weights",
     ),
 ]
 
@@ -193,17 +194,6 @@ INDEX_FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("NUL", lambda i: i["weight_map"].update({"lm_head.weight": "x\0.safetensors"}), "points outside"),
     ("file missing", lambda i: i["weight_map"].update({"lm_head.weight": "y.safetensors"}), "y.safetensors: is listed"),
     ("too long a name", lambda i: i["weight_map"].update({"lm_head.weight": "y" * 5000 + ".safetensors"}), "is listed"),
-    ("tensor unlisted", lambda i: i["weight_map"].pop("lm_head.weight"), "lists in 'nowhere'"),
-    (
-        "tensor listed and absent",
-        lambda i: i["weight_map"].update({"ghost": i["weight_map"]["lm_head.weight"]}),
-        "does not hold 'ghost'",
-    ),
-    (
-        "tensor in another file",
-        lambda i: i["weight_map"].update({"lm_head.weight": i["weight_map"]["model.embed_tokens.weight"]}),
-        "'lm_head.weight', which model.safetensors.index.json lists in",
-    ),
 ]
 
 
@@ -216,8 +206,165 @@ def test_an_index_must_fit_its_files(change: Callable[[dict[str, Any]], Any], me
         CheckpointReader(directory)
 
 
+DISAGREEMENTS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    (
+        "tensor unlisted",
+        lambda i: i["weight_map"].pop("lm_head.weight"),
+        "lacks 'lm_head.weight': read all the same, as loaders do",
+    ),
+    (
+        "tensor listed and absent",
+        lambda i: i["weight_map"].update({"ghost": i["weight_map"]["lm_head.weight"]}),
+        "lists 'ghost', which no file holds",
+    ),
+    (
+        "tensor in another file",
+        lambda i: i["weight_map"].update({"lm_head.weight": i["weight_map"]["model.embed_tokens.weight"]}),
+        "lists 'lm_head.weight' in another file than holds it: read where it is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "note"), [r[1:] for r in DISAGREEMENTS], ids=[r[0] for r in DISAGREEMENTS])
+def test_where_index_and_files_disagree_the_files_count(
+    change: Callable[[dict[str, Any]], Any], note: str, tmp_path: Path
+) -> None:
+    """The index only says which files there are, as for transformers and vLLM; the disagreement is noted."""
+    directory = tiny_checkpoint(tmp_path / "m", shards=2)
+    edit(directory / INDEX, change)
+    reader = CheckpointReader(directory)
+    assert reader.notes == (f"model.safetensors.index.json {note}",)
+    for name, wanted in random_tensors(reader.config).items():
+        np.testing.assert_array_equal(reader.read([name])[name], wanted)
+
+
+def test_a_tied_head_that_is_listed_and_absent_is_not_missed(tmp_path: Path) -> None:
+    """Several tools list the head of a tied model in the index and do not store it."""
+    directory = tiny_checkpoint(tmp_path / "m", "qwen2", tie=True, shards=2)
+    edit(directory / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "model-00002-of-00002.safetensors"}))
+    reader = CheckpointReader(directory)
+    assert "lm_head.weight" not in reader.tensors
+    assert reader.notes == ("model.safetensors.index.json lists 'lm_head.weight', which no file holds",)
+
+
+def test_a_tensor_that_two_files_hold_alike_is_read(tmp_path: Path) -> None:
+    """Copies are compared; equal ones do no harm."""
+    directory = tiny_checkpoint(tmp_path / "m", shards=2)
+    second = directory / "model-00002-of-00002.safetensors"
+    held = dict(load_file(second))
+    save_safetensors(second, {**held, "model.embed_tokens.weight": random_tensors(tiny_config())[EMBEDDING]})
+    reader = CheckpointReader(directory)
+    assert reader.notes == (
+        "model.safetensors.index.json names files of which two hold 'model.embed_tokens.weight', with the same values",
+    )
+
+
+def test_an_index_beside_a_single_file_is_not_read(tmp_path: Path) -> None:
+    """Loaders take model.safetensors where it is; a stale index beside it changes nothing."""
+    directory = tiny_checkpoint(tmp_path / "m")
+    (directory / INDEX).write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    reader = CheckpointReader(directory)
+    assert len(reader.notes) == 1
+    assert "beside it is not read" in reader.notes[0]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(tmp_path: Path) -> None:
+    """Transformers compares the two and does not tie what differs; a fine-tune's own head would be lost otherwise."""
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = random_tensors({**config, "tie_word_embeddings": False})
+    reader = CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    assert reader.architecture.tie_word_embeddings is False
+    assert reader.config["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(reader.read_outer()[HEAD], tensors[HEAD])
+    (note,) = reader.notes
+    assert note.startswith("lm_head.weight holds other values than model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_different_value_makes_a_head_of_its_own(place: int, tmp_path: Path) -> None:
+    """All values are compared, wherever the difference is."""
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    tensors[HEAD] = tensors[EMBEDDING].copy()
+    tensors[HEAD].reshape(-1)[place] += 1
+    assert not CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors)).architecture.tie_word_embeddings
+
+
+def test_a_copy_of_the_embedding_in_another_dtype_is_a_copy(tmp_path: Path) -> None:
+    """Values are compared, not bytes, where the dtypes differ."""
+    config = tiny_config(tie_word_embeddings=True, torch_dtype="bfloat16")
+    tensors = random_tensors(config, "bfloat16")
+    tensors[HEAD] = tensors[EMBEDDING].astype(np.float32)
+    reader = CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    assert reader.architecture.tie_word_embeddings
+    assert reader.ignored == (HEAD,)
+    assert reader.notes == (f"{HEAD} is equal to {EMBEDDING}, which config.json ties it to, and is left out",)
+
+
+def test_a_tied_model_that_stores_the_head_alone_has_that_embedding(tmp_path: Path) -> None:
+    """Transformers ties the other way round then; it is published under the embedding's name."""
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    wanted = tensors.pop(EMBEDDING)
+    tensors[HEAD] = wanted
+    reader = CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    assert reader.architecture.tie_word_embeddings
+    np.testing.assert_array_equal(reader.read_outer()[EMBEDDING], wanted)
+    assert set(reader.tensors) == set(tensor_shapes(config))
+    assert reader.notes[0].startswith("lm_head.weight is stored and model.embed_tokens.weight is not")
+
+
+def test_everything_ignored_is_told(tmp_path: Path) -> None:
+    """A name in `ignored` stands in a note."""
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors[HEAD] = tensors[EMBEDDING]
+    reader = CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    assert len(reader.ignored) == 2
+    for name in reader.ignored:
+        assert any(name in note for note in reader.notes)
+
+
+@pytest.mark.parametrize("text", ["Infinity", "-Infinity", "NaN", "1e999", '"\\ud800"', "[[NaN]]"])
+def test_values_that_cannot_be_published_are_refused_at_once(text: str, tmp_path: Path) -> None:
+    """Python reads them and no strict JSON reader would; the key is named before any work."""
+    directory = tiny_checkpoint(tmp_path / "m")
+    content = (directory / "config.json").read_text().rstrip().removesuffix("}")
+    (directory / "config.json").write_text(f'{content}, "task_scale": {text}}}')
+    with pytest.raises(CheckpointError, match=r"^config\.json: 'task_scale' holds what JSON cannot"):
+        CheckpointReader(directory)
+
+
+def test_a_key_that_occurs_twice_with_different_values_is_refused(tmp_path: Path) -> None:
+    """Parsers differ on which of the two counts; the same value twice does no harm."""
+    directory = tiny_checkpoint(tmp_path / "m")
+    content = (directory / "config.json").read_text().rstrip().removesuffix("}")
+    (directory / "config.json").write_text(f'{content}, "num_hidden_layers": 2}}')
+    assert CheckpointReader(directory).architecture.num_layers == 2
+    (directory / "config.json").write_text(f'{content}, "num_hidden_layers": 1}}')
+    with pytest.raises(CheckpointError, match="key 'num_hidden_layers' occurs twice, with different values"):
+        CheckpointReader(directory)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_outer_tensors_are_scanned_for_what_is_not_finite(dtype: str, tmp_path: Path) -> None:
+    """A row of the embedding that no sample uses would otherwise be found after all layers."""
+    config = tiny_config(torch_dtype=dtype)
+    tensors = random_tensors(config, dtype)
+    reader = CheckpointReader(save_checkpoint(tmp_path / "sound", config, tensors))
+    reader.refuse_damaged_outer()
+    tensors[EMBEDDING][127, 63] = np.nan
+    reader = CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    with pytest.raises(CheckpointError, match=r"'model\.embed_tokens\.weight' holds nan at \(127, 63\)"):
+        reader.refuse_damaged_outer()
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
-    """Which of two copies would be meant cannot be known."""
+    """Which of two copies would be meant cannot be known where they differ."""
     directory = tiny_checkpoint(tmp_path / "m", shards=2)
     second = directory / "model-00002-of-00002.safetensors"
     tensors = CheckpointReader(directory).read(
@@ -319,9 +466,9 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["quant_model_description.json", "quantization_description.json"])
 def test_a_published_model_is_no_float_model(tmp_path: Path, name: str) -> None:
     """One that a description file makes quantised is refused like one with quantization_config."""
-    model = tiny_checkpoint(tmp_path / "m")
+    tensors = random_tensors(tiny_config())
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((128, 64), np.int8)
+    model = save_checkpoint(tmp_path / "m", tiny_config(), tensors)
     (model / name).write_text("{}")
-    with pytest.raises(
-        CheckpointError, match=rf"^{name} describes quantised weights, so this checkpoint is quantised al"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{name} describes quantised weights .* set model to the directory of"):
         CheckpointReader(model)
