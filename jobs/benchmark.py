@@ -82,7 +82,7 @@ def product_rate(plan: CalibrationPlan) -> float:
     """
     import os
 
-    sizes = (plan.architecture.hidden_size, plan.architecture.intermediate_size)
+    sizes = (plan.architecture.hidden_size, plan.architecture.layers[0].mlp.widest)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(plan.threads_per_worker)
     spawn = multiprocessing.get_context("spawn")
     rates = []

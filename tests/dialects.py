@@ -16,6 +16,7 @@ from checkpoints import DTYPES, random_tensors, save_safetensors, save_tokenizer
 
 from gs_dist.checkpoint.dialects import Codec
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
@@ -70,7 +71,7 @@ def round_layer(
     prefix = architecture.layer_prefix(layer)
     rest = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
     linears = {}
-    for number, layer_input in enumerate(architecture.inputs):
+    for number, layer_input in enumerate(architecture.inputs(0)):
         for name in layer_input.linears:
             policy = policies.get(prefix + name)
             if policy is None or not policy.quantises_linear:
@@ -104,7 +105,7 @@ def save_model(
     Returns the layers that went in.
     """
     content = tiny_config(model_type, torch_dtype=dtype, **config)
-    architecture = DecoderArchitecture.from_config(content)
+    architecture = read_architecture(content)
     policies = policy if isinstance(policy, dict) else uniform_policies(architecture, policy)
     if kv_cache is not None:
         for name in [n for n in policies if n.endswith(("k_proj", "v_proj"))]:

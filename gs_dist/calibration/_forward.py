@@ -13,24 +13,25 @@ from typing import Any, NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
-__all__ = ["LayerForm", "head_logits", "layer_forward", "negative_log_likelihood", "normalise"]
+__all__ = ["AttentionForm", "dense_forward", "head_logits", "negative_log_likelihood", "normalise"]
 
 
-class LayerForm(NamedTuple):
-    """What a compiled layer depends on besides the shapes of its arguments.
+class AttentionForm(NamedTuple):
+    """What a compiled attention depends on besides the shapes of its arguments.
 
-    `schemes` is the fake quantisation of each linear's input, in checkpoint order: "none", "per_tensor"
-    or "per_token"; `kv_schemes` that of keys and values: "none", "per_channel" or "per_token".
+    `schemes` is the fake quantisation of the inputs of queries, keys, values and output: "none", "per_tensor" or
+    "per_token"; `kv_schemes` that of keys and values: "none", "per_channel" or "per_token". `qk_norm` is
+    `GroupedQueryAttention.qk_norm`.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    qk_norm: str
     epsilon: float
     block: int
-    window: int  # of attention; 0 where it does not matter
-    capture: bool
-    schemes: tuple[str, ...] = ("none",) * 7
+    window: int  # 0 where it does not matter
+    schemes: tuple[str, ...] = ("none",) * 4
     kv_schemes: tuple[str, ...] = ("none", "none")
 
 
@@ -115,7 +116,7 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, head_dim: int) -> Tensor:
     return ops.reshape(split * full_cosine + turned * full_sine, (rows, channels))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int, form: LayerForm) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int, form: AttentionForm) -> Tensor:
     """Causal softmax attention; query scaled already, (b * t, H * d), key and value (b * t, K * d)."""
     groups, size = form.num_kv_heads, form.head_dim
     repeat = form.num_heads // groups
@@ -155,64 +156,86 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int
     return ops.reshape(ops.concat(outputs, 1), (batch * tokens, groups * repeat * size))
 
 
-@ms.jit
-def layer_forward(
-    hidden: Tensor,
-    linears: Any,
-    norms: Any,
-    rotary: Any,
-    mask: Tensor,
-    scales: Any,
-    form: tuple[Any, ...],
-) -> Any:
-    """One decoder layer.
+def _attention(hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, form: Any) -> Any:
+    """Grouped-query attention on the hidden states (b * t, h).
 
     Args:
-        hidden: (b, t, h) in the compute dtype.
-        linears: the seven linears in checkpoint order, each (weight,) or (weight, bias).
-        norms: input norm, post-attention norm and, for a model with q/k norms, those two; each (weight,) or
-            (weight, bias).
+        hidden: before the norm.
+        weights: as `dense_forward` takes them.
+        norm: the norm before it, (weight,) or (weight, bias).
         rotary: cosine and sine for queries (times 1 / sqrt(d)), then for keys, (t, 1, d) each.
         mask: added to scores: (block, block) causal, or the band of a sliding window.
-        scales: (7, 2) float32 scale and zero point of the linears' inputs, scales (K * d,) of keys and values.
-        form: the fields of a `LayerForm` as a plain tuple (a named one would be compiled anew at every call).
+        tokens: t.
+        form: the fields of an `AttentionForm`.
 
     Returns:
-        The layer's output, or with `capture` that and the inputs of the linears, keys and values.
+        The hidden states after it, and its input, the input of its output linear, keys and values.
     """
-    static = LayerForm(*form)
+    static = AttentionForm(*form)
     size, epsilon, schemes, kv_schemes = static.head_dim, static.epsilon, static.schemes, static.kv_schemes
-    inputs = scales[0]
-    samples = hidden.shape[:2]
-    hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attention_input = _normalise(hidden, norms[0], epsilon)
+    linears, own_norms, inputs, cache = weights
+    attention_input = _normalise(hidden, norm, epsilon)
     query = _linear(_round_input(attention_input, schemes[0], inputs, 0), linears[0])
     key = _linear(_round_input(attention_input, schemes[1], inputs, 1), linears[1])
     value = _linear(_round_input(attention_input, schemes[2], inputs, 2), linears[2])
-    if len(norms) > 2:
-        query = ops.reshape(_normalise(ops.reshape(query, (-1, size)), norms[2], epsilon), query.shape)
-        key = ops.reshape(_normalise(ops.reshape(key, (-1, size)), norms[3], epsilon), key.shape)
+    if static.qk_norm == "head":
+        query = ops.reshape(_normalise(ops.reshape(query, (-1, size)), own_norms[0], epsilon), query.shape)
+        key = ops.reshape(_normalise(ops.reshape(key, (-1, size)), own_norms[1], epsilon), key.shape)
     query = _rotate(query, rotary[0], rotary[1], size)
     key = _rotate(key, rotary[2], rotary[3], size)
-    cached_key = _round_cache(key, kv_schemes[0], scales[1])
-    cached_value = _round_cache(value, kv_schemes[1], scales[2])
-    attention_output = _attend(query, cached_key, cached_value, mask, samples[1], static)
+    cached_key = _round_cache(key, kv_schemes[0], cache[0])
+    cached_value = _round_cache(value, kv_schemes[1], cache[1])
+    attention_output = _attend(query, cached_key, cached_value, mask, tokens, static)
     hidden = hidden + _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
-    mlp_input = _normalise(hidden, norms[1], epsilon)
-    gate = _linear(_round_input(mlp_input, schemes[4], inputs, 4), linears[4])
-    up = _linear(_round_input(mlp_input, schemes[5], inputs, 5), linears[5])
+    return hidden, attention_input, attention_output, key, value
+
+
+def _gated_mlp(hidden: Tensor, weights: Any, norm: Any, epsilon: float, schemes: Any) -> Any:
+    """Gated mlp on the hidden states (b * t, h): those after it, its input, and that of its last linear."""
+    linears, inputs = weights
+    mlp_input = _normalise(hidden, norm, epsilon)
+    gate = _linear(_round_input(mlp_input, schemes[0], inputs, 0), linears[0])
+    up = _linear(_round_input(mlp_input, schemes[1], inputs, 1), linears[1])
     mlp_activation = ops.silu(gate) * up
-    hidden = hidden + _linear(_round_input(mlp_activation, schemes[6], inputs, 6), linears[6])
-    output = ops.reshape(hidden, (*samples, -1))
-    if static.capture:
+    hidden = hidden + _linear(_round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
+    return hidden, mlp_input, mlp_activation
+
+
+@ms.jit
+def dense_forward(
+    hidden: Tensor, attention: Any, mlp: Any, norms: Any, rotary: Any, mask: Tensor, form: tuple[Any, ...]
+) -> Any:
+    """A decoder layer of grouped-query attention and a gated mlp.
+
+    Args:
+        hidden: (b, t, h) in the compute dtype.
+        attention: its four linears, each (weight,) or (weight, bias); its own norms; (4, 2) float32 scale and zero
+            point of the linears' inputs; scales (K * d,) of keys and values.
+        mlp: gate, up and down likewise; (3, 2) float32.
+        norms: the attention's and the mlp's, each (weight,) or (weight, bias).
+        rotary: see `_attention`.
+        mask: likewise.
+        form: whether to capture, schemes of the mlp's inputs, and the fields of an `AttentionForm`, all as plain
+            tuples (a named one would be compiled anew at every call).
+
+    Returns:
+        The layer's output, or with `capture` that and the inputs of the linears in forward order, keys and values.
+    """
+    capture, mlp_schemes, attention_form = form
+    samples = hidden.shape[:2]
+    hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
+    attended = _attention(hidden, attention, norms[0], rotary, mask, samples[1], attention_form)
+    ended = _gated_mlp(attended[0], mlp, norms[1], attention_form[4], mlp_schemes)
+    output = ops.reshape(ended[0], (*samples, -1))
+    if capture:
         return (
             output,
-            ops.reshape(attention_input, (*samples, -1)),
-            ops.reshape(attention_output, (*samples, -1)),
-            ops.reshape(mlp_input, (*samples, -1)),
-            ops.reshape(mlp_activation, (*samples, -1)),
-            ops.reshape(key, (*samples, -1)),
-            ops.reshape(value, (*samples, -1)),
+            ops.reshape(attended[1], (*samples, -1)),
+            ops.reshape(attended[2], (*samples, -1)),
+            ops.reshape(ended[1], (*samples, -1)),
+            ops.reshape(ended[2], (*samples, -1)),
+            ops.reshape(attended[3], (*samples, -1)),
+            ops.reshape(attended[4], (*samples, -1)),
         )
     return output
 

@@ -47,12 +47,12 @@ class DecoderLayer:
     @property
     def inputs(self) -> tuple[LayerInput, ...]:
         """The activations that its linears read."""
-        return self.architecture.inputs
+        return self.architecture.inputs(self.index)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Its linears."""
-        return self.architecture.linears
+        return self.architecture.linears(self.index)
 
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
         """Its tensors by name within the layer, read-only views of the checkpoint's file."""
@@ -62,7 +62,7 @@ class DecoderLayer:
         """Puts the weights on the device, in the device's compute dtype, unless they are there."""
         if self._weights is None:
             tensors = self.tensors() if self._quantized is None else {}
-            self._weights = self._network.layer_weights(tensors, quantized=self._quantized)
+            self._weights = self._network.layer_weights(self.index, tensors, quantized=self._quantized)
         return self._weights
 
     def forward(self, state: Any, *, capture: bool) -> tuple[Any, Mapping[str, Any]]:

@@ -62,7 +62,7 @@ class LayerLoop:
         layers: in forward order.
         settings: for each observed layer, input name to what is taken of it (a name that is not one of
             the layer's `inputs`, such as `key`, is a captured activation observed likewise).
-        channels: input name to channels, for the names in `settings`.
+        channels: likewise the channels of each input.
         blocks: bounds of the reduction blocks, as `statistics.block_bounds` gives them.
         observer: makes the observer of an input; the host's by default.
         num_threads: how many inputs are observed at a time.
@@ -73,7 +73,7 @@ class LayerLoop:
         layers: Sequence[ObservableLayer],
         *,
         settings: Mapping[int, Mapping[str, StatisticsSettings]],
-        channels: Mapping[str, int],
+        channels: Mapping[int, Mapping[str, int]],
         blocks: Sequence[tuple[int, int]],
         observer: Callable[[int, StatisticsSettings], InputObserver] = HostObserver,
         num_threads: int = 1,
@@ -82,7 +82,7 @@ class LayerLoop:
         self._blocks = tuple(blocks)
         self._trees = {index: TreeAccumulator() for index in settings}
         self._observers = {
-            index: {name: observer(channels[name], taken) for name, taken in inputs.items()}
+            index: {name: observer(channels[index][name], taken) for name, taken in inputs.items()}
             for index, inputs in settings.items()
         }
         self._block: int | None = None

@@ -1,4 +1,4 @@
-"""A Llama-like decoder (Llama, Mistral, Qwen2, Qwen3) in operations that both CPU and Ascend have.
+"""A decoder in operations that both CPU and Ascend have.
 
 Every layer runs through one compiled function that takes its weights as arguments, so that a form (shape
 of the micro-batch, sizes, quantisation scheme) is compiled once a process and serves all layers.
@@ -6,7 +6,7 @@ of the micro-batch, sizes, quantisation scheme) is compiled once a process and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor
 
-from gs_dist.calibration._forward import LayerForm, head_logits, layer_forward, negative_log_likelihood
+from gs_dist.calibration._forward import AttentionForm, dense_forward, head_logits, negative_log_likelihood
 from gs_dist.calibration.device import Device
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, GroupedQueryAttention, LayerSpec, Linear
+from gs_dist.model.rotary import Rotary
 from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
-__all__ = ["CAPTURED", "DecoderNetwork", "LayerWeights", "OuterWeights", "rotary_tables"]
+__all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "rotary_tables"]
 
 Array = npt.NDArray[Any]
-
-CAPTURED = ("attention_input", "attention_output", "mlp_input", "mlp_activation", "key", "value")
-"""Names under which `DecoderNetwork.forward_layer` hands out activations, in the order of computation."""
 
 _MASKED = -1e30  # far below any score, and finite in bfloat16 and float32
 _LOGITS_BYTES = 64 << 20  # of one chunk of logits
@@ -35,14 +33,16 @@ _LOGITS_BYTES = 64 << 20  # of one chunk of logits
 class LayerWeights:
     """A decoder layer on the device, ready for `DecoderNetwork.forward_layer`.
 
-    `linears`, `norms` and `scales` are the arguments of `_forward.layer_forward`; `schemes` and
-    `kv_schemes` the static part of a fake-quantised layer.
+    `attention`, `mlp` and `norms` are the arguments of the function in `_forward` that runs a layer of this
+    kind; `attention_schemes`, `mlp_schemes` and `kv_schemes` the static part of a fake-quantised one.
     """
 
-    linears: Any
+    spec: LayerSpec
+    attention: Any
+    mlp: Any
     norms: Any
-    scales: Any
-    schemes: tuple[str, ...]
+    attention_schemes: tuple[str, ...]
+    mlp_schemes: tuple[str, ...]
     kv_schemes: tuple[str, ...]
 
 
@@ -66,9 +66,7 @@ class DecoderNetwork:
         self.architecture = architecture
         self.device = device
         self.dtype = device.compute_dtype(architecture.dtype)
-        self._tables: dict[int, tuple[Any, Tensor, int, int]] = {}
-        unused = ms.mutable((self.device.to_tensor(np.zeros((1, 2), np.float32)),) * 3)
-        self._no_scales = unused
+        self._tables: dict[tuple[int, int, Rotary], tuple[Any, Tensor, int, int]] = {}
 
     def outer_weights(self, tensors: Mapping[str, Array]) -> OuterWeights:
         """Weights outside the layers from their full names; absent ones are left out.
@@ -85,7 +83,9 @@ class DecoderNetwork:
             head=None if norm is None or head is None else self._tensor(head),
         )
 
-    def layer_weights(self, tensors: Mapping[str, Array], quantized: QuantizedLayer | None = None) -> LayerWeights:
+    def layer_weights(
+        self, layer: int, tensors: Mapping[str, Array], quantized: QuantizedLayer | None = None
+    ) -> LayerWeights:
         """A layer's weights from its tensors by name within the layer (checkpoint dtype).
 
         With `quantized`, its linears and tensors take the place of those in `tensors`, and the layer
@@ -95,16 +95,25 @@ class DecoderNetwork:
         Raises:
             KeyError: a tensor of the architecture is missing.
         """
+        spec = self.architecture.layers[layer]
         present = dict(tensors) if quantized is None else {**tensors, **quantized.tensors}
         integer = {} if quantized is None else quantized.linears
-        linears = tuple(self._linear(linear.name, present, integer) for linear in self.architecture.linears)
-        names = ["input_layernorm", "post_attention_layernorm"]
-        if self.architecture.qk_norm:
-            names += ["self_attn.q_norm", "self_attn.k_norm"]
-        norms = tuple(self._with_bias(name, present) for name in names)
-        scales, schemes, kv_schemes = self._schemes(quantized)
+        own_norms = tuple((self._tensor(present[name]),) for name in spec.attention.norms)
+        attention_inputs, attention_schemes = self._input_schemes(spec.attention.linears, integer)
+        mlp_inputs, mlp_schemes = self._input_schemes(spec.mlp.linears, integer)
+        cache, kv_schemes = self._cache_schemes(quantized)
+        linears = [
+            tuple(self._linear(linear.name, present, integer) for linear in block.linears)
+            for block in (spec.attention, spec.mlp)
+        ]
         return LayerWeights(
-            linears=ms.mutable(linears), norms=ms.mutable(norms), scales=scales, schemes=schemes, kv_schemes=kv_schemes
+            spec=spec,
+            attention=ms.mutable((linears[0], own_norms, attention_inputs, cache)),
+            mlp=ms.mutable((linears[1], mlp_inputs)),
+            norms=ms.mutable(tuple(self._with_bias(name, present) for name in spec.norms)),
+            attention_schemes=attention_schemes,
+            mlp_schemes=mlp_schemes,
+            kv_schemes=kv_schemes,
         )
 
     def embed(self, outer: OuterWeights, input_ids: npt.NDArray[np.int32]) -> Tensor:
@@ -118,27 +127,27 @@ class DecoderNetwork:
         """One layer on hidden states (b, t, h).
 
         Returns:
-            The output (b, t, h), and by the names of `CAPTURED` the activations (b, t, channels) that
-            the linears read (before any rounding), keys after the rotary embedding and values; empty
-            without `capture`.
+            The output (b, t, h), and by name the activations (b, t, channels) that the linears read (before
+            any rounding), keys after the rotary embedding and values; empty without `capture`.
         """
-        architecture = self.architecture
-        rotary, mask, block, window = self._table(hidden.shape[1])
-        form = LayerForm(
-            num_heads=architecture.num_heads,
-            num_kv_heads=architecture.num_kv_heads,
-            head_dim=architecture.head_dim,
-            epsilon=architecture.rms_norm_eps,
+        spec = weights.spec
+        rotary, mask, block, window = self._table(hidden.shape[1], spec.attention)
+        attention = AttentionForm(
+            num_heads=spec.attention.num_heads,
+            num_kv_heads=spec.attention.num_kv_heads,
+            head_dim=spec.attention.head_dim,
+            qk_norm=spec.attention.qk_norm,
+            epsilon=self.architecture.rms_norm_eps,
             block=block,
             window=window,
-            capture=capture,
-            schemes=weights.schemes,
+            schemes=weights.attention_schemes,
             kv_schemes=weights.kv_schemes,
         )
-        results = layer_forward(hidden, weights.linears, weights.norms, rotary, mask, weights.scales, tuple(form))
+        form = (capture, weights.mlp_schemes, tuple(attention))
+        results = dense_forward(hidden, weights.attention, weights.mlp, weights.norms, rotary, mask, form)
         if not capture:
             return results, {}
-        return results[0], dict(zip(CAPTURED, results[1:], strict=True))
+        return results[0], dict(zip(spec.channels, results[1:], strict=True))
 
     def logits(self, outer: OuterWeights, hidden: Tensor) -> Tensor:
         """Logits (b, t, vocabulary) of hidden states (b, t, h) behind the last layer."""
@@ -202,14 +211,14 @@ class DecoderNetwork:
         weight, bias = linear.dequantised(), linear.bias
         return (self._tensor(weight),) if bias is None else (self._tensor(weight), self._tensor(bias))
 
-    def _schemes(self, quantized: QuantizedLayer | None) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-        """Scales of inputs, keys and values, and the static schemes that say how they are used."""
-        if quantized is None:
-            return self._no_scales, ("none",) * len(self.architecture.linears), ("none", "none")
-        inputs = np.zeros((len(self.architecture.linears), 2), np.float32)
+    def _input_schemes(
+        self, linears: Sequence[Linear], quantized: Mapping[str, QuantizedLinear]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Scales and zero points of what linears read, (n, 2) float32, and the schemes that say how they are used."""
+        inputs = np.zeros((len(linears), 2), np.float32)
         schemes = []
-        for row, linear in zip(inputs, self.architecture.linears, strict=True):
-            found = quantized.linears.get(linear.name)
+        for row, linear in zip(inputs, linears, strict=True):
+            found = quantized.get(linear.name)
             if found is None or found.policy.act_quant_dtype is None:
                 schemes.append("none")
             elif found.policy.is_static:
@@ -218,28 +227,29 @@ class DecoderNetwork:
                 schemes.append("per_tensor")
             else:
                 schemes.append("per_token")
-        cache = quantized.kv_cache
-        cache_scales = (None, None) if cache is None else (cache.key_scale, cache.value_scale)
-        kv_schemes = tuple(
-            "none" if cache is None else "per_token" if scale is None else "per_channel" for scale in cache_scales
-        )
-        arrays = [inputs, *(np.ones(1, np.float32) if scale is None else scale for scale in cache_scales)]
-        return (
-            ms.mutable(tuple(self.device.to_tensor(array, ms.float32) for array in arrays)),
-            tuple(schemes),
-            kv_schemes,
-        )
+        return self.device.to_tensor(inputs, ms.float32), tuple(schemes)
 
-    def _table(self, tokens: int) -> tuple[Any, Tensor, int, int]:
-        """Rotary tables, mask, block and whether the window matters, for that sequence length."""
-        if tokens not in self._tables:
-            limit = self.architecture.sliding_window
-            window = limit if limit is not None and tokens > limit else 0
+    def _cache_schemes(self, quantized: QuantizedLayer | None) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+        """Scales of keys and values, and the schemes that say how they are used."""
+        cache = None if quantized is None else quantized.kv_cache
+        scales = (None, None) if cache is None else (cache.key_scale, cache.value_scale)
+        schemes = tuple(
+            "none" if cache is None else "per_token" if scale is None else "per_channel" for scale in scales
+        )
+        arrays = [np.ones(1, np.float32) if scale is None else scale for scale in scales]
+        return tuple(self.device.to_tensor(array, ms.float32) for array in arrays), schemes
+
+    def _table(self, tokens: int, attention: GroupedQueryAttention) -> tuple[Any, Tensor, int, int]:
+        """Rotary tables, mask, block and the window where it matters, for that sequence length."""
+        limit = attention.window
+        window = limit if limit is not None and tokens > limit else 0
+        key = (tokens, window, attention.rotary)
+        if key not in self._tables:
             block = min(tokens, max(128, -(-tokens // 8)))
             mask = _mask(block, window)
-            rotary = ms.mutable(tuple(self._tensor(table) for table in rotary_tables(self.architecture, tokens)))
-            self._tables[tokens] = (rotary, self._tensor(mask), block, window)
-        return self._tables[tokens]
+            rotary = ms.mutable(tuple(self._tensor(table) for table in rotary_tables(attention, tokens)))
+            self._tables[key] = (rotary, self._tensor(mask), block, window)
+        return self._tables[key]
 
 
 def _mask(block: int, window: int) -> npt.NDArray[np.float32]:
@@ -254,15 +264,15 @@ def _mask(block: int, window: int) -> npt.NDArray[np.float32]:
     return np.where(seen, 0.0, _MASKED).astype(np.float32)
 
 
-def _inverse_frequencies(architecture: DecoderArchitecture) -> npt.NDArray[np.float32]:
+def _inverse_frequencies(rotary: Rotary) -> npt.NDArray[np.float32]:
     """Rotary frequencies (d / 2,) in float32, scaled as `rope_scaling` says.
 
     Source: transformers `modeling_rope_utils.py` (`_compute_llama3_parameters`,
     `_compute_linear_scaling_rope_parameters`).
     """
-    exponent = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
-    inverse = np.float32(1.0) / np.power(np.float32(architecture.rope_theta), exponent)
-    scaling = architecture.rope_scaling
+    exponent = np.arange(0, rotary.channels, 2, dtype=np.float32) / np.float32(rotary.channels)
+    inverse = np.float32(1.0) / np.power(np.float32(rotary.theta), exponent)
+    scaling = rotary.scaling
     if scaling is None:
         return inverse
     if scaling.rope_type == "linear":
@@ -278,14 +288,14 @@ def _inverse_frequencies(architecture: DecoderArchitecture) -> npt.NDArray[np.fl
     )
 
 
-def rotary_tables(architecture: DecoderArchitecture, tokens: int) -> list[npt.NDArray[np.float32]]:
+def rotary_tables(attention: GroupedQueryAttention, tokens: int) -> list[npt.NDArray[np.float32]]:
     """Cosine and sine for queries, times 1 / sqrt(d), then for keys; (tokens, 1, d) float32.
 
     The sine's first half carries the minus sign of transformers' `rotate_half`.
     """
-    angle = np.arange(tokens, dtype=np.float32)[:, None] * _inverse_frequencies(architecture)[None, :]
+    angle = np.arange(tokens, dtype=np.float32)[:, None] * _inverse_frequencies(attention.rotary)[None, :]
     cosine = np.cos(angle.astype(np.float64))
     sine = np.sin(angle.astype(np.float64))
     full = np.concatenate([cosine, cosine], axis=1)[:, None], np.concatenate([-sine, sine], axis=1)[:, None]
-    scale = architecture.head_dim**-0.5
+    scale = attention.head_dim**-0.5
     return [np.asarray(table, dtype=np.float32) for table in (full[0] * scale, full[1] * scale, *full)]

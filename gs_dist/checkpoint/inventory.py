@@ -19,6 +19,7 @@ from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.problems import Note, Problem
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.dialects import description_files
 
 __all__ = ["CONFIG_FILE", "INDEX_FILE", "Inventory", "take_inventory"]
@@ -136,7 +137,7 @@ def _read_config(inventory: Inventory) -> None:
         return
     plain = {key: value for key, value in inventory.config.items() if key != "quantization_config"}
     try:
-        architecture = DecoderArchitecture.from_config(plain)
+        architecture = read_architecture(plain)
     except UserError as error:
         inventory.report(CONFIG_FILE, "config-values", error, "a Llama-like decoder's sizes")
         return

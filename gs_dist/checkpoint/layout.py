@@ -98,7 +98,7 @@ def build_layout(inventory: Inventory, name: str, dialect: DialectLayout, archit
         floats["lm_head.weight"] = (floats["model.embed_tokens.weight"][0], "tied")
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        for name, shape in architecture.layer_tensors().items():
+        for name, shape in architecture.layer_tensors(layer).items():
             floats[prefix + name] = (shape, "float")
     quantised = dialect.quantised(inventory, layout, architecture)
     for name in quantised:
@@ -117,7 +117,7 @@ def build_layout(inventory: Inventory, name: str, dialect: DialectLayout, archit
 def all_linears(architecture: DecoderArchitecture) -> list[tuple[str, Linear]]:
     """Full name and linear of every linear of the decoder layers."""
     layers = range(architecture.num_layers)
-    return [(architecture.layer_prefix(i) + linear.name, linear) for i in layers for linear in architecture.linears]
+    return [(architecture.layer_prefix(i) + linear.name, linear) for i in layers for linear in architecture.linears(i)]
 
 
 def described_linears(

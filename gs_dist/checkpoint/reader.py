@@ -22,7 +22,7 @@ from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantised
 from gs_dist.checkpoint.source_tensors import settle_tensors
 from gs_dist.checkpoint.weight_files import WeightFiles
 from gs_dist.errors import CheckpointError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.dialects import description_files
 
 __all__ = ["CheckpointReader"]
@@ -71,7 +71,7 @@ class CheckpointReader:
         if quantized:
             self._refuse_float()
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-        self.architecture = DecoderArchitecture.from_config(config)
+        self.architecture = read_architecture(config)
         files = WeightFiles.find(self.directory)
         self._paths, self._headers = files.paths, files.headers
         self.tensors: Mapping[str, TensorInfo] = files.tensors

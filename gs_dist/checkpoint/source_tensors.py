@@ -107,7 +107,7 @@ def _checked(
     expected = architecture.outer_tensors()
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        expected.update({prefix + name: shape for name, shape in architecture.layer_tensors().items()})
+        expected.update({prefix + name: shape for name, shape in architecture.layer_tensors(layer).items()})
     missing = [name for name in expected if name not in found]
     if missing:
         hint = "complete the download, or correct config.json"

@@ -65,7 +65,7 @@ def least_bytes(
     total = 0
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             choices = {} if prefix + linear.name in fixed else schemes.get(linear.name, {})
             shape = (linear.out_features, linear.in_features)
             total += min(stored_bytes(policy, shape, architecture.dtype) for policy in (None, *choices.values()))

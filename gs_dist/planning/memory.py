@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gs_dist.methods.method import Work
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import GIB
@@ -20,7 +20,6 @@ __all__ = [
     "JobShape",
     "MemoryPlan",
     "StageShape",
-    "channels_of",
     "largest_gram_bytes",
     "layer_set_bytes",
     "probe_memory",
@@ -160,22 +159,15 @@ class StageShape:
     kept_micro_batches: int
 
 
-def channels_of(architecture: DecoderArchitecture, name: str) -> int:
-    """Channels of an observed activation: a layer input, or `key` and `value`."""
-    if name in ("key", "value"):
-        return architecture.kv_size
-    return next(layer_input.channels for layer_input in architecture.inputs if layer_input.name == name)
-
-
 def _gram_entries(settings: StatisticsSettings, channels: int) -> int:
     return channels * channels * (int(settings.gram) + int(settings.weighted_gram))
 
 
-def layer_set_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+def layer_set_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
     """One set of statistics of one layer."""
     total = 0
     for name, taken in settings.items():
-        channels = channels_of(architecture, name)
+        channels = layer.channels[name]
         total += channels * VECTOR_BYTES_PER_CHANNEL + 4 * _gram_entries(taken, channels)
         total += channels * HISTOGRAM_BYTES_PER_CHANNEL if taken.histogram else 0
     return total
@@ -185,26 +177,30 @@ def _activation_bytes(shape: JobShape) -> int:
     """Working set of one layer on one micro-batch, and the micro-batches waiting."""
     a, tokens = shape.architecture, shape.tokens
     block = min(shape.sequence_length, max(SCORE_BLOCK, -(-shape.sequence_length // SCORE_BLOCKS)))
-    scores = shape.micro_batch_size * a.num_heads * block * shape.sequence_length
-    entries = tokens * (
-        HIDDEN_COPIES * a.hidden_size
-        + QUERY_COPIES * a.query_size
-        + KV_COPIES * a.kv_size
-        + MLP_COPIES * a.intermediate_size
-    )
-    entries += SCORE_COPIES * scores
-    observed = OBSERVER_COPIES * tokens * max(a.hidden_size, a.query_size, a.intermediate_size) * 4
+    entries = observed = 0
+    for layer in a.kinds:
+        attention = layer.attention
+        scores = shape.micro_batch_size * attention.num_heads * block * shape.sequence_length
+        held = tokens * (
+            HIDDEN_COPIES * a.hidden_size
+            + QUERY_COPIES * attention.query_size
+            + KV_COPIES * attention.kv_size
+            + MLP_COPIES * layer.mlp.widest
+        )
+        entries = max(entries, held + SCORE_COPIES * scores)
+        widest = max(a.hidden_size, attention.query_size, layer.mlp.widest)
+        observed = max(observed, OBSERVER_COPIES * tokens * widest * 4)
     return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
 
 
-def largest_gram_bytes(architecture: DecoderArchitecture, settings: Mapping[str, StatisticsSettings]) -> int:
+def largest_gram_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
     """Of one layer."""
     taken = [name for name, seen in settings.items() if seen.gram or seen.weighted_gram]
-    return max((4 * channels_of(architecture, name) ** 2 for name in taken), default=0)
+    return max((4 * layer.channels[name] ** 2 for name in taken), default=0)
 
 
 def solver_bytes(
-    architecture: DecoderArchitecture,
+    layer: LayerSpec,
     policies: Mapping[str, QuantPolicy | None],
     settings: Mapping[str, StatisticsSettings],
     num_threads: int = 1,
@@ -214,9 +210,9 @@ def solver_bytes(
     As many linears that read one input are solved at a time as there are threads, and each thread but the first
     brings the temporaries of what it works on.
     """
-    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in architecture.linears}
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
     worst = thread = 0
-    for layer_input in architecture.inputs:
+    for layer_input in layer.inputs:
         taken, shared, own = settings[layer_input.name], 0, [0]
         matrices = int(taken.gram) + int(taken.weighted_gram)
         for name in layer_input.linears:

@@ -128,7 +128,7 @@ class CalibrationPlan:
         inputs = {
             self.architecture.layer_prefix(layer) + linear.name: linear.name
             for layer in range(self.architecture.num_layers)
-            for linear in self.architecture.linears
+            for linear in self.architecture.linears(layer)
         }
         return tuple(
             {
@@ -158,12 +158,12 @@ class CalibrationPlan:
     def layer_policies(self, layer: int) -> dict[str, QuantPolicy | None]:
         """Policy of each linear of a layer, by name within the layer."""
         prefix = self.architecture.layer_prefix(layer)
-        return {linear.name: self.policies[prefix + linear.name] for linear in self.architecture.linears}
+        return {linear.name: self.policies[prefix + linear.name] for linear in self.architecture.linears(layer)}
 
     def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is observed of each activation of a layer."""
         return layer_settings(
-            self.architecture,
+            self.architecture.layers[layer],
             self.layer_policies(layer),
             gram=self.gram,
             everything=self.keep_statistics,

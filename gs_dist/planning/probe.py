@@ -50,7 +50,7 @@ def evaluation_shape(
     """
     element = compute_bytes(architecture, device)
     none = (0,) * architecture.num_layers
-    layer = element * sum(math.prod(shape) for shape in architecture.layer_tensors().values())
+    layers = {kind: element * sum(math.prod(shape) for shape in kind.tensors.values()) for kind in architecture.kinds}
     return JobShape(
         architecture=architecture,
         device=device,
@@ -58,7 +58,7 @@ def evaluation_shape(
         sequence_length=max(data.sequence_length, longest),
         max_in_flight=max_in_flight,
         element_bytes=element,
-        layer_weight_bytes=(layer,) * architecture.num_layers,
+        layer_weight_bytes=tuple(layers[layer] for layer in architecture.layers),
         embedding_bytes=element * architecture.vocab_size * architecture.hidden_size,
         layer_output_bytes=none,
         set_bytes=none,

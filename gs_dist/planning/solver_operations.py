@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from gs_dist.methods.activation_range import RATIOS
 from gs_dist.methods.method import Work, error_operations
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import LayerSpec
 from gs_dist.model.statistics import HISTOGRAM_BINS, StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 
@@ -25,7 +25,7 @@ _PER_COUNT = 24
 
 
 def solver_operations(
-    architecture: DecoderArchitecture,
+    layer: LayerSpec,
     policies: Mapping[str, QuantPolicy | None],
     settings: Mapping[str, StatisticsSettings],
     schemes: Mapping[str, Mapping[str, QuantPolicy]] | None = None,
@@ -33,14 +33,14 @@ def solver_operations(
     """Operations of one layer's solve: 0 for linears of whose input no Gram matrix is taken.
 
     Args:
-        architecture: of the model.
+        layer: what it is made of.
         policies: by linear within the layer.
         settings: what is taken of each input.
         schemes: by linear within the layer, those that are judged before.
     """
-    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in architecture.linears}
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
     total = 0
-    for layer_input in architecture.inputs:
+    for layer_input in layer.inputs:
         taken = settings[layer_input.name]
         if not (taken.gram or taken.weighted_gram):
             continue

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Protocol
 
 from gs_dist.errors import CheckpointError, PlanError, UserError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.planning.bits import budget_bytes, schemes_of
-from gs_dist.planning.memory import JobShape, channels_of, largest_gram_bytes, layer_set_bytes, solver_bytes
+from gs_dist.planning.memory import JobShape, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.planning.solver_operations import solver_operations
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.matching import resolve_policies
@@ -103,7 +103,7 @@ class Workload:
     @cached_property
     def set_bytes(self) -> tuple[int, ...]:
         """One set of statistics, of each layer."""
-        return tuple(layer_set_bytes(self.architecture, settings) for settings in self.settings)
+        return tuple(map(layer_set_bytes, self.architecture.layers, self.settings))
 
     @cached_property
     def _solver_bytes(self) -> tuple[int, ...]:
@@ -111,12 +111,12 @@ class Workload:
 
     def solver_bytes(self, num_threads: int) -> tuple[int, ...]:
         """Workspace of each layer's solve on that many threads."""
-        pairs = zip(self.policies, self.settings, strict=True)
-        return tuple(solver_bytes(self.architecture, policies, settings, num_threads) for policies, settings in pairs)
+        parts = zip(self.architecture.layers, self.policies, self.settings, strict=True)
+        return tuple(solver_bytes(layer, policies, settings, num_threads) for layer, policies, settings in parts)
 
     @cached_property
     def _largest_gram_bytes(self) -> tuple[int, ...]:
-        return tuple(largest_gram_bytes(self.architecture, settings) for settings in self.settings)
+        return tuple(map(largest_gram_bytes, self.architecture.layers, self.settings))
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
@@ -131,7 +131,7 @@ def compute_bytes(architecture: DecoderArchitecture, device: str) -> int:
 
 
 def layer_settings(
-    architecture: DecoderArchitecture,
+    layer: LayerSpec,
     policies: Mapping[str, QuantPolicy | None],
     *,
     gram: bool,
@@ -145,12 +145,12 @@ def layer_settings(
     """
     if everything:
         full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True)
-        kept = {layer_input.name: full for layer_input in architecture.inputs}
-        return kept | dict.fromkeys(("key", "value"), StatisticsSettings(gram=False))
-    settings = required_statistics(architecture.inputs, policies, gram=gram)
+        kept = {layer_input.name: full for layer_input in layer.inputs}
+        return kept | dict.fromkeys(layer.attention.cached, StatisticsSettings(gram=False))
+    settings = required_statistics(layer.inputs, policies, gram=gram)
     if judged:
         settings = {name: replace(taken, gram=True) for name, taken in settings.items()}
-    for name, linear in (("key", "self_attn.k_proj"), ("value", "self_attn.v_proj")):
+    for name, linear in layer.attention.cached.items():
         policy = policies.get(linear)
         if policy and policy.kvcache_quant_dtype and policy.kvcache_quant_granularity == "per_channel":
             settings[name] = StatisticsSettings(gram=False)
@@ -183,7 +183,7 @@ def _resolve(
 
 def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, QuantPolicy | None]) -> None:
     for layer in range(architecture.num_layers):
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = resolved[name]
             if policy is None or policy.group_size == 0 or linear.in_features % policy.group_size == 0:
@@ -199,14 +199,15 @@ def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, Quan
 def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None]) -> None:
     """Refuses policies that differ where linears share what is changed: a rescaled input, or the KV cache."""
     prefix = architecture.layer_prefix(layer)
-    key, value = policies["self_attn.k_proj"], policies["self_attn.v_proj"]
-    if _cache_of(key) != _cache_of(value):
+    cached = architecture.layers[layer].attention.cached
+    if len({_cache_of(policies[name]) for name in cached.values()}) > 1:
+        written = " and ".join(cached.values()).replace("and self_attn.", "and ")
         raise PlanError(
-            f"{prefix}self_attn.k_proj and v_proj differ in kvcache_quant_dtype or kvcache_quant_granularity, and keys "
-            "and values share one cache: give both the same in layer_policies and opname_blacklist"
+            f"{prefix}{written} differ in kvcache_quant_dtype or kvcache_quant_granularity, "
+            "and keys and values share one cache: give both the same in layer_policies and opname_blacklist"
         )
     no_cache = {"kvcache_quant_dtype": None, "kvcache_quant_granularity": "per_channel"}
-    for layer_input in architecture.inputs:
+    for layer_input in architecture.inputs(layer):
         readers = [policies[name] for name in layer_input.linears]
         asked = [p for p in readers if p and p.suppression.rescales]
         if asked and len({None if p is None else p.model_copy(update=no_cache) for p in readers}) > 1:
@@ -227,7 +228,7 @@ def _output_nbytes(
     architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None], nbytes: int
 ) -> int:
     """Bytes of a layer's shard at most: every quantised weight at one byte and more, the rest as in the checkpoint."""
-    weights = {linear.name: linear.out_features * linear.in_features for linear in architecture.linears}
+    weights = {linear.name: linear.out_features * linear.in_features for linear in architecture.linears(layer)}
     total_entries = sum(weights.values())
     source_bytes = max(1, nbytes // max(1, total_entries))
     total = nbytes
@@ -260,18 +261,19 @@ def make_workload(
     _check_length(config, architecture)
     resolved, notes = _resolve(config, architecture)
     _check_groups(architecture, resolved)
-    names = [linear.name for linear in architecture.linears]
     policies = []
     layer_headers = []
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        policies.append({name: resolved[prefix + name] for name in names})
+        policies.append({linear.name: resolved[prefix + linear.name] for linear in architecture.linears(layer)})
         _check_shared(architecture, layer, policies[-1])
-        layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors()]))
+        layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors(layer)]))
     schemes: dict[str, Mapping[str, QuantPolicy]] = {}
     if config.judges_schemes:
         schemes = {
-            linear.name: schemes_of(config.network_policy, linear.in_features) for linear in architecture.linears
+            linear.name: schemes_of(config.network_policy, linear.in_features)
+            for layer_kind in architecture.kinds
+            for linear in layer_kind.linears
         }
     size_budget = None
     if config.bits == "auto":
@@ -286,13 +288,13 @@ def make_workload(
         policies=tuple(policies),
         settings=tuple(
             layer_settings(
-                architecture,
+                layer,
                 p,
                 gram=config.takes_gram,
                 everything=config.keep_statistics,
                 judged=config.judges_schemes,
             )
-            for p in policies
+            for layer, p in zip(architecture.layers, policies, strict=True)
         ),
         layer_nbytes=nbytes,
         layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
@@ -314,7 +316,10 @@ def make_workload(
 
 def without_gram(workload: Workload) -> Workload:
     """The same job with `gram: off`: only what solvers themselves need is observed."""
-    settings = tuple(layer_settings(workload.architecture, policies, gram=False) for policies in workload.policies)
+    settings = tuple(
+        layer_settings(layer, policies, gram=False)
+        for layer, policies in zip(workload.architecture.layers, workload.policies, strict=True)
+    )
     return replace(workload, settings=settings)
 
 
@@ -331,12 +336,13 @@ def _headers(tensors: Mapping[str, TensorHeader], names: Sequence[str]) -> list[
 def count_operations(workload: Workload, num_samples: int, sequence_length: int) -> Operations:
     """Operations of forward passes, Gram matrices and solves over the whole job."""
     a, tokens = workload.architecture, num_samples * sequence_length
-    products = 2 * sum(linear.out_features * linear.in_features for linear in a.linears)
-    attention = 2 * (sequence_length + 1) * a.query_size  # scores and their product with values, half of them masked
-    gram = solve = 0
-    for policies, settings in zip(workload.policies, workload.settings, strict=True):
+    forward = gram = solve = 0
+    for layer, policies, settings in zip(a.layers, workload.policies, workload.settings, strict=True):
+        forward += 2 * sum(linear.out_features * linear.in_features for linear in layer.linears)
+        # Scores and their product with values, half of them masked.
+        forward += 2 * (sequence_length + 1) * layer.attention.query_size
         for name, taken in settings.items():
-            channels = channels_of(a, name)
+            channels = layer.channels[name]
             gram += tokens * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
-        solve += solver_operations(a, policies, settings, workload.schemes)
-    return Operations(forward=tokens * a.num_layers * (products + attention), gram=gram, solve=solve)
+        solve += solver_operations(layer, policies, settings, workload.schemes)
+    return Operations(forward=tokens * forward, gram=gram, solve=solve)

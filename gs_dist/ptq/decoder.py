@@ -1,6 +1,6 @@
 """The package's own decoder as a network of cells, for the PTQ class, and its network helper.
 
-Llama, Mistral, Qwen2 and Qwen3 checkpoints in Hugging Face form. Cells and parameters have the
+Checkpoints in Hugging Face form. Cells and parameters have the
 checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so that patterns of `layer_policies` read the
 same as in a recipe. It recomputes everything for each token it generates: made to calibrate and to try, not to serve.
 """
@@ -8,7 +8,7 @@ same as in a recipe. It recomputes everything for each token it generates: made 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gs_dist.calibration.network import rotary_tables  # one source of the frequ
 from gs_dist.checkpoint.dialects import published_dialect
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec, Linear
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.published import float_tensors
@@ -54,21 +54,21 @@ class _RmsNorm(nn.Cell):
 class _Attention(nn.Cell):
     """Causal grouped-query attention; keys and values pass a `KVCache` after the rotary embedding."""
 
-    def __init__(self, prefix: str, source: _Source) -> None:
+    def __init__(self, prefix: str, attention: GroupedQueryAttention, source: _Source) -> None:
         super().__init__()
-        self.architecture = architecture = source.architecture
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, source.linear(prefix, f"self_attn.{name}"))
+        self.form = attention
+        for linear in attention.linears:
+            setattr(self, linear.name.rpartition(".")[2], source.linear(prefix, linear))
         self.q_norm = self.k_norm = None
-        if architecture.qk_norm:
+        if attention.qk_norm == "head":
             self.q_norm = source.norm(f"{prefix}self_attn.q_norm")
             self.k_norm = source.norm(f"{prefix}self_attn.k_norm")
-        self.cache = KVCache(architecture.num_kv_heads, architecture.head_dim)
+        self.cache = KVCache(attention.num_kv_heads, attention.head_dim)
 
     def construct(self, x: Any, tables: Any, mask: Any) -> Any:
         batch, tokens, _ = x.shape
-        query = self._heads(self.q_proj(x), self.q_norm, self.architecture.num_heads)
-        key = self._heads(self.k_proj(x), self.k_norm, self.architecture.num_kv_heads)
+        query = self._heads(self.q_proj(x), self.q_norm, self.form.num_heads)
+        key = self._heads(self.k_proj(x), self.k_norm, self.form.num_kv_heads)
         query, key = _rotate(query, *tables[:2]), _rotate(key, *tables[2:])
         key, value = self.cache(key.reshape(batch, tokens, -1), self.v_proj(x))
         key, value = self._repeated(key), self._repeated(value)
@@ -78,24 +78,25 @@ class _Attention(nn.Cell):
         return self.o_proj(mixed.reshape(batch, tokens, -1))
 
     def _heads(self, x: Any, norm: Any, heads: int) -> Any:
-        split = x.reshape(*x.shape[:2], heads, self.architecture.head_dim)
+        split = x.reshape(*x.shape[:2], heads, self.form.head_dim)
         return split if norm is None else norm(split)
 
     def _repeated(self, x: Any) -> Any:
         """(b, t, K * d) to (b, t, H, d), each KV head once for every query head that reads it."""
-        architecture = self.architecture
-        repeat = architecture.num_heads // architecture.num_kv_heads
-        split = x.reshape(*x.shape[:2], architecture.num_kv_heads, 1, architecture.head_dim)
-        return ops.tile(split, (1, 1, 1, repeat, 1)).reshape(*x.shape[:2], architecture.num_heads, -1)
+        form = self.form
+        split = x.reshape(*x.shape[:2], form.num_kv_heads, 1, form.head_dim)
+        return ops.tile(split, (1, 1, 1, form.num_heads // form.num_kv_heads, 1)).reshape(
+            *x.shape[:2], form.num_heads, -1
+        )
 
 
 class _Mlp(nn.Cell):
     """SiLU-gated feed-forward network."""
 
-    def __init__(self, prefix: str, source: _Source) -> None:
+    def __init__(self, prefix: str, mlp: GatedMlp, source: _Source) -> None:
         super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, source.linear(prefix, f"mlp.{name}"))
+        for linear in mlp.linears:
+            setattr(self, linear.name.rpartition(".")[2], source.linear(prefix, linear))
 
     def construct(self, x: Any) -> Any:
         gate = self.gate_proj(x)
@@ -105,12 +106,12 @@ class _Mlp(nn.Cell):
 class DecoderLayer(nn.Cell):
     """One decoder layer; the type `PTQ` looks for in this package's networks."""
 
-    def __init__(self, prefix: str, source: _Source) -> None:
+    def __init__(self, prefix: str, layer: LayerSpec, source: _Source) -> None:
         super().__init__()
         self.input_layernorm = source.norm(f"{prefix}input_layernorm")
-        self.self_attn = _Attention(prefix, source)
+        self.self_attn = _Attention(prefix, layer.attention, source)
         self.post_attention_layernorm = source.norm(f"{prefix}post_attention_layernorm")
-        self.mlp = _Mlp(prefix, source)
+        self.mlp = _Mlp(prefix, layer.mlp, source)
 
     def construct(self, x: Any, tables: Any, mask: Any) -> Any:
         """Hidden states (b, t, h) after the layer."""
@@ -137,7 +138,7 @@ class _Model(nn.Cell):
         architecture = source.architecture
         self.embed_tokens = _Embedding(source.tensor("model.embed_tokens.weight"))
         self.layers = nn.CellList(
-            [DecoderLayer(architecture.layer_prefix(i), source) for i in range(architecture.num_layers)]
+            [DecoderLayer(architecture.layer_prefix(i), layer, source) for i, layer in enumerate(architecture.layers)]
         )
         self.norm = source.norm("model.norm")
 
@@ -175,11 +176,11 @@ class CausalDecoder(nn.Cell):
     def construct(self, input_ids: Any) -> Any:
         """Logits (b, t, vocabulary) float32 of token ids (b, t); every position sees those before it."""
         tokens = input_ids.shape[1]
-        tables = [ms.Tensor(table) for table in rotary_tables(self.architecture, tokens)]
-        mask = ms.Tensor(_causal_mask(tokens, self.architecture.sliding_window))
         x = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
-            x = layer(x, tables, mask)
+            attention = layer.self_attn.form
+            tables = [ms.Tensor(table) for table in rotary_tables(attention, tokens)]
+            x = layer(x, tables, ms.Tensor(_causal_mask(tokens, attention.window)))
         return self.lm_head(self.model.norm(x)).astype(ms.float32)
 
 
@@ -205,10 +206,9 @@ class _Source:
         bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self._tensors else None
         return _RmsNorm(self.tensor(f"{name}.weight"), self.architecture.rms_norm_eps, bias)
 
-    def linear(self, prefix: str, name: str) -> nn.Dense:
+    def linear(self, prefix: str, linear: Linear) -> nn.Dense:
         """The `nn.Dense` of a layer's linear."""
-        linear = next(linear for linear in self.architecture.linears if linear.name == name)
-        return self.dense(f"{prefix}{name}", bias=linear.bias)
+        return self.dense(f"{prefix}{linear.name}", bias=linear.bias)
 
     def dense(self, name: str, *, bias: bool) -> nn.Dense:
         """An `nn.Dense` from the tensors stored under `name`."""
@@ -229,6 +229,14 @@ def _causal_mask(tokens: int, window: int | None) -> Array:
     row, column = np.arange(tokens)[:, None], np.arange(tokens)[None, :]
     seen = (column <= row) & (row - column < (window or tokens))
     return np.where(seen, 0.0, _MASKED).astype(np.float32)
+
+
+def _sizes(architecture: DecoderArchitecture) -> dict[str, Any]:
+    """What the architecture states of the whole model, by name."""
+    stated = {field.name: getattr(architecture, field.name) for field in fields(architecture)}
+    del stated["layers"]
+    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
+    return stated | {name: getattr(architecture, name) for name in names}
 
 
 class DecoderHelper(NetworkHelper):
@@ -257,7 +265,7 @@ class DecoderHelper(NetworkHelper):
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, but got {type(name).__name__}")
-        specs = {**asdict(self._reader.architecture), **self._specs}
+        specs = {**_sizes(self._reader.architecture), **self._specs}
         if name not in specs:
             raise KeyError(f"no setting {name!r}: known are {', '.join(specs)}")
         return specs[name]

@@ -37,8 +37,8 @@ def float_tensors(reader: CheckpointReader) -> dict[str, Array]:
     shapes = dict(architecture.outer_tensors())
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        shapes.update({prefix + name: shape for name, shape in architecture.layer_tensors().items()})
-        for norm in ("input_layernorm", "post_attention_layernorm"):  # which Outlier Suppression Plus gives a bias
+        shapes.update({prefix + name: shape for name, shape in architecture.layer_tensors(layer).items()})
+        for norm in architecture.layers[layer].norms:  # which Outlier Suppression Plus gives a bias
             if f"{prefix}{norm}.bias" in reader.tensors:
                 shapes[f"{prefix}{norm}.bias"] = (architecture.hidden_size,)
     stored = [
@@ -94,7 +94,7 @@ def load_published(network: Any, directory: Path, device: Device) -> None:
 
 def _fill_linears(cells: Mapping[str, Any], layer: QuantizedLayer, architecture: DecoderArchitecture) -> None:
     prefix = architecture.layer_prefix(layer.layer)
-    for linear in architecture.linears:
+    for linear in architecture.linears(layer.layer):
         name, found = prefix + linear.name, layer.linears.get(linear.name)
         cell = cells.get(name)
         cell = cell if isinstance(cell, QuantDense) else None

@@ -164,7 +164,7 @@ def _observe(
     loop = LayerLoop(
         [observed],
         settings={observed.index: settings},
-        channels=observed.channels,
+        channels={observed.index: observed.channels},
         blocks=block_bounds(len(rows), _NUM_BLOCKS),
     )
     for index, row in enumerate(rows):

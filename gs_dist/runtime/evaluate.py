@@ -61,7 +61,9 @@ def evaluate(
     num_layers = reader.architecture.num_layers
     if model is not None:
         source = CheckpointReader(Path(model))
-        if source.architecture.layer_tensors() != reader.architecture.layer_tensors():
+        if [layer.tensors for layer in source.architecture.layers] != [
+            layer.tensors for layer in reader.architecture.layers
+        ]:
             raise CheckpointError(f"--model {model} has other layers than {directory}: give the model it was made of")
     dataset = open_dataset(
         data,

@@ -87,10 +87,10 @@ class EvaluationWorker:
         self._layers.clear()  # before others take their place
         for index in range(*self._groups[group]):
             if which == FLOAT:
-                self._layers.append(self._network.layer_weights(self._reader.read_layer(index)))
+                self._layers.append(self._network.layer_weights(index, self._reader.read_layer(index)))
             else:
                 layer = codec_of(which).decode_layer(self._reader, index)
-                self._layers.append(self._network.layer_weights({}, quantized=layer))
+                self._layers.append(self._network.layer_weights(index, {}, quantized=layer))
         self._group = group
 
     def _open(self, which: str) -> None:

@@ -85,6 +85,6 @@ def _memory(plan: CalibrationPlan, stage: StagePlan, reader: CheckpointReader) -
     """One layer's tensors and one set of its statistics, where a calibration holds a stage's and partial sums."""
     prefixes = [reader.architecture.layer_prefix(layer) for layer in stage.layers]
     tensors = [sum(t.nbytes for name, t in reader.tensors.items() if name.startswith(prefix)) for prefix in prefixes]
-    sets = [layer_set_bytes(reader.architecture, plan.layer_settings(layer)) for layer in stage.layers]
+    sets = [layer_set_bytes(reader.architecture.layers[layer], plan.layer_settings(layer)) for layer in stage.layers]
     held = {"weights": max(tensors), "activations": 0, "statistics": max(sets)}
     return MemoryPlan(items={**stage.memory.items, **held})

@@ -151,13 +151,10 @@ class StageWorker:
 
     def _make_loop(self, wave: StageWave, layers: range) -> LayerLoop:
         plan = self._job.plan
-        architecture = self._reader.architecture
-        channels = {i.name: i.channels for i in architecture.inputs}
-        channels |= {"key": architecture.kv_size, "value": architecture.kv_size}
         return LayerLoop(
             [self._layer(index, quantised=wave.quantised) for index in layers],
             settings={index: plan.layer_settings(index) for index in wave.observed if index in layers},
-            channels=channels,
+            channels={index: self._reader.architecture.layers[index].channels for index in wave.observed},
             blocks=plan.blocks,
             observer=HostObserver if self._device.kind == "cpu" else CardObserver,
             num_threads=plan.threads_per_worker,
@@ -260,8 +257,8 @@ class StageWorker:
         return LayerProblem(
             layer=layer,
             prefix=architecture.layer_prefix(layer),
-            inputs=architecture.inputs,
-            linears=architecture.linears,
+            inputs=architecture.inputs(layer),
+            linears=architecture.linears(layer),
             tensors=self._reader.read_layer(layer),
             statistics=statistics,
             policies=self._job.plan.layer_policies(layer),

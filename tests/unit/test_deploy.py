@@ -23,7 +23,7 @@ import gs_dist
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import make_plan
 from gs_dist.recipe.config import CalibrationConfig, load_recipe
@@ -259,7 +259,7 @@ ENGINES = {
 def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) -> None:
     """A model of a recipe's policies, in each of its formats, breaks no rule of the engines that the recipe is for."""
     config = load_recipe(recipe)
-    architecture = DecoderArchitecture.from_config(tiny_config(hidden_size=128))
+    architecture = read_architecture(tiny_config(hidden_size=128))
     policies = resolve_policies(
         architecture.linear_names(),
         config.network_policy,

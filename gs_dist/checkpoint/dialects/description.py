@@ -124,7 +124,7 @@ def split_linears(
     prefix = architecture.layer_prefix(layer)
     rest = dict(tensors)
     linears = {}
-    for linear in architecture.linears:
+    for linear in architecture.linears(layer):
         label = description.get(f"{prefix}{linear.name}.weight", FLOAT)
         if label == FLOAT:
             continue

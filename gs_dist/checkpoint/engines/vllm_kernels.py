@@ -53,7 +53,7 @@ def describe_tensor_parallel(linears: Mapping[str, PackedWeights], architecture:
     found = {}
     for name, weights in linears.items():
         if name.endswith(_ROW_PARALLEL):
-            channels = next(x.in_features for x in architecture.linears if name.endswith(x.name))
+            channels = next(x.in_features for kind in architecture.kinds for x in kind.linears if name.endswith(x.name))
             found[name] = (_limit(channels, weights, architecture), channels)
     if not found:
         return None

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from gs_dist.calibration.device import Device, open_device
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
@@ -46,7 +47,7 @@ def load(directory: Path) -> tuple[DecoderArchitecture, dict[str, Any]]:
     config = json.loads((directory / "config.json").read_text())
     with safe_open(directory / "model.safetensors", "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping: has no __iter__)
-    return DecoderArchitecture.from_config(config), tensors
+    return read_architecture(config), tensors
 
 
 def within(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def test_logits_are_those_of_transformers(name: str, device: Device, tmp_path: P
     outer = network.outer_weights(tensors)
     hidden = network.embed(outer, golden.input_ids())
     for layer in range(architecture.num_layers):
-        weights = network.layer_weights(within(tensors, architecture.layer_prefix(layer)))
+        weights = network.layer_weights(layer, within(tensors, architecture.layer_prefix(layer)))
         hidden, _ = network.forward_layer(weights, hidden, capture=False)
     logits = device.to_numpy(network.logits(outer, hidden))[:, golden.POSITIONS]
     assert np.abs(logits - expected).max() < 3e-6 * np.abs(expected).max()
@@ -84,9 +85,9 @@ def tiny(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def test_captured_activations_are_what_the_linears_read(tiny: Tiny, device: Device) -> None:
     """Each captured activation, put through its linears by hand, gives what follows it in the layer."""
     network, layer = tiny.network, tiny.layer
-    output, captured = network.forward_layer(network.layer_weights(layer), device.to_tensor(tiny.hidden))
+    output, captured = network.forward_layer(network.layer_weights(0, layer), device.to_tensor(tiny.hidden))
     seen = {name: device.to_numpy(tensor) for name, tensor in captured.items()}
-    shapes = {i.name: (2, 20, i.channels) for i in network.architecture.inputs}
+    shapes = {i.name: (2, 20, i.channels) for i in network.architecture.inputs(0)}
     assert {name: array.shape for name, array in seen.items()} == shapes | {"key": (2, 20, 32), "value": (2, 20, 32)}
     seen["output"] = device.to_numpy(output)
     for name, expected in reference_layer(tiny, {}, None, {}).items():
@@ -95,7 +96,7 @@ def test_captured_activations_are_what_the_linears_read(tiny: Tiny, device: Devi
 
 def test_a_layer_that_captures_nothing_gives_the_same_bits(tiny: Tiny, device: Device) -> None:
     """Capturing changes no bit of the output, and neither do the other samples of the micro-batch."""
-    weights = tiny.network.layer_weights(tiny.layer)
+    weights = tiny.network.layer_weights(0, tiny.layer)
     hidden = device.to_tensor(tiny.hidden)
     plain, nothing = tiny.network.forward_layer(weights, hidden, capture=False)
     captured, _ = tiny.network.forward_layer(weights, hidden)
@@ -107,7 +108,7 @@ def test_a_layer_that_captures_nothing_gives_the_same_bits(tiny: Tiny, device: D
 
 def test_later_tokens_change_nothing_before_them(tiny: Tiny, device: Device) -> None:
     """Attention is causal: replacing the last tokens leaves every earlier output as it was."""
-    weights = tiny.network.layer_weights(tiny.layer)
+    weights = tiny.network.layer_weights(0, tiny.layer)
     changed = tiny.hidden.copy()
     changed[:, 15:] = 7.0
     first, second = (
@@ -120,8 +121,10 @@ def test_later_tokens_change_nothing_before_them(tiny: Tiny, device: Device) -> 
 
 def test_weights_are_not_copied_from_a_float32_checkpoint(tiny: Tiny, device: Device) -> None:
     """A float32 weight stays where the checkpoint's reader put it."""
-    weights = tiny.network.layer_weights(tiny.layer)
-    for linear, tensors in zip(tiny.network.architecture.linears, weights.linears, strict=True):
+    weights = tiny.network.layer_weights(0, tiny.layer)
+    for linear, tensors in zip(
+        tiny.network.architecture.linears(0), (*weights.attention[0], *weights.mlp[0]), strict=True
+    ):
         assert np.shares_memory(device.to_numpy(tensors[0]), tiny.layer[f"{linear.name}.weight"])
 
 
@@ -191,7 +194,7 @@ def reference_layer(
             for head in range(x.shape[2] // size):
                 for pair in range(size // 2):
                     first, second = head * size + pair, head * size + pair + size // 2
-                    angle = position * architecture.rope_theta ** (-2 * pair / size)
+                    angle = position * architecture.layers[0].attention.rotary.theta ** (-2 * pair / size)
                     a, b = x[:, position, first], x[:, position, second]
                     turned[:, position, first] = a * np.cos(angle) - b * np.sin(angle)
                     turned[:, position, second] = b * np.cos(angle) + a * np.sin(angle)
@@ -255,7 +258,7 @@ def test_a_quantised_layer_computes_what_its_integers_would(case: str, tiny: Tin
         key_scale, value_scale = (scales if granularity == "per_channel" else None for granularity in granularities)
         kv_cache = QuantizedKVCache(key_scale=key_scale, value_scale=value_scale)
     quantized = quantise(tiny, policies, kv_cache)
-    weights = tiny.network.layer_weights({}, quantized)
+    weights = tiny.network.layer_weights(0, {}, quantized)
     output, captured = tiny.network.forward_layer(weights, device.to_tensor(tiny.hidden))
     seen = {"output": output, **captured}
     seen = {name: device.to_numpy(tensor) for name, tensor in seen.items()}
@@ -269,7 +272,7 @@ def test_a_row_of_zeros_survives_rounding_per_token(tiny: Tiny, device: Device) 
     """A token whose activation is zero keeps finite outputs under dynamic rounding."""
     quantized = quantise(tiny, {"self_attn.q_proj": DYNAMIC}, QuantizedKVCache(key_scale=None, value_scale=None))
     output, _ = tiny.network.forward_layer(
-        tiny.network.layer_weights({}, quantized), device.to_tensor(np.zeros_like(tiny.hidden)), capture=False
+        tiny.network.layer_weights(0, {}, quantized), device.to_tensor(np.zeros_like(tiny.hidden)), capture=False
     )
     assert np.isfinite(device.to_numpy(output)).all()
 
@@ -315,4 +318,4 @@ def test_a_missing_tensor_is_named(tiny: Tiny) -> None:
     """A layer without one of its tensors is refused by that tensor's name."""
     partial = {name: array for name, array in tiny.layer.items() if name != "mlp.up_proj.weight"}
     with pytest.raises(KeyError, match=r"mlp\.up_proj\.weight"):
-        tiny.network.layer_weights(partial)
+        tiny.network.layer_weights(0, partial)

@@ -15,6 +15,7 @@ from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
@@ -105,7 +106,7 @@ def test_tensors_fit_the_parameters_that_the_engine_registers(
     """
     architecture, _, encoded, _ = build(tmp_path, policy, dtype)
     pd = np.dtype(DTYPES[dtype])
-    for linear in architecture.linears:
+    for linear in architecture.linears(0):
         p = f"model.layers.1.{linear.name}."
         n, k = linear.out_features, linear.in_features
         registered = {
@@ -198,7 +199,7 @@ def test_kv_scales_are_named_as_the_cache_scale_mapper_expects(tmp_path: Path) -
 
 def test_config_loses_its_quantization_config() -> None:
     """`quantization_config` is removed at the top and in text_config, and the given config is left as it was."""
-    architecture = DecoderArchitecture.from_config(tiny_config())
+    architecture = read_architecture(tiny_config())
     config = {"model_type": "llama", "quantization_config": {}, "text_config": {"quantization_config": {}, "a": 1}}
     assert FORMAT.config(config, {}, {}, architecture) == {"model_type": "llama", "text_config": {"a": 1}}
     assert "quantization_config" in config
@@ -228,7 +229,7 @@ def test_decoding_gives_the_layer_back(tmp_path: Path, policy: QuantPolicy, dtyp
 
 
 def refusal(policies: dict[str, QuantPolicy | None], **config: Any) -> str:
-    architecture = DecoderArchitecture.from_config(tiny_config(**config))
+    architecture = read_architecture(tiny_config(**config))
     everything = dialects.uniform_policies(architecture, None) | policies
     with pytest.raises(RecipeError) as caught:
         FORMAT.check_policies(everything, architecture)
@@ -251,7 +252,7 @@ def refusal(policies: dict[str, QuantPolicy | None], **config: Any) -> str:
 )
 def test_what_the_engine_cannot_load_is_refused_with_what_to_choose(policy: QuantPolicy, advice: str) -> None:
     """The message names a linear, how many more there are, and the setting to change."""
-    architecture = DecoderArchitecture.from_config(tiny_config())
+    architecture = read_architecture(tiny_config())
     message = refusal(dict(dialects.uniform_policies(architecture, policy)), hidden_size=128)
     assert advice in message
     assert "model.layers.0.self_attn" in message
@@ -275,7 +276,7 @@ def test_a_kv_cache_that_does_not_fill_the_engines_blocks_is_refused() -> None:
 @pytest.mark.parametrize("policy", [dialects.W8A8, dialects.W8A8_ASYMMETRIC, dialects.W8A8_DYNAMIC, dialects.W8A16])
 def test_what_the_engine_loads_is_accepted(policy: QuantPolicy) -> None:
     """All int8 schemes pass, with a KV cache and with some layers left alone."""
-    architecture = DecoderArchitecture.from_config(tiny_config(hidden_size=128))
+    architecture = read_architecture(tiny_config(hidden_size=128))
     with_kv = QuantPolicy(**{**policy.model_dump(), "kvcache_quant_dtype": "int8"})
     policies = dialects.uniform_policies(architecture, with_kv)
     policies.update({name: None for name in policies if "layers.0." in name or name.endswith("down_proj")})

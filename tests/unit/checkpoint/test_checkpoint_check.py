@@ -27,7 +27,7 @@ from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.provenance import write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import UserError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 
 INDEX, OTHER_INDEX = "model.safetensors.index.json", "quant_model_weights.safetensors.index.json"
@@ -45,7 +45,7 @@ W4_GROUP_INDEX = dialects.W4A16_GROUPS.model_copy(
 
 def two_sizes() -> dict[str, QuantPolicy | None]:
     """Gates in groups of 128, everything else in groups of 64."""
-    policies = dialects.uniform_policies(DecoderArchitecture.from_config(tiny_config()), dialects.W4A16_GROUPS)
+    policies = dialects.uniform_policies(read_architecture(tiny_config()), dialects.W4A16_GROUPS)
     wide = dialects.W4A16_GROUPS.model_copy(update={"group_size": 128})
     return {name: wide if name.endswith("gate_proj") else policy for name, policy in policies.items()}
 
@@ -631,7 +631,7 @@ def run(tmp_path: Path) -> Path:
     content = tiny_config(torch_dtype="bfloat16")
     tensors = random_tensors(content, "bfloat16")
     reader = CheckpointReader(save_checkpoint(tmp_path / "source", content, tensors))
-    architecture = DecoderArchitecture.from_config(content)
+    architecture = read_architecture(content)
     policies = dialects.uniform_policies(architecture, dialects.W8A8)
     made_from = Fingerprints(recipe="r", source="s", data="d")
     (tmp_path / "run").mkdir()

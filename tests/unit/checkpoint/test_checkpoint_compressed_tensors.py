@@ -23,6 +23,7 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import write_safetensors
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer
@@ -32,7 +33,7 @@ PREFIX = "model.layers.0."
 
 
 def architecture(**overrides: Any) -> DecoderArchitecture:
-    return DecoderArchitecture.from_config(tiny_config(**{"hidden_size": 128, **overrides}))
+    return read_architecture(tiny_config(**{"hidden_size": 128, **overrides}))
 
 
 def uniform(policy: QuantPolicy | None, num_layers: int = 2) -> dict[str, QuantPolicy | None]:

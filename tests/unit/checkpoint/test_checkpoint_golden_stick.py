@@ -19,6 +19,7 @@ from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec, pac
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
@@ -148,7 +149,7 @@ def test_static_linear_computes_what_the_integers_mean(tmp_path: Path, zero_poin
 def test_tensors_have_the_wheels_shapes(tmp_path: Path, policy: QuantPolicy, packed: bool, grouped: bool) -> None:
     """Shapes and dtypes are those of `save_quantized(backend=ASCEND)` of golden-stick 1.4.1."""
     architecture, _, encoded, _ = build(tmp_path, policy)
-    for linear in architecture.linears:
+    for linear in architecture.linears(0):
         p = f"model.layers.1.{linear.name}."
         n, k = linear.out_features, linear.in_features
         scales = (k // 64, n) if grouped and k > 64 else (n,)
@@ -219,7 +220,7 @@ def test_the_reader_picks_the_right_method_for_each_fused_linear(tmp_path: Path)
 )
 def test_what_the_layout_cannot_hold_is_refused_with_what_to_choose(policy: QuantPolicy, advice: str) -> None:
     """The message names a linear and the setting to change."""
-    architecture = DecoderArchitecture.from_config(tiny_config())
+    architecture = read_architecture(tiny_config())
     with pytest.raises(RecipeError, match=r"model\.layers\.0\.self_attn") as caught:
         FORMAT.check_policies(dialects.uniform_policies(architecture, policy), architecture)
     assert advice in str(caught.value)
@@ -227,7 +228,7 @@ def test_what_the_layout_cannot_hold_is_refused_with_what_to_choose(policy: Quan
 
 def test_odd_rows_and_mixed_kinds_are_refused() -> None:
     """An odd number of output channels has no packing, and fused linears have one kind."""
-    architecture = DecoderArchitecture.from_config(tiny_config(intermediate_size=127))
+    architecture = read_architecture(tiny_config(intermediate_size=127))
     with pytest.raises(RecipeError, match="this linear has 127"):
         FORMAT.check_policies(dialects.uniform_policies(architecture, dialects.W4A16), architecture)
     mixed = dialects.uniform_policies(architecture, None) | {"model.layers.0.mlp.up_proj": dialects.W8A8}
@@ -250,7 +251,7 @@ def test_expected_tensors_are_what_is_written(tmp_path: Path, policy: QuantPolic
 @pytest.mark.parametrize("dialect", [FORMAT, CompressedTensorsCodec()], ids=["golden-stick", "compressed-tensors"])
 def test_a_shift_that_has_no_place_is_told_beforehand(dialect: Codec) -> None:
     """Outlier Suppression Plus then only rescales, and the note names the format that has room for the shift."""
-    architecture = DecoderArchitecture.from_config(tiny_config("llama"))
+    architecture = read_architecture(tiny_config("llama"))
     notes = dialect.check_policies(dialects.uniform_policies(architecture, dialects.W8A8_PLUS), architecture)
     assert any("outlier-suppression+" in note and "format: [ascend]" in note for note in notes)
     plain = dialect.check_policies(dialects.uniform_policies(architecture, dialects.W8A8), architecture)

@@ -17,13 +17,13 @@ from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTenso
 from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec
 from gs_dist.checkpoint.model_card import render_model_card, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, PerplexitySummary
 
-ARCHITECTURE = DecoderArchitecture.from_config(tiny_config(torch_dtype="bfloat16"))
+ARCHITECTURE = read_architecture(tiny_config(torch_dtype="bfloat16"))
 STATIC = "SmoothQuant-W8-perchannel-A8-pertensor"
 
 

@@ -333,8 +333,8 @@ def evaluate(directory: Path, name: str, ids: Array) -> Evaluated:
     hidden = network.embed(outer, ids)
     roundings, seen = set(), []
     for layer in range(reader.architecture.num_layers):
-        weights = network.layer_weights({}, quantized=codec_of(name).decode_layer(reader, layer))
-        roundings.add((*weights.schemes, *weights.kv_schemes))
+        weights = network.layer_weights(layer, {}, quantized=codec_of(name).decode_layer(reader, layer))
+        roundings.add((*weights.attention_schemes, *weights.mlp_schemes, *weights.kv_schemes))
         hidden, captured = network.forward_layer(weights, hidden)
         seen.append({key: tensor.asnumpy() for key, tensor in captured.items()})
     losses, tokens = network.token_losses(outer, hidden, ids, np.ones(ids.shape, dtype=bool))

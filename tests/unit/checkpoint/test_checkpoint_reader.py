@@ -55,7 +55,7 @@ def test_tensors_come_back_bit_for_bit(model_type: str, dtype: str, shards: int,
 def test_layer_and_outer_parts(tmp_path: Path) -> None:
     """A layer is given by names within it; embedding, norm and head by full name."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", "qwen2", tie=True))
-    assert set(reader.read_layer(1)) == set(reader.architecture.layer_tensors())
+    assert set(reader.read_layer(1)) == set(reader.architecture.layer_tensors(1))
     assert set(reader.read_outer()) == {"model.embed_tokens.weight", "model.norm.weight"}
     assert reader.layer_tensors(1)["mlp.up_proj.weight"].name == "model.layers.1.mlp.up_proj.weight"
 

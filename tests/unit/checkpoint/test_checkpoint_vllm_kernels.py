@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
 
 QWEN2_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
 LLAMA_70B = {**QWEN2_72B, "intermediate_size": 28672}
@@ -22,7 +22,7 @@ def packed(group_size: int, num_bits: int = 4, *, symmetric: bool = True) -> Pac
 
 
 def note(weights: PackedWeights, dtype: str = "bfloat16", **sizes: Any) -> str | None:
-    architecture = DecoderArchitecture.from_config(tiny_config("qwen2", torch_dtype=dtype, **sizes))
+    architecture = read_architecture(tiny_config("qwen2", torch_dtype=dtype, **sizes))
     names = [name for name in architecture.linear_names() if name != "lm_head"]
     return describe_tensor_parallel(dict.fromkeys(names, weights), architecture)
 
@@ -42,7 +42,7 @@ def test_groups_that_a_partition_would_cut_limit_the_cards() -> None:
 def test_nothing_is_said_where_the_heads_stop_first() -> None:
     """Sixteen cards hold whole groups of Llama-3-70B, and a linear that is not packed sets no limit."""
     assert note(packed(128), **LLAMA_70B) is None
-    architecture = DecoderArchitecture.from_config(tiny_config("qwen2", **QWEN2_72B))
+    architecture = read_architecture(tiny_config("qwen2", **QWEN2_72B))
     assert describe_tensor_parallel({"model.layers.0.mlp.up_proj": packed(128)}, architecture) is None
     assert describe_tensor_parallel({}, architecture) is None
 

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gs_dist.errors import CheckpointError
-from gs_dist.model.decoder import DecoderArchitecture, RopeScaling
+from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.families import read_architecture
+from gs_dist.model.rotary import RopeScaling
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -23,7 +25,7 @@ LLAMA3 = {
 
 
 def parse(base: str = "llama", **overrides: Any) -> DecoderArchitecture:
-    return DecoderArchitecture.from_config({**tiny_config(base), **overrides})
+    return read_architecture({**tiny_config(base), **overrides})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
@@ -33,11 +35,11 @@ def test_tensors_are_those_the_model_class_saves(model_type: str, tie: bool, bia
     """Names and shapes agree with the checkpoint of that model type, biases and tied heads included."""
     bias_keys = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}.get(model_type, ())
     config = tiny_config(model_type, tie_word_embeddings=tie, **dict.fromkeys(bias_keys, bias))
-    architecture = DecoderArchitecture.from_config(config)
+    architecture = read_architecture(config)
     found = architecture.outer_tensors()
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        found.update({prefix + name: shape for name, shape in architecture.layer_tensors().items()})
+        found.update({prefix + name: shape for name, shape in architecture.layer_tensors(layer).items()})
     assert found == tensor_shapes(config)
 
 
@@ -54,14 +56,14 @@ def test_absent_key_value_heads_mean_one_for_each_query_head() -> None:
     """Old llama configs know no grouped-query attention."""
     config = tiny_config()
     del config["num_key_value_heads"]
-    assert DecoderArchitecture.from_config(config).num_kv_heads == 4
+    assert read_architecture(config).num_kv_heads == 4
 
 
 def test_qwen3_head_dim_is_not_derived() -> None:
     """Without head_dim Qwen3 has 128, whatever hidden_size and heads say."""
     config = tiny_config("qwen3")
     del config["head_dim"]
-    assert DecoderArchitecture.from_config(config).head_dim == 128
+    assert read_architecture(config).head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,8 @@ def test_qwen3_head_dim_is_not_derived() -> None:
 def test_rope_in_both_spellings(overrides: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
     """`rope_theta` with `rope_scaling`, and `rope_parameters`, mean the same."""
     architecture = parse(**overrides)
-    assert (architecture.rope_theta, architecture.rope_scaling) == (theta, scaling)
+    rotary = architecture.layers[0].attention.rotary
+    assert (rotary.theta, rotary.scaling) == (theta, scaling)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,16 @@ def test_end_of_text_tokens(value: Any, ids: tuple[int, ...]) -> None:
 )
 def test_sliding_window(model_type: str, overrides: dict[str, Any], window: int | None) -> None:
     """Mistral's window is on by its size, Qwen's by `use_sliding_window` and by layer; llama has none."""
-    assert parse(model_type, **overrides).sliding_window == window
+    assert {layer.attention.window for layer in parse(model_type, **overrides).layers} == {window}
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_windows_may_differ_by_layer(overrides: dict[str, Any]) -> None:
+    """`max_window_layers` counts the layers without a window from the first; `layer_types` names each."""
+    architecture = parse("qwen2", use_sliding_window=True, sliding_window=64, **overrides)
+    assert [layer.attention.window for layer in architecture.layers] == [None, 64]
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
@@ -173,15 +185,13 @@ def test_what_is_not_served_is_refused_by_key(key: str, overrides: dict[str, Any
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"max_window_layers": 1},
-        {"layer_types": ["full_attention", "sliding_attention"]},
         {"layer_types": ["full_attention"]},
         {"layer_types": ["full_attention", {}]},
         {"max_window_layers": "all"},
     ],
 )
-def test_windows_that_differ_by_layer_are_refused(overrides: dict[str, Any]) -> None:
-    """One kind of attention for all layers is served, and a list of kinds must name every layer."""
+def test_windows_of_unknown_layers_are_refused(overrides: dict[str, Any]) -> None:
+    """A list of kinds must name every layer, with kinds that are known."""
     with pytest.raises(CheckpointError, match=r"max_window_layers|layer_types"):
         parse("qwen2", use_sliding_window=True, **overrides)
 
@@ -198,5 +208,5 @@ JSON = st.recursive(
 def test_no_value_ends_in_anything_but_a_checkpoint_error(overrides: dict[str, Any]) -> None:
     """Whatever JSON holds, reading it gives an architecture or a CheckpointError."""
     with contextlib.suppress(CheckpointError):
-        architecture = DecoderArchitecture.from_config({**tiny_config("qwen2"), **overrides})
+        architecture = read_architecture({**tiny_config("qwen2"), **overrides})
         assert architecture.num_heads % architecture.num_kv_heads == 0

@@ -183,7 +183,7 @@ def test_statistics_by_hand(tiny: CheckpointReader) -> None:
         "key": StatisticsSettings(gram=False),
     }
     total = 0
-    for channels, grams in ((64, 2), (architecture.intermediate_size, 1), (architecture.kv_size, 0)):
+    for channels, grams in ((64, 2), (architecture.layers[0].mlp.widest, 1), (architecture.kv_size, 0)):
         real = InputStatistics(
             num_tokens=0,
             minimum=np.zeros(channels, np.float32),
@@ -195,13 +195,13 @@ def test_statistics_by_hand(tiny: CheckpointReader) -> None:
         )
         total += sum(array.nbytes for name, array in real.to_arrays().items() if name != "num_tokens")
     total += 64 * HISTOGRAM_BYTES_PER_CHANNEL
-    assert layer_set_bytes(architecture, settings) == total
+    assert layer_set_bytes(architecture.layers[0], settings) == total
 
 
 def test_the_cpu_holds_weights_in_float32(tiny: CheckpointReader) -> None:
     """A bfloat16 checkpoint takes four bytes a weight, since the CPU has no bfloat16 product."""
     plan = planned(tiny, recipe(pipeline_parallel_size=2, data_parallel_size=1))
-    layer = sum(int(np.prod(shape)) for shape in tiny.architecture.layer_tensors().values())
+    layer = sum(int(np.prod(shape)) for shape in tiny.architecture.layer_tensors(0).values())
     embedding = tiny.architecture.vocab_size * tiny.architecture.hidden_size
     assert [len(stage.layers) for stage in plan.stages] == [2, 3]
     assert plan.stages[0].memory.items["weights"] == 4 * (2 * layer + embedding)
@@ -238,7 +238,7 @@ def test_bytes_moved_by_hand(tiny: CheckpointReader) -> None:
     """Hidden states over each boundary, and each replica's partial sums to a layer's owner."""
     plan = planned(tiny, recipe(pipeline_parallel_size=2, data_parallel_size=2))
     states = 512 * 2048 * 64 * 4
-    one_set = layer_set_bytes(tiny.architecture, plan.layer_settings(0))
+    one_set = layer_set_bytes(tiny.architecture.layers[0], plan.layer_settings(0))
     assert plan.bytes_moved == states + 5 * one_set  # four blocks each merge to one partial sum
     alone = planned(tiny, recipe(pipeline_parallel_size=1, data_parallel_size=1))
     assert alone.bytes_moved == 0
@@ -258,11 +258,11 @@ def test_operations_by_hand(tiny: CheckpointReader) -> None:
     a = tiny.architecture
     plan = planned(tiny, recipe(calibration={"num_samples": 3, "sequence_length": 16}))
     tokens, layers = 48, 5
-    products = sum(2 * linear.in_features * linear.out_features for linear in a.linears) * tokens
+    products = sum(2 * linear.in_features * linear.out_features for linear in a.linears(0)) * tokens
     pairs = 3 * 16 * 17 // 2  # of a token and one it attends to, itself included
     attention = pairs * a.num_heads * a.head_dim * 2 * 2
     assert plan.operations.forward == layers * (products + attention)
-    gram = sum(i.channels * (i.channels + 1) // 2 * 2 for i in a.inputs) * tokens
+    gram = sum(i.channels * (i.channels + 1) // 2 * 2 for i in a.inputs(0)) * tokens
     assert plan.operations.gram == layers * gram
     off = planned(tiny, recipe(calibration={"num_samples": 3, "sequence_length": 16}, gram="off"))
     assert off.operations.gram == off.operations.solve == 0
@@ -271,9 +271,9 @@ def test_operations_by_hand(tiny: CheckpointReader) -> None:
 def test_solves_by_hand(tiny: CheckpointReader) -> None:
     """tr(D G DT) of each weight and its change, of AWQ's candidates, and GPTQ's factors and updates."""
     a = tiny.architecture
-    energies = sum(linear.out_features * linear.in_features**2 for linear in a.linears)
-    factors = sum(linear.in_features**3 // 3 for linear in a.linears)
-    entries = sum(linear.out_features * linear.in_features for linear in a.linears)
+    energies = sum(linear.out_features * linear.in_features**2 for linear in a.linears(0))
+    factors = sum(linear.in_features**3 // 3 for linear in a.linears(0))
+    entries = sum(linear.out_features * linear.in_features for linear in a.linears(0))
     awq = {"weight_quant_dtype": "qint4x2", "outliers_suppression": "awq", "opname_blacklist": ["lm_head"]}
 
     def solve(**changes: Any) -> int:

@@ -42,7 +42,7 @@ def reference(directory: Path, ids: np.ndarray) -> tuple[np.ndarray, list[dict[s
     hidden = network.embed(outer, ids)
     captured = []
     for layer in range(reader.architecture.num_layers):
-        hidden, seen = network.forward_layer(network.layer_weights(reader.read_layer(layer)), hidden)
+        hidden, seen = network.forward_layer(network.layer_weights(layer, reader.read_layer(layer)), hidden)
         captured.append({name: tensor.asnumpy() for name, tensor in seen.items()})
     return network.logits(outer, hidden).asnumpy(), captured
 

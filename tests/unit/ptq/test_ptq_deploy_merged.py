@@ -118,7 +118,7 @@ def evaluated(model: Path, name: str, ids: np.ndarray) -> np.ndarray:
     outer = network.outer_weights(reader.read_outer())
     hidden = network.embed(outer, ids)
     for layer in range(reader.architecture.num_layers):
-        weights = network.layer_weights({}, quantized=codec_of(name).decode_layer(reader, layer))
+        weights = network.layer_weights(layer, {}, quantized=codec_of(name).decode_layer(reader, layer))
         hidden, _ = network.forward_layer(weights, hidden, capture=False)
     return np.asarray(network.logits(outer, hidden).asnumpy())
 

@@ -34,7 +34,7 @@ def auto_recipe(directory: Path, output: str = "out", budget: Any = 0.25, **chan
 def linear_bytes(config: CalibrationConfig, summary: CalibrationSummary) -> int:
     """Bytes of all linears as the summary's strategies say, counted from shapes."""
     reader = CheckpointReader(Path(config.model))
-    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in reader.architecture.linears}
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in reader.architecture.linears(0)}
     bits = {"W4": W4, "W8": {"weight_quant_dtype": "int8"}, "NA": None}
     total = 0
     for row in summary.rows[:-1]:
@@ -49,7 +49,7 @@ ZERO = {"weight_quant_granularity": "per_channel"}
 
 def least_and_full(config: CalibrationConfig) -> tuple[int, int]:
     architecture = CheckpointReader(Path(config.model)).architecture
-    shapes = [(linear.out_features, linear.in_features) for linear in architecture.linears]
+    shapes = [(linear.out_features, linear.in_features) for linear in architecture.linears(0)]
     policy = config.policy_with(W4)
     least = sum(stored_bytes(policy, shape, "float32") for shape in shapes)
     return NUM_LAYERS * least, NUM_LAYERS * sum(4 * rows * columns for rows, columns in shapes)

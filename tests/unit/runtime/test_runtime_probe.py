@@ -61,9 +61,9 @@ def network_of(config: CalibrationConfig, which: str) -> Callable[[np.ndarray[An
         reader = CheckpointReader(Path(config.output) / which, quantized=True)
     network = DecoderNetwork(reader.architecture, device)
     layers = [
-        network.layer_weights(reader.read_layer(index))
+        network.layer_weights(index, reader.read_layer(index))
         if which == FLOAT
-        else network.layer_weights({}, quantized=codec_of(which).decode_layer(reader, index))
+        else network.layer_weights(index, {}, quantized=codec_of(which).decode_layer(reader, index))
         for index in range(reader.architecture.num_layers)
     ]
     tied = reader.architecture.tie_word_embeddings

@@ -53,7 +53,7 @@ from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -102,7 +102,9 @@ class AscendCodec:
         prefix = architecture.layer_prefix(layer.layer)
         dtype = float_dtype(architecture.dtype)
         tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
-        norms, linears = _made_biases({name: linear.policy for name, linear in layer.linears.items()}, "", architecture)
+        norms, linears = _made_biases(
+            {name: linear.policy for name, linear in layer.linears.items()}, "", architecture.layers[layer.layer]
+        )
         none = np.zeros(architecture.hidden_size, dtype)
         tensors |= {f"{prefix}{n}.bias": np.asarray(layer.tensors.get(f"{n}.bias", none)).astype(dtype) for n in norms}
         for name, linear in layer.linears.items():
@@ -117,10 +119,10 @@ class AscendCodec:
     ) -> dict[str, StoredTensor]:
         """See `Codec.expected_tensors`."""
         prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
-        shapes = architecture.layer_tensors()
+        shapes = architecture.layer_tensors(layer)
         found: dict[str, StoredTensor] = {}
-        norms, made = _made_biases(policies, prefix, architecture)
-        for linear in architecture.linears:
+        norms, made = _made_biases(policies, prefix, architecture.layers[layer])
+        for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
             if policy is None or not policy.quantises_linear:
                 continue
@@ -224,12 +226,12 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _made_biases(policies: Policies, prefix: str, architecture: DecoderArchitecture) -> tuple[list[str], list[str]]:
+def _made_biases(policies: Policies, prefix: str, layer: LayerSpec) -> tuple[list[str], list[str]]:
     """Norms and linears of a layer, by name within it, that the source model gives no bias and this dialect does."""
-    linears = {linear.name for linear in architecture.linears if not linear.bias}
-    made = {n.name for n in architecture.linears if (p := policies.get(prefix + n.name)) is not None and p.makes_bias}
-    names = {linear.name for linear in architecture.linears}
-    sources = {i.source for i in architecture.inputs if i.source not in names and made.issuperset(i.linears)}
+    linears = {linear.name for linear in layer.linears if not linear.bias}
+    made = {n.name for n in layer.linears if (p := policies.get(prefix + n.name)) is not None and p.makes_bias}
+    names = {linear.name for linear in layer.linears}
+    sources = {i.source for i in layer.inputs if i.source not in names and made.issuperset(i.linears)}
     return sorted(norm for norm in sources if norm is not None), sorted(made & linears)
 
 

@@ -74,8 +74,8 @@ def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: D
     """Biases that the source model lacks: of norms (vllm_ascend/ops/layernorm.py), and of static linears."""
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), architecture.hidden_size)
-        static = [n for n in architecture.linears if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
+        sizes = dict.fromkeys(architecture.layers[layer].norms, architecture.hidden_size)
+        static = [n for n in architecture.linears(layer) if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
         for name, size in {**sizes, **{linear.name: linear.out_features for linear in static}}.items():
             if f"{prefix}{name}.bias" in description:
                 layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOATS, shape=(size,), values="float")

@@ -73,7 +73,7 @@ class CompressedTensorsCodec:
         prefix = architecture.layer_prefix(layer.layer)
         scale_dtype = DTYPES[SPELLINGS[architecture.dtype]]
         tensors: dict[str, Array] = {prefix + name: array for name, array in layer.tensors.items()}
-        biased = {linear.name for linear in architecture.linears if linear.bias}
+        biased = {linear.name for linear in architecture.linears(layer.layer) if linear.bias}
         for name, linear in layer.linears.items():
             if linear.bias is not None and name not in biased:
                 raise ValueError(f"{prefix}{name}: has a bias, and {architecture.model_type} has no place for it")
@@ -93,9 +93,9 @@ class CompressedTensorsCodec:
     ) -> dict[str, StoredTensor]:
         """See `Codec.expected_tensors`."""
         prefix = architecture.layer_prefix(layer)
-        floats = architecture.layer_tensors()
+        floats = architecture.layer_tensors(layer)
         expected = {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in floats.items()}
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
             if policy is None or not policy.quantises_linear:
                 continue
@@ -146,7 +146,7 @@ class CompressedTensorsCodec:
         prefix = architecture.layer_prefix(layer)
         rest = reader.read_layer(layer)
         linears = {}
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             group = matching_group(config, prefix + linear.name)
             if group is not None:
                 parts = {
@@ -160,7 +160,7 @@ class CompressedTensorsCodec:
             scales = [_one(rest.pop(f"self_attn.{part}", None), f"{prefix}self_attn.{part}") for part in _KV_PARTS]
             key, value = (np.full(architecture.kv_size, scale, dtype=np.float32) for scale in scales)
             kv_cache = QuantizedKVCache(key_scale=key, value_scale=value)
-        _check_float_rest(rest, linears, architecture, prefix)
+        _check_float_rest(rest, linears, architecture.layer_tensors(layer), prefix)
         return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=kv_cache)
 
 
@@ -276,10 +276,10 @@ def _one(array: Array | None, name: str) -> float:
 
 
 def _check_float_rest(
-    rest: Mapping[str, Array], linears: Mapping[str, Any], architecture: DecoderArchitecture, prefix: str
+    rest: Mapping[str, Array], linears: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str
 ) -> None:
     """What no linear took must be the float tensors that remain of the layer."""
-    for name, shape in architecture.layer_tensors().items():
+    for name, shape in shapes.items():
         taken = name.rpartition(".")[0] in linears
         if not taken and (name not in rest or rest[name].shape != shape):
             found = rest[name].shape if name in rest else "nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any
@@ -25,13 +26,14 @@ __all__ = [
     "scheme_key",
 ]
 
+_LAYER = re.compile(r"^model\.layers\.\d+\.")
 _INT, _PACK = "int-quantized", "pack-quantized"
 
 
 def layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Iterable[tuple[str, QuantPolicy, Linear]]:
     """Full name, policy and linear of every linear of the decoder layers that is quantised."""
     for layer in range(architecture.num_layers):
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = policies.get(name)
             if policy is not None and policy.quantises_linear:
@@ -86,7 +88,7 @@ def config_groups(policies: Policies, architecture: DecoderArchitecture) -> tupl
     schemes: dict[str, dict[str, Any]] = {}
     left: list[str] = []
     for layer in range(architecture.num_layers):
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = policies.get(name)
             if policy is None or not policy.quantises_linear:
@@ -105,11 +107,14 @@ def config_groups(policies: Policies, architecture: DecoderArchitecture) -> tupl
 
 def _targets(names: list[str], architecture: DecoderArchitecture) -> list[str]:
     """A pattern for a linear that is in `names` in every layer, else its full names."""
+    holders = Counter(linear.name for layer in range(architecture.num_layers) for linear in architecture.linears(layer))
+    members: dict[str, list[str]] = {name: [] for name in holders}
+    for name in names:
+        members[_LAYER.sub("", name)].append(name)
     targets = []
-    for linear in architecture.linears:
-        mine = [name for name in names if name.endswith(f".{linear.name}")]
-        if len(mine) == architecture.num_layers:
-            targets.append(rf"re:.*\.{re.escape(linear.name)}$")
+    for linear_name, mine in members.items():
+        if len(mine) == holders[linear_name]:
+            targets.append(rf"re:.*\.{re.escape(linear_name)}$")
         else:
             targets.extend(mine)
     return targets

@@ -77,7 +77,7 @@ class GoldenStickCodec:
         shapes = {
             architecture.layer_prefix(layer) + linear.name: linear
             for layer in range(architecture.num_layers)
-            for linear in architecture.linears
+            for linear in architecture.linears(layer)
         }
         for name, policy in policies.items():
             out_features = shapes[name].out_features if name in shapes else architecture.vocab_size
@@ -120,9 +120,9 @@ class GoldenStickCodec:
     ) -> dict[str, StoredTensor]:
         """See `Codec.expected_tensors`."""
         prefix, model_dtype = architecture.layer_prefix(layer), architecture.dtype
-        shapes = architecture.layer_tensors()
+        shapes = architecture.layer_tensors(layer)
         found: dict[str, StoredTensor] = {}
-        for linear in architecture.linears:
+        for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
             if policy is None or not policy.quantises_linear:
                 continue

@@ -1,0 +1,28 @@
+"""Llama, and what is saved as it: biases by two keys, no window. Source: transformers `configuration_llama.py`."""
+
+from __future__ import annotations
+
+from gs_dist.model.config_keys import ConfigKeys
+from gs_dist.model.config_parts import decoder, heads, num_layers, rotary
+from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+
+MODEL_TYPES = ("llama",)
+
+
+def read(keys: ConfigKeys) -> DecoderArchitecture:
+    """The architecture that a config.json describes."""
+    count, sizes, bias = num_layers(keys), heads(keys), keys.flag("attention_bias")
+    hidden_size = keys.size("hidden_size")
+    layer = LayerSpec(
+        attention=GroupedQueryAttention(
+            hidden_size=hidden_size,
+            **sizes._asdict(),
+            rotary=rotary(keys, sizes.head_dim),
+            qkv_bias=bias,
+            o_bias=bias,
+        ),
+        mlp=GatedMlp(
+            hidden_size=hidden_size, intermediate_size=keys.size("intermediate_size"), bias=keys.flag("mlp_bias")
+        ),
+    )
+    return decoder(keys, [layer] * count, max_position_embeddings=2048)
