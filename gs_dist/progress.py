@@ -16,6 +16,9 @@ class Progress(Protocol):
     def layer_finished(self, layer: int, done: int, total: int) -> None:
         """A decoder layer is published; `done` of `total` are."""
 
+    def part_finished(self, part: int, done: int, total: int) -> None:
+        """A file of a conversion is published; `done` of `total` are."""
+
     def message(self, text: str) -> None:
         """Something happened that a person may want to know."""
 
@@ -27,6 +30,9 @@ class SilentProgress:
         """Ignored."""
 
     def layer_finished(self, layer: int, done: int, total: int) -> None:
+        """Ignored."""
+
+    def part_finished(self, part: int, done: int, total: int) -> None:
         """Ignored."""
 
     def message(self, text: str) -> None:

@@ -15,6 +15,7 @@ from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
+from gs_dist.checkpoint.part_manifest import finished_parts, read_part
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
 from gs_dist.checkpoint.run_directory import LOCK
@@ -168,6 +169,8 @@ def _manifest_hashes(inventory: Inventory, architecture: DecoderArchitecture) ->
     """Manifest to file and hash of the shard it vouches for here; faults of manifests are reported."""
     run = inventory.directory.resolve().parent
     hashes: dict[str, dict[str, str]] = {}
+    if parts := finished_parts(run):
+        return _part_hashes(inventory, run, parts)
     for layer in (None, *range(architecture.num_layers)) if (run / MANIFESTS).is_dir() else ():
         label = f"{MANIFESTS}/{'outer' if layer is None else f'layer-{layer:05d}'}.json"
         try:
@@ -179,6 +182,22 @@ def _manifest_hashes(inventory: Inventory, architecture: DecoderArchitecture) ->
             inventory.report(label, "manifest-present", "no such file", "a manifest for every shard")
             continue
         record = manifest.shards.get(inventory.directory.resolve().name)
+        if record is not None:
+            hashes[label] = {record.file: record.sha256}
+    return hashes
+
+
+def _part_hashes(inventory: Inventory, run: Path, parts: list[int]) -> dict[str, dict[str, str]]:
+    """The same of a conversion."""
+    hashes: dict[str, dict[str, str]] = {}
+    for number in parts:
+        label = f"{MANIFESTS}/part-{number:05d}.json"
+        try:
+            manifest = read_part(run, number)
+        except OutputError as error:
+            inventory.report(label, "manifest-valid", error, "a manifest")
+            continue
+        record = None if manifest is None else manifest.shards.get(inventory.directory.resolve().name)
         if record is not None:
             hashes[label] = {record.file: record.sha256}
     return hashes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import mmap
@@ -20,7 +19,7 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantised
 from gs_dist.checkpoint.source_tensors import settle_tensors
-from gs_dist.checkpoint.weight_files import WeightFiles
+from gs_dist.checkpoint.weight_files import WeightFiles, fingerprint_of
 from gs_dist.errors import CheckpointError
 from gs_dist.model.families import read_architecture
 from gs_dist.recipe.dialects import description_files
@@ -30,8 +29,6 @@ __all__ = ["CheckpointReader"]
 Array = npt.NDArray[Any]
 
 CONFIG_FILE = "config.json"
-
-_EDGE = 64 << 10  # bytes of each end of a file's data that the fingerprint looks at
 
 
 class CheckpointReader:
@@ -72,7 +69,7 @@ class CheckpointReader:
             self._refuse_float()
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
         self.architecture = read_architecture(config)
-        files = WeightFiles.find(self.directory)
+        self._files = files = WeightFiles.find(self.directory)
         self._paths, self._headers = files.paths, files.headers
         self.tensors: Mapping[str, TensorInfo] = files.tensors
         self.ignored: tuple[str, ...] = ()
@@ -165,20 +162,7 @@ class CheckpointReader:
         Covers config.json, and of each file in order of name: its name, its header, its size, and the
         first and last 64 KiB of its data. A change that touches none of these goes unnoticed.
         """
-        digest = hashlib.sha256(self._config_path.read_bytes())
-        for file in self.files:
-            header = self._headers[file]
-            with self._paths[file].open("rb") as stream:
-                size = stream.seek(0, 2)
-                start = 8 + len(header)
-                stream.seek(start)
-                first = stream.read(_EDGE)
-                stream.seek(max(start, size - _EDGE))
-                last = stream.read(_EDGE)
-            for part in (file.encode(), header, str(size).encode(), first, last):
-                digest.update(len(part).to_bytes(8, "little"))
-                digest.update(part)
-        return digest.hexdigest()
+        return fingerprint_of(self._config_path, self._files)
 
     def _map(self, file: str) -> mmap.mmap:
         try:

@@ -7,6 +7,7 @@ is not missed unless the model has such a tensor. What disagrees harmlessly is n
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from gs_dist.checkpoint.header import TensorInfo, read_header, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightFiles", "same_bytes", "some"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightFiles", "fingerprint_of", "same_bytes", "some"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_EDGE = 64 << 10  # bytes of each end of a file's data that the fingerprint looks at
 _LISTED = 3  # names shown of many
 _CHUNK = 16 << 20  # bytes compared at a time
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -113,6 +115,28 @@ def _of_files(
     return WeightFiles(
         paths=paths, headers=headers, tensors={name: tensors[name] for name in ordered}, notes=notes + said
     )
+
+
+def fingerprint_of(config: Path, files: WeightFiles) -> str:
+    """sha256, hexadecimal, of what tells one checkpoint from another without reading all of it.
+
+    Covers config.json, and of each file in order of name: its name, its header, its size, and the first and last
+    64 KiB of its data.
+    """
+    digest = hashlib.sha256(config.read_bytes())
+    for file in sorted(files.paths):
+        header = files.headers[file]
+        with files.paths[file].open("rb") as stream:
+            size = stream.seek(0, 2)
+            start = 8 + len(header)
+            stream.seek(start)
+            first = stream.read(_EDGE)
+            stream.seek(max(start, size - _EDGE))
+            last = stream.read(_EDGE)
+        for part in (file.encode(), header, str(size).encode(), first, last):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def same_bytes(path: Path, info: TensorInfo, other_path: Path, other: TensorInfo) -> bool:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import struct
@@ -22,12 +23,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.checkpoint.header import SPELLINGS
+from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.errors import OutputError
 
 __all__ = [
     "ShardRecord",
     "StoredTensor",
+    "lay_out",
     "make_directory",
     "publish",
     "remove_leftovers",
@@ -49,6 +51,16 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return DTYPES[SPELLINGS[self.dtype]].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,20 +154,19 @@ def write_safetensors(
     for name, array in tensors.items():
         if array.dtype.name not in SPELLINGS or not array.dtype.isnative:
             raise TypeError(f"tensor {name!r} is {array.dtype}, which a safetensors file cannot hold")
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header = _header({name: tensors[name] for name in names}, {"format": "pt"} if metadata is None else metadata)
+    stored = {name: StoredTensor(dtype=array.dtype.name, shape=array.shape) for name, array in tensors.items()}
+    header, offsets = lay_out(stored, metadata)
     digest = hashlib.sha256(header)
     nbytes = len(header)
     with publish(path) as file:
         file.write(header)
-        for name in names:
+        for name in offsets:
             flat = np.ascontiguousarray(tensors[name]).reshape(-1)
             data = flat.view(np.uint8).data  # a memoryview; bfloat16 itself has no buffer protocol
             for start in range(0, len(data), _CHUNK):
                 digest.update(data[start : start + _CHUNK])
                 file.write(data[start : start + _CHUNK])
             nbytes += len(data)
-    stored = {name: StoredTensor(dtype=tensors[name].dtype.name, shape=tensors[name].shape) for name in names}
     return ShardRecord(file=path.name, sha256=digest.hexdigest(), nbytes=nbytes, tensors=stored)
 
 
@@ -184,7 +195,7 @@ def remove_leftovers(directory: Path) -> list[str]:
 def _open_locked(path: Path) -> tuple[int, Path]:
     while True:
         temporary = path.with_name(f"{_PREFIX}{path.name}.{secrets.token_hex(6)}{_SUFFIX}")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -206,16 +217,27 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _header(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+def lay_out(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """Where tensors lie in a file: the bytes before the data, and each tensor's first byte in the file, in order.
+
+    Tensors lie in descending order of item size, then by name. `metadata` is as of `write_safetensors`.
+    """
+    metadata = {"format": "pt"} if metadata is None else metadata
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name, array in tensors.items():
+    offsets = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        stored = tensors[name]
+        offsets[name] = end
+        end += stored.nbytes
         entries[name] = {
-            "dtype": SPELLINGS[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
+            "dtype": SPELLINGS[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": [offsets[name], end],
         }
-        offset += array.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the data starts aligned
-    return struct.pack("<Q", len(text)) + text
+    header = struct.pack("<Q", len(text)) + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}

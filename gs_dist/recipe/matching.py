@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gs_dist.errors import PolicyConflictError, UserError
 from gs_dist.recipe.policy import QuantPolicy
 
-__all__ = ["resolve_policies"]
+__all__ = ["match_patterns", "resolve_policies"]
+
+
+def match_patterns(names: Sequence[str], patterns: Collection[str]) -> dict[str, str]:
+    """The pattern that matches each name, by `re.match`; names that none matches are left out.
+
+    Raises:
+        PolicyConflictError: two patterns match one name.
+        UserError: a pattern is no regular expression, or matches no name.
+    """
+    compiled = {}
+    for pattern in patterns:
+        try:
+            compiled[pattern] = re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"layer_policies: {pattern!r} is no regular expression ({error}): correct it") from None
+    found: dict[str, str] = {}
+    for name in names:
+        matching = [key for key, pattern in compiled.items() if pattern.match(name)]
+        if len(matching) > 1:
+            raise PolicyConflictError(
+                f"layer_policies: {matching[0]!r} and {matching[1]!r} conflict, matching same layer {name}; "
+                "narrow one of the two patterns"
+            )
+        if matching:
+            found[name] = matching[0]
+    unused = sorted(set(compiled) - set(found.values()))
+    if unused:
+        examples = ", ".join(list(names)[:1] + list(names)[-1:])
+        raise UserError(
+            f"layer_policies: {unused[0]!r} matches no linear of the model; patterns are matched from the start of the "
+            f"full name, as in {examples}: begin with '.*', or remove the entry"
+        )
+    return found
 
 
 def resolve_policies(
@@ -33,30 +66,17 @@ def resolve_policies(
         PolicyConflictError: two patterns match one linear.
         UserError: a pattern or blacklist entry matches no linear, or no linear would be quantised.
     """
-    patterns = {key: re.compile(key) for key in layer_policies}
-    unused = set(patterns)
+    matched = match_patterns(names, layer_policies)
     unused_blacklist = set(opname_blacklist)
     resolved: dict[str, QuantPolicy | None] = {}
     for name in names:
-        matching = [key for key, pattern in patterns.items() if pattern.match(name)]
         blocked = [entry for entry in opname_blacklist if entry in name]
         unused_blacklist.difference_update(blocked)
-        if len(matching) > 1:
-            raise PolicyConflictError(
-                f"layer_policies: {matching[0]!r} and {matching[1]!r} conflict, matching same layer {name}; "
-                "narrow one of the two patterns"
-            )
-        if matching:
-            unused.discard(matching[0])
-            resolved[name] = layer_policies[matching[0]]
-            continue
-        resolved[name] = None if blocked else network_policy
+        if name in matched:
+            resolved[name] = layer_policies[matched[name]]
+        else:
+            resolved[name] = None if blocked else network_policy
     examples = ", ".join(list(names)[:1] + list(names)[-1:])
-    if unused:
-        raise UserError(
-            f"layer_policies: {sorted(unused)[0]!r} matches no linear of the model; patterns are matched from the "
-            f"start of the full name, as in {examples}: begin with '.*', or remove the entry"
-        )
     if unused_blacklist:
         raise UserError(
             f"opname_blacklist: {sorted(unused_blacklist)[0]!r} is part of no linear's name (names look like "

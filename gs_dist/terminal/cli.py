@@ -1,4 +1,4 @@
-"""The command line: `gs-dist plan`, `recipe`, `quantize`, `resolve`, `summary`, `evaluate`, `check`.
+"""The command line: `gs-dist plan`, `recipe`, `quantize`, `convert`, `resolve`, `summary`, `evaluate`, `check`.
 
 Ray and MindSpore are imported inside the commands that need them, so that the others start at once.
 Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
@@ -258,6 +258,33 @@ def quantize(
     with show_progress() as progress:
         summary = coordinator.quantize(config, address=address, progress=progress)
     _show_result(config, summary)
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Directory of the model; or a recipe with `mode: convert`.")
+    ],
+    overrides: Overrides = None,
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the job.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="How linears are quantised; W8A8_DYNAMIC.")] = None,
+    format: Annotated[list[str] | None, typer.Option(help="compressed-tensors or ascend; may be given again.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work; one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+) -> None:
+    """Quantise any checkpoint without data, tensor by tensor; run it again to resume."""
+    from gs_dist.terminal import conversion
+
+    options = {"output": output, "scheme": scheme, "format": format, "workers": workers}
+    config = conversion.read_config(model, overrides or (), options)
+    made = conversion.plan(config, _console())
+    if dry_run:
+        return
+    with show_progress() as progress:
+        found = conversion.run(made, progress)
+    for path in found.values():
+        _console().print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

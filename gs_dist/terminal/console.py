@@ -32,6 +32,9 @@ class _Pass:
     shown: float
 
 
+_LINES = 20  # told of a conversion, however many files it has
+
+
 class LineProgress:
     """One line a stage every few seconds, with rate and time left; always the last one of a pass."""
 
@@ -60,6 +63,11 @@ class LineProgress:
     def layer_finished(self, layer: int, done: int, total: int) -> None:
         """Prints `layer 12 is published, 13 of 80`."""
         self.message(f"layer {layer} is published, {done} of {total}")
+
+    def part_finished(self, part: int, done: int, total: int) -> None:
+        """Prints `file 12 is published, 13 of 80`, a few times in all."""
+        if done == total or done % max(1, total // _LINES) == 0:
+            self.message(f"file {part} is published, {done} of {total}")
 
     def message(self, text: str) -> None:
         """Prints the text as a line."""
@@ -103,6 +111,10 @@ class BarProgress:
     def layer_finished(self, layer: int, done: int, total: int) -> None:
         """Moves the bar of published layers."""
         self._show("layers published", done, total, "")
+
+    def part_finished(self, part: int, done: int, total: int) -> None:
+        """Moves the bar of published files."""
+        self._show("files published", done, total, "")
 
     def message(self, text: str) -> None:
         """Prints the text above the bars."""

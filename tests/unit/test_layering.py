@@ -28,8 +28,9 @@ ALLOWED = {
     "data": {"words", "recipe", "data"},
     "calibration": PLAIN | {"solvers", "checkpoint", "data", "calibration"},
     "ptq": PLAIN | {"solvers", "checkpoint", "data", "calibration", "ptq"},
-    "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "runtime"},
-    "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "runtime", "terminal"},
+    "conversion": PLAIN | {"solvers", "checkpoint", "conversion"},
+    "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "conversion", "runtime"},
+    "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "conversion", "runtime", "terminal"},
 }
 LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "wording"}
 FRAMEWORKS = {

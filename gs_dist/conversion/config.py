@@ -1,0 +1,96 @@
+"""What a conversion is told, from the command line or from a recipe with `mode: convert`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+
+__all__ = ["ConversionConfig"]
+
+FORMATS = ("compressed-tensors", "ascend")
+
+
+def _size_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise ValueError(f"write auto, or {SIZE_HELP}") from None
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+class ConversionConfig(BaseModel):
+    """A conversion. Frozen, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    mode: Literal["convert"] = "convert"
+    """Tells a recipe of a conversion from one of a calibration."""
+    model: Annotated[str, Field(min_length=1)]
+    """Directory of the model, of any type: config.json and safetensors of floats, FP8 blocks, MXFP4 or packed int4."""
+    output: Annotated[str, Field(min_length=1)]
+    """Directory of the job; a job that is submitted again goes on from there."""
+    scheme: Annotated[str, Field(min_length=1)] = "W8A8_DYNAMIC"
+    """How linears are quantised."""
+    group_size: Annotated[int, Field(gt=0)] | None = None
+    """Input channels that share a scale in schemes with groups; null for the scheme's own."""
+    layer_policies: dict[str, str | None] = Field(default={}, json_schema_extra={"table": True})
+    """Linears with a scheme of their own, or null to leave them alone, by regular expressions on full names."""
+    format: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = ("compressed-tensors",)
+    """Forms the model is published in, each in a directory of its own."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that share the work; auto takes one a core, as far as their memory goes."""
+    memory_per_worker: Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)] = "auto"
+    """The most memory that a worker may use; auto takes what the largest weight needs."""
+
+    @field_validator("format", mode="after")
+    @classmethod
+    def _refuse_unknown_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in FORMATS]
+        if unknown or len(set(value)) != len(value):
+            raise ValueError(f"write one or more of {', '.join(FORMATS)}, each once; found {', '.join(value)}")
+        return value
+
+    @field_validator("layer_policies", mode="after")
+    @classmethod
+    def _refuse_bad_patterns(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error}): correct it") from None
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_output_in_model(self) -> ConversionConfig:
+        output = os.path.abspath(os.path.expanduser(self.output)) + os.sep
+        model = os.path.abspath(os.path.expanduser(self.model)) + os.sep
+        if output.startswith(model):
+            raise ValueError(f"output {self.output!r} lies in the model's directory: write a directory outside of it")
+        return self
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Everything that decides the published bytes, given the checkpoint."""
+        return {
+            "mode": "convert",
+            "scheme": self.scheme.upper(),
+            "group_size": self.group_size,
+            "layer_policies": dict(sorted(self.layer_policies.items())),
+            "format": sorted(self.format),
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 of `fingerprint_fields`, hexadecimal."""
+        text = json.dumps(self.fingerprint_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,145 @@
+"""vLLM-Ascend reading ModelSlim's layout; SGLang and xLLM on Ascend read the same directory.
+
+Rules are those of vllm-ascend at 182b75e, `quantization/methods/*.py` (tensors) and `modelslim_config.py` (description
+file), and of msmodelslim 3de0a3c, `core/quant_service/modelslim_v1/save/ascendv1.py`. Of a linear (N, K), pd being the
+model's dtype:
+
+* `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1).
+* `W4A8_DYNAMIC`, experts alone: weight int8 (N / 2, K), the lower half of a byte an even output and the upper the odd
+  one after it; weight_scale, weight_offset (zero) float32 (N, 1); scale_bias float32, 8 x the sum over the inputs of
+  code x scale, (N, 1) for gate and up, and for down (N, 16), a sixteenth of the inputs each, since a rank of tensor
+  parallelism takes its share of the columns and adds them up. The kernel halves an int8 activation into two signed
+  halves, of which the lower is short of the truth by 8; scale_bias gives that back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gs_dist.checkpoint.writer import StoredTensor
+from gs_dist.conversion.dialects.base import Array, Assigned, Encoding, LinearShape, stored_scale
+from gs_dist.conversion.schemes import FLOAT, Scheme
+from gs_dist.recipe.dialects import DIALECTS
+from gs_dist.solvers.number_format import RoundedRows
+
+__all__ = ["AscendWriter"]
+
+DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
+TENSOR_PARALLEL_SHARES = 16  # columns of scale_bias of a linear whose inputs are spread over ranks (w4a8.py)
+_SPREAD_INPUTS = ("down_proj", "w2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneByteCodes:
+    """int8 codes, scale and a zero offset a channel."""
+
+    row_step: int = 1
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        scale = StoredTensor(dtype=linear.dtype, shape=(linear.rows, 1))
+        weight = StoredTensor(dtype="int8", shape=(linear.rows, linear.columns))
+        return {"weight": weight, "weight_scale": scale, "weight_offset": scale}
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        scale = stored_scale(rounded.scale, linear.dtype, linear.name)
+        return {"weight": rounded.codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairedOutputs:
+    """int4 codes of two outputs a byte, and what the kernel needs beside the scale."""
+
+    row_step: int = 2
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        scale = StoredTensor(dtype="float32", shape=(linear.rows, 1))
+        return {
+            "weight": StoredTensor(dtype="int8", shape=(linear.rows // 2, linear.columns)),
+            "weight_scale": scale,
+            "weight_offset": scale,
+            "scale_bias": StoredTensor(dtype="float32", shape=(linear.rows, self._shares(linear))),
+        }
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        nibbles = rounded.codes.view(np.uint8) & 0x0F
+        shares = rounded.codes.reshape(len(rounded.codes), self._shares(linear), -1).sum(axis=2, dtype=np.int32)
+        return {
+            "weight": (nibbles[0::2] | (nibbles[1::2] << 4)).view(np.int8),
+            "weight_scale": rounded.scale,
+            "weight_offset": np.zeros_like(rounded.scale),
+            "scale_bias": 8 * shares.astype(np.float32) * rounded.scale,
+        }
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        if linear.rows % 2:
+            return f"has {linear.rows} output channels, which do not pack in pairs: give it W8A8_DYNAMIC"
+        if linear.columns % self._shares(linear):
+            return (
+                f"has {linear.columns} input channels, which do not divide into {TENSOR_PARALLEL_SHARES} shares of "
+                "scale_bias: give it W8A8_DYNAMIC"
+            )
+        return None
+
+    @staticmethod
+    def _shares(linear: LinearShape) -> int:
+        return TENSOR_PARALLEL_SHARES if linear.name.endswith(_SPREAD_INPUTS) else 1
+
+
+_ENCODINGS: Mapping[tuple[str, bool], Encoding] = {
+    ("W8A8_DYNAMIC", False): _OneByteCodes(),
+    ("W8A8_DYNAMIC", True): _OneByteCodes(),
+    ("W8A16", False): _OneByteCodes(),
+    ("W4A8_DYNAMIC", True): _PairedOutputs(),
+}
+"""Scheme, and whether of an expert, to how it is written: what vllm-ascend registers for "linear" and "moe"."""
+
+
+class AscendWriter:
+    """Writes ModelSlim's layout."""
+
+    name = "ascend"
+
+    def encoding(self, scheme: Scheme, *, expert: bool) -> Encoding | str:
+        """See `DialectWriter.encoding`."""
+        found = _ENCODINGS.get((scheme.name, expert))
+        if found is not None:
+            return found
+        served = [name for name, of_expert in _ENCODINGS if of_expert == expert]
+        what = "experts of mixtures" if expert else "linears outside of experts"
+        return f"vLLM-Ascend's main loads no {what} in {scheme.name}: give them {', '.join(served)}, or null"
+
+    def config(self, source: Mapping[str, Any], linears: Sequence[Assigned]) -> dict[str, Any]:
+        """config.json as it is: the description file tells of the quantisation."""
+        return dict(source)
+
+    def describe(self, tensors: Mapping[str, str], linears: Sequence[Assigned]) -> Mapping[str, Mapping[str, Any]]:
+        """`quant_model_description.json`, in which every tensor is named.
+
+        `lm_head.weight` is named also where it is tied and has no tensor: the engine looks it up by direct indexing.
+        """
+        labels = dict(sorted(tensors.items()))
+        labels.setdefault("lm_head.weight", FLOAT)
+        kinds = Counter(linear.scheme.name for linear in linears if linear.scheme is not None)
+        groups = {getattr(linear.scheme.weights, "group_size", 0) for linear in linears if linear.scheme is not None}
+        head: dict[str, Any] = {
+            "version": "1.0.0",
+            "model_quant_type": kinds.most_common(1)[0][0] if kinds else FLOAT,
+            "group_size": max(groups, default=0),
+            "metadata": {},
+            "optional": {},
+        }
+        return {DESCRIPTION_FILE: head | labels}

@@ -1,0 +1,182 @@
+"""compressed-tensors: the dialect that transformers and vLLM load.
+
+Names of formats and arguments are those of compressed-tensors 0.20 (`config/base.py`, `quantization/quant_scheme.py`);
+tensors those of its compressors. Experts are written one by one, as llm-compressor 0.14 does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size
+from gs_dist.checkpoint.writer import StoredTensor
+from gs_dist.conversion.dialects.base import Array, Assigned, Encoding, LinearShape, stored_scale
+from gs_dist.conversion.schemes import Scheme
+from gs_dist.solvers.integer_format import IntegerFormat
+from gs_dist.solvers.number_format import RoundedRows
+
+__all__ = ["CompressedTensorsWriter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneByteCodes:
+    """`int-quantized`: a code a byte, int4 too, and a scale a channel."""
+
+    row_step: int = 1
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        return {
+            "weight": StoredTensor(dtype="int8", shape=(linear.rows, linear.columns)),
+            "weight_scale": StoredTensor(dtype=linear.dtype, shape=(linear.rows, 1)),
+        }
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        return {
+            "weight": rounded.codes,
+            "weight_scale": stored_scale(rounded.scale, linear.dtype, linear.name),
+        }
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackedWords:
+    """`pack-quantized`: codes of `bits` in int32 words along the inputs, scales a channel or group."""
+
+    bits: int
+    group_size: int
+    row_step: int = 1
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        groups = linear.columns // self.group_size if self.group_size else 1
+        return {
+            "weight_packed": StoredTensor(dtype="int32", shape=(linear.rows, packed_size(linear.columns, self.bits))),
+            "weight_scale": StoredTensor(dtype=linear.dtype, shape=(linear.rows, groups)),
+            "weight_shape": StoredTensor(dtype="int64", shape=(2,)),
+        }
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        return {
+            "weight_packed": pack_int32(rounded.codes, self.bits),
+            "weight_scale": stored_scale(rounded.scale, linear.dtype, linear.name),
+        }
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {"weight_shape": np.array([linear.rows, linear.columns], dtype=np.int64)}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        return None
+
+
+class CompressedTensorsWriter:
+    """Writes compressed-tensors checkpoints."""
+
+    name = "compressed-tensors"
+
+    def encoding(self, scheme: Scheme, *, expert: bool) -> Encoding | str:
+        """See `DialectWriter.encoding`."""
+        weights = scheme.weights
+        if isinstance(weights, IntegerFormat):
+            if scheme.activations:
+                return _OneByteCodes()
+            return _PackedWords(bits=weights.bits, group_size=weights.group_size)
+        return f"compressed-tensors has no {scheme.name}: choose another scheme, or format: [ascend]"
+
+    def config(self, source: Mapping[str, Any], linears: Sequence[Assigned]) -> dict[str, Any]:
+        """config.json with `quantization_config`."""
+        groups: dict[str, dict[str, Any]] = {}
+        members: dict[str, list[str]] = {}
+        for linear in linears:
+            if linear.scheme is not None:
+                entry = _group(linear.scheme)
+                key = json.dumps(entry, sort_keys=True)
+                groups[key] = entry
+                members.setdefault(key, []).append(linear.name)
+        everything = [linear.name for linear in linears]
+        left = [linear.name for linear in linears if linear.scheme is None]
+        formats = {entry["format"] for entry in groups.values()}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{number}": {
+                    "targets": ["Linear"] if len(groups) == 1 else patterns(members[key], everything),
+                    **entry,
+                }
+                for number, (key, entry) in enumerate(groups.items())
+            },
+            # A linear that no target matches must be listed: vLLM refuses to guess.
+            "ignore": list(dict.fromkeys(["lm_head", *patterns(left, everything)])),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+        return {**source, "quantization_config": quantization}
+
+    def describe(self, tensors: Mapping[str, str], linears: Sequence[Assigned]) -> Mapping[str, Mapping[str, Any]]:
+        """None: config.json says everything."""
+        return {}
+
+
+_ACTIVATIONS: Mapping[str, dict[str, Any] | None] = {
+    "": None,
+    "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+}
+
+
+def _group(scheme: Scheme) -> dict[str, Any]:
+    weights = scheme.weights
+    assert isinstance(weights, IntegerFormat)
+    args: dict[str, Any] = {
+        "num_bits": weights.bits,
+        "type": "int",
+        "symmetric": weights.symmetric,
+        "strategy": "group" if weights.group_size else "channel",
+        "dynamic": False,
+    }
+    if weights.group_size:
+        args["group_size"] = weights.group_size
+    return {
+        "weights": args,
+        "input_activations": _ACTIVATIONS[scheme.activations],
+        "output_activations": None,
+        "format": "int-quantized" if scheme.activations else "pack-quantized",
+    }
+
+
+_NUMBER = re.compile(r"\\\.\d+(?=\\\.|$)")
+_LAYERS = re.compile(r"(?:^|.*\.)((?:layers|blocks|h)\.\d+\..*)$")
+
+
+def patterns(names: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """A pattern for linears that only their numbers tell apart, where all such are in `names`; else full names.
+
+    Patterns begin at `layers`, since engines rename what stands before.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        wanted.setdefault(_pattern(name), []).append(name)
+    counts: dict[str, int] = {}
+    for name in everything:
+        counts[_pattern(name)] = counts.get(_pattern(name), 0) + 1
+    found = []
+    for pattern, mine in wanted.items():
+        found += [pattern] if pattern.startswith("re:") and counts[pattern] == len(mine) else mine
+    return found
+
+
+def _pattern(name: str) -> str:
+    match = _LAYERS.match(name)
+    if match is None:
+        return name
+    return r"re:.*\." + _NUMBER.sub(r"\\.\\d+", re.escape(match[1])) + "$"

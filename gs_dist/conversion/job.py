@@ -1,0 +1,70 @@
+"""A conversion from start to end: parts are dealt to workers, finished ones are kept, and a model is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from gs_dist import __version__
+from gs_dist.checkpoint.manifest import MANIFESTS
+from gs_dist.checkpoint.part_manifest import PartManifest
+from gs_dist.checkpoint.run_directory import DONE, locked
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json
+from gs_dist.conversion.parts import Part
+from gs_dist.conversion.plan import ConversionPlan
+from gs_dist.conversion.pool import convert_here
+from gs_dist.conversion.publish import publish_model, refuse_other_run
+from gs_dist.conversion.worker import ConversionTask
+from gs_dist.progress import Progress
+
+__all__ = ["Pool", "convert", "task_of"]
+
+Pool = Callable[[ConversionTask, Iterable[Part], int], Iterator[PartManifest]]
+"""Converts parts on so many workers and yields manifests as parts are finished, in any order."""
+
+
+def task_of(plan: ConversionPlan) -> ConversionTask:
+    """What all parts of a plan have in common."""
+    config = plan.config
+    return ConversionTask(
+        model=Path(config.model).absolute(),
+        files=plan.source.stamps,
+        output=Path(config.output).absolute(),
+        formats=config.format,
+        dtype=plan.catalogue.dtype,
+        fingerprints={"recipe": config.fingerprint(), "source": plan.source.fingerprint()},
+        made_with=_versions(),
+    )
+
+
+def convert(plan: ConversionPlan, progress: Progress, pool: Pool = convert_here) -> dict[str, Path]:
+    """Converts; goes on from the parts that an earlier attempt finished.
+
+    Returns:
+        Format to model directory.
+
+    Raises:
+        OutputError: the output holds another job, is in use, or cannot be written.
+        CheckpointError: the source is damaged or changed.
+        JobFailure: a worker died, or a tensor is unaccounted for.
+    """
+    task = task_of(plan)
+    with locked(task.output):
+        refuse_other_run(task, len(plan.parts))
+        (task.output / DONE).unlink(missing_ok=True)
+        for name in (*plan.config.format, MANIFESTS):
+            remove_leftovers(make_directory(task.output / name))
+        finished: dict[int, PartManifest] = {}
+        for manifest in pool(task, plan.parts, plan.num_workers):
+            finished[manifest.number] = manifest
+            progress.part_finished(manifest.number, len(finished), len(plan.parts))
+        made = {name: publish_model(plan, task, finished, name) for name in plan.config.format}
+        write_json(task.output / DONE, {"parts": len(finished), "formats": list(made)})
+    return made
+
+
+def _versions() -> Mapping[str, str]:
+    return {"gs-dist": __version__, "ml-dtypes": ml_dtypes.__version__, "numpy": np.__version__}

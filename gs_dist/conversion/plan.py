@@ -1,0 +1,119 @@
+"""A conversion planned: its parts, how many workers share them, and the memory that bounds each of these."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from gs_dist.checkpoint.companions import Companions
+from gs_dist.checkpoint.sources.directory import SourceDirectory
+from gs_dist.conversion.assignment import Assignment, assign
+from gs_dist.conversion.catalogue import Catalogue, take_catalogue
+from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.parts import Part, cut, working_bytes
+from gs_dist.conversion.schemes import FLOAT, find_scheme
+from gs_dist.errors import PlanError
+from gs_dist.recipe.sizes import format_bytes
+
+__all__ = ["ConversionPlan", "plan_conversion"]
+
+# Interpreter, NumPy and what the plan itself takes in a worker, measured at 60 MiB and told generously.
+PROCESS_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """All that is decided before a weight is read.
+
+    Attributes:
+        config: what was asked for.
+        source: the opened checkpoint.
+        catalogue: what it holds.
+        assignment: which linear gets which scheme.
+        parts: the files of the result, and what goes into each.
+        num_workers: processes that share the parts.
+        memory_per_worker: bytes that a worker stays within.
+        largest: full name of the weight that decides that.
+        companions: files that go along with the weights.
+        notes: for people.
+    """
+
+    config: ConversionConfig
+    source: SourceDirectory
+    catalogue: Catalogue
+    assignment: Assignment
+    parts: tuple[Part, ...]
+    num_workers: int
+    memory_per_worker: int
+    largest: str
+    companions: Companions
+    notes: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the source."""
+        return sum(part.nbytes for part in self.parts)
+
+    def written_bytes(self, dialect: str) -> int:
+        """Bytes of the result in a format."""
+        dtype = self.catalogue.dtype
+        return sum(stored.nbytes for part in self.parts for stored in part.tensors(dialect, dtype).values())
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Scheme to how many linears have it."""
+        return Counter(scheme.name if scheme is not None else FLOAT for scheme in self.assignment.schemes.values())
+
+
+def plan_conversion(config: ConversionConfig) -> ConversionPlan:
+    """Opens the checkpoint by its headers, decides what becomes of every tensor, and bounds the memory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        UserError: the schemes do not fit it.
+        PlanError: a weight needs more memory than `memory_per_worker`.
+    """
+    source = SourceDirectory(Path(config.model))
+    catalogue = take_catalogue(source)
+    scheme = find_scheme(config.scheme, config.group_size, "scheme")
+    assignment = assign(catalogue, scheme, config.layer_policies, group_size=config.group_size, formats=config.format)
+    parts = cut(catalogue, assignment, config.format)
+    pieces = [piece for part in parts for piece in part.pieces]
+    largest = max(pieces, key=lambda piece: working_bytes(piece, config.format))
+    needed = PROCESS_BYTES + working_bytes(largest, config.format)
+    name = largest.source[0].name
+    companions = source.companions()
+    if config.memory_per_worker != "auto" and needed > config.memory_per_worker:
+        raise PlanError(
+            f"{name}: a worker needs {format_bytes(needed)} for it, and memory_per_worker is "
+            f"{format_bytes(config.memory_per_worker)}: set memory_per_worker to {format_bytes(needed)} or more"
+        )
+    return ConversionPlan(
+        config=config,
+        source=source,
+        catalogue=catalogue,
+        assignment=assignment,
+        parts=parts,
+        num_workers=_workers(config, len(parts)),
+        memory_per_worker=needed,
+        largest=name,
+        companions=companions,
+        notes=(*_notes(catalogue), *source.notes, *companions.notes),
+    )
+
+
+def _workers(config: ConversionConfig, num_parts: int) -> int:
+    asked = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
+    return max(1, min(asked, num_parts))
+
+
+def _notes(catalogue: Catalogue) -> list[str]:
+    notes = []
+    if not catalogue.family.known:
+        notes.append(
+            f"model type {catalogue.model_type} is not known: linears of the usual names are quantised, all others "
+            "stay in floats; name more of them in layer_policies"
+        )
+    return notes

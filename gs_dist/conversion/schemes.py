@@ -1,0 +1,87 @@
+"""The schemes that weights are converted to: a number format, what engines do with activations, and the field's names.
+
+Names are those that serving engines write: ModelSlim's labels where there is one (vllm-ascend
+`quantization/methods/*.py`), else compressed-tensors' presets (`quantization/quant_scheme.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from gs_dist.errors import UserError
+from gs_dist.solvers.integer_format import IntegerFormat
+from gs_dist.solvers.number_format import NumberFormat
+
+__all__ = ["FLOAT", "SCHEMES", "Scheme", "find_scheme"]
+
+FLOAT = "FLOAT"  # the label of what stays as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a linear is quantised.
+
+    Attributes:
+        name: as users write it and description files spell it.
+        weights: what its weights are rounded to.
+        activations: what engines round its input to while serving: "int8", "fp8", "fp8-group", "mxfp8", "mxfp4", or ""
+            where they do not.
+        dense: scheme that linears outside of experts get in its place, "" for the same.
+        about: for people.
+    """
+
+    name: str
+    weights: NumberFormat
+    activations: str = ""
+    dense: str = ""
+    about: str = ""
+
+
+def _schemes(*schemes: Scheme) -> Mapping[str, Scheme]:
+    return MappingProxyType({scheme.name: scheme for scheme in schemes})
+
+
+SCHEMES: Mapping[str, Scheme] = _schemes(
+    Scheme(
+        name="W8A8_DYNAMIC",
+        weights=IntegerFormat(bits=8),
+        activations="int8",
+        about="int8 a channel, activations int8 a token",
+    ),
+    Scheme(name="W8A16", weights=IntegerFormat(bits=8), about="int8 a channel, weights alone"),
+    Scheme(name="W4A16", weights=IntegerFormat(bits=4, group_size=128), about="int4 in groups, weights alone"),
+    Scheme(
+        name="W4A8_DYNAMIC",
+        weights=IntegerFormat(bits=4),
+        activations="int8",
+        dense="W8A8_DYNAMIC",
+        about="experts int4 a channel, other linears int8, activations int8 a token",
+    ),
+)
+"""Name to scheme."""
+
+
+def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
+    """The scheme of that name, with groups of another size where `group_size` is given.
+
+    Args:
+        name: as users write it; case does not matter.
+        group_size: of schemes with groups; None for the scheme's own.
+        where: what named it, for messages.
+
+    Raises:
+        UserError: no such scheme.
+    """
+    scheme = SCHEMES.get(name.upper())
+    if scheme is None:
+        near = difflib.get_close_matches(name.upper(), SCHEMES, n=1, cutoff=0.5)
+        meant = f"do you mean {near[0]}? " if near else ""
+        raise UserError(f"{where}: {name!r:.60} is no scheme; {meant}Schemes are {', '.join(SCHEMES)}")
+    weights = scheme.weights
+    if group_size is not None and isinstance(weights, IntegerFormat) and weights.group_size:
+        return dataclasses.replace(scheme, weights=dataclasses.replace(weights, group_size=group_size))
+    return scheme

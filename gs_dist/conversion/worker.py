@@ -1,0 +1,180 @@
+"""Streams a part: every byte of its source read once, in order, rounded a block of rows at a time, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gs_dist.checkpoint.part_manifest import PartManifest, part_faults, read_part, write_part
+from gs_dist.checkpoint.shard_stream import ShardStream, stream_safetensors
+from gs_dist.checkpoint.sources.directory import FileStamp, TensorBytes
+from gs_dist.checkpoint.sources.matrix import numpy_dtype
+from gs_dist.conversion.assignment import encoding_of
+from gs_dist.conversion.catalogue import Carried, LinearRows, Weight
+from gs_dist.conversion.dialects.base import LinearShape
+from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
+from gs_dist.conversion.schemes import Scheme
+from gs_dist.errors import CheckpointError
+from gs_dist.solvers.number_format import RoundedRows
+
+__all__ = ["ConversionTask", "convert_part"]
+
+_COPIED = 1 << 20  # bytes of a tensor that is carried over, at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionTask:
+    """What all parts of a conversion have in common; what a worker needs beside the part.
+
+    Attributes:
+        model: the source directory.
+        files: its safetensors files, as they were when it was opened.
+        output: the job's directory.
+        formats: dialects that are written.
+        dtype: of floats and scales.
+        fingerprints: of recipe and source.
+        made_with: package to version.
+    """
+
+    model: Path
+    files: Mapping[str, FileStamp]
+    output: Path
+    formats: tuple[str, ...]
+    dtype: str
+    fingerprints: Mapping[str, str]
+    made_with: Mapping[str, str]
+
+
+def convert_part(task: ConversionTask, part: Part) -> PartManifest:
+    """Writes a part's file in every format and then its manifest; one that is there and sound is left as it is.
+
+    Raises:
+        CheckpointError: the source is damaged or changed, or holds a value that is not finite.
+        OutputError: the disk is full, or the directory cannot be written.
+    """
+    manifest = read_part(task.output, part.number)
+    ours = manifest is not None and manifest.is_of(task.fingerprints, task.formats)
+    if manifest is not None and ours and not part_faults(task.output, manifest):
+        return manifest
+    with ExitStack() as stack:
+        files = stack.enter_context(TensorBytes(task.model, task.files))
+        streams = {
+            name: stack.enter_context(
+                stream_safetensors(task.output / name / part.file, part.tensors(name, task.dtype))
+            )
+            for name in task.formats
+        }
+        for piece in part.pieces:
+            _Streaming(task, files, streams).write(piece)
+    manifest = PartManifest(
+        number=part.number,
+        shards={name: stream.record for name, stream in streams.items()},
+        fingerprints=task.fingerprints,
+        made_with=task.made_with,
+    )
+    write_part(task.output, manifest)
+    return manifest
+
+
+class _Streaming:
+    def __init__(self, task: ConversionTask, files: TensorBytes, streams: Mapping[str, ShardStream]) -> None:
+        self._task = task
+        self._files = files
+        self._streams = streams
+
+    def write(self, piece: Piece) -> None:
+        """Reads a piece and writes it in every format."""
+        if piece.carried is not None:
+            self._carry(piece.carried)
+            return
+        assert piece.weight is not None
+        step = max(row_step(piece, scheme, self._task.formats) for scheme in piece.schemes)
+        size = min(block_rows(piece.weight.columns, step), piece.weight.matrix.shape[0])
+        reader = piece.weight.matrix.open(self._files, size)
+        block = np.empty((size, piece.weight.columns), dtype=np.float32)
+        for linear, scheme in piece.linears():
+            rounding = (
+                None if scheme is None else _Rounding(self._task, self._streams, piece.weight, linear, scheme, size)
+            )
+            for start in range(linear.start, linear.stop, size):
+                values = block[: min(size, linear.stop - start)]
+                reader.read(start, values)
+                if rounding is None:
+                    self._write_floats(piece.weight, linear, values)
+                else:
+                    rounding.write(values)
+
+    def _write_floats(self, weight: Weight, linear: LinearRows, values: np.ndarray) -> None:  # type: ignore[type-arg]
+        cast = values.astype(numpy_dtype(weight.matrix.float_dtype))
+        for stream in self._streams.values():
+            stream.append(f"{linear.name}.weight", cast)
+
+    def _carry(self, carried: Carried) -> None:
+        info = carried.info
+        if carried.expert is not None:
+            row = np.empty(info.shape[1], dtype=numpy_dtype(info.dtype))
+            self._files.read_into(info, carried.expert * row.nbytes, row)
+            values = row[carried.start :: carried.step][: carried.count]
+            for stream in self._streams.values():
+                stream.append(carried.name, values)
+            return
+        chunk = np.empty(min(_COPIED, info.nbytes), dtype=np.uint8)
+        for begin in range(0, info.nbytes, _COPIED):
+            piece = chunk[: min(_COPIED, info.nbytes - begin)]
+            self._files.read_into(info, begin, piece)
+            for stream in self._streams.values():
+                stream.append_bytes(carried.name, piece)
+
+
+class _Rounding:
+    """Rounds a linear's blocks and writes them in every format."""
+
+    def __init__(
+        self,
+        task: ConversionTask,
+        streams: Mapping[str, ShardStream],
+        weight: Weight,
+        linear: LinearRows,
+        scheme: Scheme,
+        size: int,
+    ) -> None:
+        self._streams = streams
+        self._where = f"{weight.matrix.tensors[0].file}: {linear.name}"
+        self._shape = LinearShape(name=linear.name, rows=linear.rows, columns=weight.columns, dtype=task.dtype)
+        self._encodings = {name: encoding_of(name, scheme, expert=weight.expert) for name in streams}
+        self._rounder = scheme.weights.rounder(
+            size, weight.columns, scale_dtype(scheme, task.formats, task.dtype, weight)
+        )
+        for name, encoding in self._encodings.items():
+            for leaf, values in encoding.constants(self._shape).items():
+                streams[name].append(f"{linear.name}.{leaf}", values)
+
+    def write(self, block: np.ndarray) -> None:  # type: ignore[type-arg]
+        rounded = self._round(block)
+        for name, encoding in self._encodings.items():
+            for leaf, values in encoding.encode(self._shape, rounded).items():
+                self._streams[name].append(f"{self._shape.name}.{leaf}", values)
+
+    def _round(self, block: np.ndarray) -> RoundedRows:  # type: ignore[type-arg]
+        try:
+            return self._rounder.round(block)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._where}: {error}: the weight is damaged; download the file again, or leave the linear in "
+                "floats (layer_policies: null)"
+            ) from None
+
+
+def scale_dtype(scheme: Scheme, formats: Sequence[str], dtype: str, weight: Weight) -> str:
+    """The dtype that scales are rounded to: the model's, or float32 where a dialect stores that."""
+    stored = {
+        encoding_of(name, scheme, expert=weight.expert)
+        .tensors(LinearShape(name="", rows=2, columns=16 * 128, dtype=dtype))["weight_scale"]
+        .dtype
+        for name in formats
+    }
+    return "float32" if stored == {"float32"} else dtype

@@ -1,0 +1,89 @@
+"""`gs-dist convert`: what it is told, what it shows before the work, and the work."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.job import convert
+from gs_dist.conversion.plan import ConversionPlan, plan_conversion
+from gs_dist.errors import RecipeError
+from gs_dist.progress import Progress
+from gs_dist.recipe.sizes import format_bytes
+from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
+from gs_dist.wording import counted
+
+__all__ = ["plan", "read_config", "run"]
+
+_SHOWN = 12  # reasons listed of what stays in floats
+
+
+def read_config(model: Path, overrides: Sequence[str], options: Mapping[str, object]) -> ConversionConfig:
+    """A conversion as a recipe or the command line tells it, options over the recipe.
+
+    Args:
+        model: a model directory, or a recipe.
+        overrides: `key=value` settings.
+        options: key to value, None for one that was not given.
+
+    Raises:
+        RecipeError: unknown keys, wrong values; all of them are told.
+    """
+    document: Any = {"model": os.fspath(model)}
+    source = "convert"
+    if model.is_file():
+        source = model.name
+        document = parse_document(model.read_text(encoding="utf-8"), source)
+    document, problems = apply_overrides(document, overrides)
+    given = {key: _plain(value) for key, value in options.items() if value is not None}
+    document = {**document, **given}
+    if "output" not in document:
+        raise RecipeError("convert: output is not set: give -o DIRECTORY, or output in the recipe")
+    try:
+        config = ConversionConfig.model_validate(document)
+    except ValidationError as error:
+        raise report(source, [*problems, *problems_of(error, ConversionConfig)]) from None
+    if problems:
+        raise report(source, problems)
+    return config
+
+
+def _plain(value: object) -> object:
+    return os.fspath(value) if isinstance(value, Path) else value
+
+
+def plan(config: ConversionConfig, console: Console) -> ConversionPlan:
+    """Plans and shows what will be done."""
+    made = plan_conversion(config)
+    catalogue = made.catalogue
+    source = f"{catalogue.model_type}, {catalogue.dtype}" + (f", {catalogue.encoding}" if catalogue.encoding else "")
+    files = counted(len(made.parts), "file")
+    lines = [
+        ("model", f"{Path(config.model).name} ({source}), {format_bytes(made.read_bytes)}"),
+        ("linears", ", ".join(f"{count} {name}" for name, count in sorted(made.counts.items()))),
+        *((name, f"{format_bytes(made.written_bytes(name))} in {files}") for name in config.format),
+        ("workers", f"{made.num_workers} of at most {format_bytes(made.memory_per_worker)} each, for {made.largest}"),
+    ]
+    table = Table(box=None, show_header=False)
+    for name, text in lines:
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+    reasons = Counter(made.assignment.kept.values())
+    for reason, count in reasons.most_common(_SHOWN):
+        console.print(f"  stays in floats: {counted(count, 'linear')}, {reason}", markup=False, highlight=False)
+    for note in made.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return made
+
+
+def run(made: ConversionPlan, progress: Progress) -> dict[str, Path]:
+    """Converts; format to model directory."""
+    return convert(made, progress)

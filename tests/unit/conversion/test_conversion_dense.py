@@ -1,0 +1,137 @@
+"""A dense decoder converted without data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import tiny_checkpoint
+from conversions import read_tensors, run_conversion, unpacked_int32, within_half_a_step
+
+from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.errors import PolicyConflictError, UserError
+from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
+from gs_dist.solvers.affine import quantise_weight
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "ascend"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tensors_have_the_bytes_of_a_job_without_smoothing(tmp_path: Path, dialect: str, dtype: str) -> None:
+    """W8A8 per token writes what a calibrated job's codec writes of weights rounded to nearest."""
+    model = tiny_checkpoint(tmp_path / "model", dtype=dtype, shards=2)
+    found = read_tensors(run_conversion(model, tmp_path / "out", format=dialect)[dialect])
+    reader = CheckpointReader(model)
+    policy = QuantPolicy(act_quant_dtype="int8", act_quant_granularity="per_token")
+    expected = dict(reader.read_outer())
+    for layer in range(reader.architecture.num_layers):
+        tensors = reader.read_layer(layer)
+        linears = {}
+        for linear in reader.architecture.linears(layer):
+            weight = tensors.pop(f"{linear.name}.weight").astype(np.float32)
+            codes, scale, _ = quantise_weight(weight, bits=8, group_size=0, symmetric=True, scale_dtype=dtype)
+            linears[linear.name] = QuantizedLinear(policy=policy, codes=codes, scale=scale)
+        expected |= codec_of(dialect).encode_layer(
+            QuantizedLayer(layer=layer, linears=linears, tensors=tensors), reader.architecture
+        )
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("dialect", "scheme", "engine"),
+    [
+        ("compressed-tensors", "W8A8_DYNAMIC", "vllm"),
+        ("compressed-tensors", "W8A16", "transformers"),
+        ("compressed-tensors", "W4A16", "transformers"),
+        ("ascend", "W8A8_DYNAMIC", "vllm-ascend"),
+        ("ascend", "W8A16", "vllm-ascend"),
+    ],
+)
+def test_the_checker_finds_nothing(tmp_path: Path, dialect: str, scheme: str, engine: str) -> None:
+    """The rules of format and engine, written apart from the writer, hold for what was written."""
+    model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
+    made = run_conversion(model, tmp_path / "out", format=dialect, scheme=scheme, group_size=32)
+    report = check(made[dialect], engine)
+    assert not report.problems, report.render(20)
+    assert report.facts["linears"].startswith("14 ")
+
+
+def test_groups_of_four_bits_are_within_half_a_step(tmp_path: Path) -> None:
+    """W4A16: codes unpacked by the format's page, times their group's scale, are near the weight."""
+    model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
+    made = run_conversion(model, tmp_path / "out", scheme="W4A16", group_size=32)
+    found, source = read_tensors(made["compressed-tensors"]), CheckpointReader(model)
+    name = "model.layers.1.mlp.down_proj"
+    rows, columns = found[f"{name}.weight_shape"].tolist()
+    codes = unpacked_int32(found[f"{name}.weight_packed"], 4, columns).reshape(rows, -1, 32)
+    step = found[f"{name}.weight_scale"].astype(np.float64)[:, :, None]
+    weight = source.read([f"{name}.weight"])[f"{name}.weight"].astype(np.float64).reshape(rows, -1, 32)
+    assert within_half_a_step(codes * step, weight, step)
+
+
+def test_two_formats_come_of_one_reading(tmp_path: Path) -> None:
+    """Formats named together are what they are alone."""
+    model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
+    both = run_conversion(model, tmp_path / "both", format=["ascend", "compressed-tensors"])
+    for name in both:
+        alone = read_tensors(run_conversion(model, tmp_path / name, format=name)[name])
+        together = read_tensors(both[name])
+        assert {key: array.tobytes() for key, array in alone.items()} == {
+            key: array.tobytes() for key, array in together.items()
+        }
+
+
+def test_patterns_overrule_the_presets(tmp_path: Path) -> None:
+    """A null entry keeps a linear in floats, and both files that describe a model say so."""
+    model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
+    made = run_conversion(
+        model, tmp_path / "out", format=["ascend", "compressed-tensors"], layer_policies={r".*1\.mlp\.down_proj": None}
+    )
+    description = json.loads((made["ascend"] / "quant_model_description.json").read_text())
+    assert description["model.layers.1.mlp.down_proj.weight"] == "FLOAT"
+    assert description["model.layers.0.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
+    config = json.loads((made["compressed-tensors"] / "config.json").read_text())
+    assert "model.layers.1.mlp.down_proj" in config["quantization_config"]["ignore"]
+    assert not check(made["compressed-tensors"]).problems
+
+
+@pytest.mark.parametrize(
+    ("policies", "error", "said"),
+    [
+        ({".*nothing": None}, UserError, "matches no linear"),
+        ({".*q_proj": None}, UserError, "engines fuse the two into one"),
+        ({".*q_proj": None, ".*self_attn.*": None}, PolicyConflictError, "conflict"),
+        ({".*down_proj": "W9A9"}, UserError, "no scheme"),
+        ({".*": None}, UserError, "no linear would be quantised"),
+    ],
+)
+def test_policies_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path: Path, policies: dict[str, str | None], error: type[Exception], said: str
+) -> None:
+    """The message says what to change, and there is no output."""
+    model = tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(error, match=said):
+        run_conversion(model, tmp_path / "out", layer_policies=policies)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    """The message names the linear and its channels."""
+    model = tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(UserError, match="do not divide into groups of 128"):
+        run_conversion(model, tmp_path / "out", scheme="W4A16")
+
+
+def test_four_bits_for_dense_linears_are_refused_for_vllm_ascend(tmp_path: Path) -> None:
+    """What the engine dropped is said before the work, with what to choose instead."""
+    model = tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(UserError, match="vLLM-Ascend's main loads no linears outside of experts in W4A16: give them"):
+        run_conversion(model, tmp_path / "out", scheme="W4A16", group_size=32, format="ascend")
