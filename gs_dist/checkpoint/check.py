@@ -54,7 +54,7 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
         layout = build_layout(inventory, dialect, rules, architecture)
         rules.check_relations(inventory, layout, check_tensors(inventory, layout))
         if engine is not None:
-            ENGINES[engine](inventory, layout)
+            ENGINES[engine].check(inventory, layout)
         _check_hashes(inventory, architecture)
     problems = sorted(set(inventory.problems), key=lambda p: (p.file, p.tensor, p.rule))
     return CheckReport(
@@ -86,7 +86,7 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
     if dialect and inventory.architecture is not None:
         layout = build_layout(inventory, dialect, layout_of(dialect), inventory.architecture)
         inventory.problems.clear()  # those of the format's own rules
-        ENGINES[engine](inventory, layout)
+        ENGINES[engine].check(inventory, layout)
     return EngineVerdict(
         engine=engine,
         problems=tuple(dict.fromkeys(inventory.problems)),

@@ -6,15 +6,16 @@ Nothing in it tells on which machine it was made: paths are reduced to their las
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.check import EngineVerdict, judge
-from gs_dist.checkpoint.engines.compressed_tensors import DEQUANTIZE
+from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.summary import CalibrationSummary
 
 __all__ = ["CARD", "render_model_card", "write_model_card"]
@@ -23,18 +24,6 @@ CARD = "README.md"
 
 _WORST = 5  # linears listed with their error
 _REASONS = 3  # listed of why an engine does not load the directory
-_FORMATS: Mapping[str, str] = {"ascend": "ModelSlim's layout", "golden-stick": "Golden Stick's layout"}
-_ENGINES: Mapping[str, tuple[str, ...]] = {
-    "compressed-tensors": ("transformers", "vllm", "vllm-ascend"),
-    "ascend": ("vllm-ascend",),
-    "golden-stick": ("vllm-mindspore",),
-}
-_ENGINE_NAMES: Mapping[str, str] = {
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "vllm-ascend": "vLLM-Ascend",
-    "vllm-mindspore": "vLLM-MindSpore",
-}
 
 
 def write_model_card(
@@ -45,7 +34,8 @@ def write_model_card(
     Raises:
         OutputError: the directory cannot be written.
     """
-    verdicts = [judge(directory, engine) for engine in _ENGINES.get(directory.name, ())]
+    engines = [engine.name for engine in ENGINES.values() if directory.name in engine.dialects]
+    verdicts = [judge(directory, engine) for engine in engines]
     text = render_model_card(config, summary, architecture, directory.name, verdicts)
     write_bytes(directory / CARD, text.encode())
 
@@ -91,8 +81,8 @@ def _introduction(
     format_name: str,
     verdicts: Iterable[EngineVerdict],
 ) -> str:
-    engines = [_ENGINE_NAMES[verdict.engine] for verdict in verdicts if not verdict.problems]
-    form = " for ".join([_FORMATS.get(format_name, format_name), *([_listed(engines)] if engines else [])])
+    engines = [ENGINES[verdict.engine].title for verdict in verdicts if not verdict.problems]
+    form = " for ".join([DIALECTS[format_name].title, *([_listed(engines)] if engines else [])])
     kind = f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}"
     head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
     return (
@@ -173,8 +163,8 @@ def _plain(value: Any) -> str:
 
 def _serving(architecture: DecoderArchitecture, format_name: str, verdicts: Sequence[EngineVerdict]) -> str:
     parts = [_engine(verdict, architecture, format_name) for verdict in verdicts]
-    if format_name == "golden-stick" and any(verdict.problems for verdict in verdicts):
-        parts.append("Networks that Golden Stick builds load every strategy above.")
+    if any(verdict.problems for verdict in verdicts):
+        parts += [DIALECTS[format_name].elsewhere] if DIALECTS[format_name].elsewhere else []
     if architecture.dtype == "float32" and "--dtype bfloat16" in "".join(parts):
         parts.append("The model's dtype is float32; engines compute in bfloat16.")
     return "\n\n".join(parts)
@@ -182,32 +172,15 @@ def _serving(architecture: DecoderArchitecture, format_name: str, verdicts: Sequ
 
 def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, format_name: str) -> str:
     """How to serve with an engine and what to know of it, or why not to."""
-    name = _ENGINE_NAMES[verdict.engine]
+    name = ENGINES[verdict.engine].title
     if verdict.problems:
         reasons = list(dict.fromkeys(f"* found {p.found}; expected {p.expected}" for p in verdict.problems))
         if len(reasons) > _REASONS:
             more = f"* and {len(reasons) - _REASONS} more, which `gs-dist check DIRECTORY --for {verdict.engine}` lists"
             reasons[_REASONS:] = [more]
         return f"**Not with {name}**, which does not run this as it is meant:\n\n" + "\n".join(reasons)
-    if verdict.engine == "transformers":
-        text = _transformers(dequantize=any(note.rule == DEQUANTIZE for note in verdict.notes))
-    else:
-        program = "vllm-mindspore" if verdict.engine == "vllm-mindspore" else "vllm"
-        method = "" if format_name == "compressed-tensors" else f" --quantization {format_name}"
-        dtype = " --dtype bfloat16" if architecture.dtype == "float32" and program == "vllm" else ""
-        text = f"With {name}:\n\n```shell\n{program} serve DIRECTORY{method}{dtype}\n```"
+    text = ENGINES[verdict.engine].serve(format_name, architecture, verdict.notes)
     return "\n\n".join([text, *(f"* {note.text}" for note in verdict.notes)])
-
-
-def _transformers(*, dequantize: bool) -> str:
-    more = ", CompressedTensorsConfig" if dequantize else ""
-    option = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dequantize else ""
-    return (
-        "With transformers (`pip install transformers compressed-tensors`):\n\n```python\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{option})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n```'
-    )
 
 
 def _origin(summary: CalibrationSummary) -> str:

@@ -26,6 +26,7 @@ class Dialect:
         description_file: JSON file by which a directory is known; None where config.json tells.
         quant_method: value of that key of config.json's `quantization_config` by which a directory is known; None
             where a description file tells.
+        elsewhere: what a model card says where an engine does not serve the directory and something else reads it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Dialect:
     home: str
     description_file: str | None = None
     quant_method: str | None = None
+    elsewhere: str = ""
 
     @property
     def describing_file(self) -> str:
@@ -60,6 +62,7 @@ DIALECTS: Mapping[str, Dialect] = {
             title="Golden Stick's layout",
             home=f"{_ROOM}.golden_stick",
             description_file="quantization_description.json",
+            elsewhere="Networks that Golden Stick builds load every strategy above.",
         ),
     )
 }

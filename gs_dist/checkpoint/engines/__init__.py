@@ -1,22 +1,16 @@
-"""The rules of serving engines' loaders, one engine a file, each rule with the upstream file it comes from."""
+"""Serving engines, one a file: the rules of its loader, each with the upstream file it comes from, and how to serve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
-from gs_dist.checkpoint.engines import compressed_tensors, vllm_ascend, vllm_mindspore
-from gs_dist.checkpoint.inventory import Inventory
-from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.engines import transformers, vllm, vllm_ascend, vllm_mindspore
+from gs_dist.checkpoint.engines.base import Engine
 
-__all__ = ["ENGINES"]
+__all__ = ["ENGINES", "Engine"]
 
-ENGINES: Mapping[str, Callable[[Inventory, Layout], None]] = MappingProxyType(
-    {
-        "transformers": compressed_tensors.check_transformers,
-        "vllm": compressed_tensors.check_vllm,
-        "vllm-ascend": vllm_ascend.check,
-        "vllm-mindspore": vllm_mindspore.check,
-    }
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {module.ENGINE.name: module.ENGINE for module in (transformers, vllm, vllm_ascend, vllm_mindspore)}
 )
-"""Name in `gs-dist check --for` to the rules of that engine's loader, which report problems to the inventory."""
+"""Name in `gs-dist check --for` to the engine, in the order in which a model card tells of them."""

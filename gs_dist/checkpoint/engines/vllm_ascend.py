@@ -7,15 +7,18 @@ Sources: `vllm_ascend/quantization/utils.py` (which method a directory is taken 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
+from gs_dist.checkpoint.engines.base import Engine, serve_command
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.problems import Note
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["check"]
+__all__ = ["ENGINE"]
 
 _DESCRIPTION = DIALECTS["ascend"].describing_file
 # Kinds registered for "linear" by `register_scheme` that a dense int8 or int4 checkpoint can have.
@@ -27,7 +30,7 @@ _FUSED = {
 _KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
 
 
-def check(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout) -> None:
     """Applies the loader's rules to an ascend or a compressed-tensors directory; no other dialect is loaded."""
     if layout.dialect == "ascend":
         _check_description(inventory, layout)
@@ -121,3 +124,14 @@ def _is_served(group: SchemeGroup) -> bool:
 def _summary(args: Mapping[str, Any]) -> str:
     kind = "symmetric" if args.get("symmetric", True) else "asymmetric"
     return f"{kind} {args.get('num_bits')!r:.20}-bit {args.get('strategy')!s:.40}"
+
+
+def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note]) -> str:
+    method = " --quantization ascend" if dialect == "ascend" else ""
+    dtype = " --dtype bfloat16" if architecture.dtype == "float32" else ""
+    return serve_command("vLLM-Ascend", f"vllm serve DIRECTORY{method}{dtype}")
+
+
+ENGINE = Engine(
+    name="vllm-ascend", title="vLLM-Ascend", dialects=("compressed-tensors", "ascend"), check=_check, serve=_serve
+)

@@ -8,12 +8,16 @@ linears are not cast), and vLLM's `model_loader/weight_utils.py`, get_quant_conf
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from gs_dist.checkpoint.engines.base import Engine, serve_command
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.problems import Note
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["check"]
+__all__ = ["ENGINE"]
 
 _READ = ("golden-stick", "ascend")
 _FILES = (*(DIALECTS[name].describing_file for name in _READ), "quant_model_description_w8a8sc.json")
@@ -21,7 +25,7 @@ _KINDS = ("FLOAT", "W8A8")  # quantization_method_mapping, without W8A8S, which 
 _FUSED = ((r"\b[qkv]_proj$", "qkv_proj"), (r"\b(gate|up)_proj$", "gate_up_proj"))
 
 
-def check(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout) -> None:
     """Applies the reader's rules to a golden-stick or an ascend directory; no other dialect is loaded."""
     if layout.dialect not in _READ:
         expected = f"{_FILES[0]} (golden_stick.py, get_config_filenames)"
@@ -77,3 +81,10 @@ def _check_folded_bias(inventory: Inventory, layout: Layout, file: str) -> None:
         if kind == "W8A8" and name + ".bias" in inventory.tensors:
             expected = "no bias beside a quant_bias that holds it: use the golden-stick format for this engine"
             inventory.report(file, "folded-bias", "a bias", expected, name)
+
+
+def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note]) -> str:
+    return serve_command("vLLM-MindSpore", f"vllm-mindspore serve DIRECTORY --quantization {dialect}")
+
+
+ENGINE = Engine(name="vllm-mindspore", title="vLLM-MindSpore", dialects=("golden-stick",), check=_check, serve=_serve)

@@ -1,62 +1,33 @@
-"""transformers and vLLM on compressed-tensors: what their loaders demand of a directory.
+"""vLLM on compressed-tensors: what its loader demands of a directory.
 
-Sources: compressed-tensors `quantization/quant_config.py`, `quant_args.py`, `quant_scheme.py` (keys of
-quantization_config, unknown ones are refused); vLLM `layers/quantization/compressed_tensors/compressed_tensors.py`
-(schemes, fused linears) with `schemes/*.py`, `kernels/linear/mixed_precision/*.py` (what a scheme has a kernel for; see
-`vllm_kernels.py`) and `layers/attention/attention.py` (KV cache).
+Sources: vLLM `layers/quantization/compressed_tensors/compressed_tensors.py` (schemes, fused linears) with
+`schemes/*.py`, `kernels/linear/mixed_precision/*.py` (what a scheme has a kernel for; see `vllm_kernels.py`) and
+`layers/attention/attention.py` (KV cache).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
+from gs_dist.checkpoint.engines.base import Engine, serve_command
+from gs_dist.checkpoint.engines.compressed_tensors_library import check_library, is_symmetric
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.problems import Note
+from gs_dist.model.decoder import DecoderArchitecture
 
-__all__ = ["DEQUANTIZE", "check_transformers", "check_vllm"]
+__all__ = ["ENGINE"]
 
-DEQUANTIZE = "dequantize"  # rule of the note on packed zero points
-
-_FORMATS = ("dense", "int-quantized", "pack-quantized", "mixed-precision", "naive-quantized")
-_STATUSES = ("compressed", "frozen")
-_ARGS = {
-    "num_bits",
-    "type",
-    "symmetric",
-    "group_size",
-    "strategy",
-    "block_structure",
-    "dynamic",
-    "actorder",
-    "scale_dtype",
-    "zp_dtype",
-    "observer",
-    "observer_kwargs",
-}
-_STRATEGIES = ("tensor", "channel", "group", "token")
 _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def check_transformers(inventory: Inventory, layout: Layout) -> None:
-    """The library's rules; packed zero points are a note, since they load by a way of their own."""
-    if not _check_library(inventory, layout):
-        return
-    if any(group.inputs is None and not _is_symmetric(group.weights) for group in scheme_groups(inventory)):
-        inventory.note(
-            DEQUANTIZE,
-            "packed zero points: transformers 5.23 with compressed-tensors 0.20 loads them only by "
-            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)), as float weights",
-        )
-
-
-def check_vllm(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout) -> None:
     """The library's rules, schemes with a kernel, one scheme for linears that are fused, and no int8 cache."""
-    if not _check_library(inventory, layout):
+    if not check_library(inventory, layout):
         return
     architecture = inventory.architecture
     assert architecture is not None  # a layout is built from it
@@ -84,47 +55,6 @@ def check_vllm(inventory: Inventory, layout: Layout) -> None:
         inventory.note("tensor-parallel", limit)
 
 
-def _check_library(inventory: Inventory, layout: Layout) -> bool:
-    """`quant_config.py`: method, status, formats and arguments that the library knows. False for another dialect."""
-    if layout.dialect != "compressed-tensors":
-        inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", "compressed-tensors")
-        return False
-    config = inventory.quantization_config
-    if config.get("format") not in _FORMATS:
-        inventory.report(CONFIG_FILE, "scheme", f"format {config.get('format')!r:.60}", f"one of {', '.join(_FORMATS)}")
-    if config.get("quantization_status") not in _STATUSES:
-        found = f"quantization_status {config.get('quantization_status')!r:.60}"
-        inventory.report(CONFIG_FILE, "status", found, "compressed: weights would be quantised once more otherwise")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not (groups or config.get("kv_cache_scheme")):
-        inventory.report(CONFIG_FILE, "config-groups", f"{groups!r:.60}", "at least one group of linears")
-    for group in scheme_groups(inventory):
-        _check_args(inventory, f"{group.label}.weights", group.weights)
-        _check_args(inventory, f"{group.label}.input_activations", group.inputs or {})
-    return True
-
-
-def _check_args(inventory: Inventory, where: str, args: Mapping[str, Any]) -> None:
-    unknown = sorted(set(args) - _ARGS)
-    if unknown:
-        expected = "arguments that the library knows; it refuses others (quant_args.py)"
-        inventory.report(CONFIG_FILE, "scheme", f"{where}.{unknown[0]}", expected)
-    if args and args.get("strategy") not in _STRATEGIES:
-        expected = f"one of {', '.join(_STRATEGIES)}"
-        inventory.report(CONFIG_FILE, "scheme", f"{where}.strategy {args.get('strategy')!r:.60}", expected)
-    order = args.get("actorder")
-    if order is True or str(order).lower() in ("group", "dynamic"):
-        expected = (
-            "weight, or none: compressed-tensors reads a group index up to 0.18 and refuses it from 0.19 on "
-            "(quant_args.py, validate_actorder); quantise with algo_args static_groups: true"
-        )
-        inventory.report(CONFIG_FILE, "actorder", f"{where}.actorder {order!r:.40}", expected)
-
-
-def _is_symmetric(args: Mapping[str, Any]) -> bool:
-    return bool(args.get("symmetric", True))
-
-
 def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
     """`compressed_tensors.py`, _get_scheme_from_parts, and the kernels of what it returns."""
     weights, inputs = group.weights, group.inputs
@@ -149,7 +79,7 @@ def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
             "8-bit weights, or float activations: vLLM runs these on CPUs and Intel XPUs alone (dynamic_4bit.py, which "
             "compressed_tensors_w4a8_int.py ends in); quantise with act_quant_dtype: null for W4A16"
         )
-    elif inputs is not None and not _is_symmetric(weights):
+    elif inputs is not None and not is_symmetric(weights):
         found = "8-bit activations with asymmetric weights"
         expected = (
             "symmetric weights (_is_static_tensor_w8a8, _is_dynamic_token_w8a8); quantise with weight_symmetric: true"
@@ -186,7 +116,7 @@ def _packed(group: SchemeGroup) -> PackedWeights | None:
     bits = group.weights.get("num_bits")
     if group.inputs is not None or not isinstance(size, int) or size < 0 or not isinstance(bits, int):
         return None
-    return PackedWeights(num_bits=bits, group_size=size, symmetric=_is_symmetric(group.weights))
+    return PackedWeights(num_bits=bits, group_size=size, symmetric=is_symmetric(group.weights))
 
 
 def _summary(kind: str, group: SchemeGroup | None) -> str:
@@ -194,6 +124,14 @@ def _summary(kind: str, group: SchemeGroup | None) -> str:
     if group is None:
         return kind
     sides = (("weights", group.weights), ("inputs", group.inputs or {}))
-    more = [f"{side} with zero points" for side, args in sides if not _is_symmetric(args)]
+    more = [f"{side} with zero points" for side, args in sides if not is_symmetric(args)]
     more += [f"groups of {group.weights['group_size']!r:.20}"] if group.weights.get("group_size") else []
     return " ".join([kind, *([f"({', '.join(more)})"] if more else [])])
+
+
+def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note]) -> str:
+    dtype = " --dtype bfloat16" if architecture.dtype == "float32" else ""
+    return serve_command("vLLM", f"vllm serve DIRECTORY{dtype}")
+
+
+ENGINE = Engine(name="vllm", title="vLLM", dialects=("compressed-tensors",), check=_check, serve=_serve)
