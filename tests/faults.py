@@ -302,7 +302,7 @@ def published_files(config: CalibrationConfig) -> dict[str, str]:
     output = Path(config.output)
     files = sorted(
         p
-        for name in config.format
+        for name in config.dialects
         for p in (output / name).iterdir()
         if p.suffix in (".safetensors", ".json") and p.name != "provenance.json"
     )

@@ -105,5 +105,5 @@ def run_inline(
 def published_hashes(config: CalibrationConfig) -> dict[str, str]:
     """Relative name to sha256 of every published weight file."""
     output = Path(config.output)
-    files = sorted(path for name in config.format for path in (output / name).glob("*.safetensors"))
+    files = sorted(path for name in config.dialects for path in (output / name).glob("*.safetensors"))
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,4 +1,4 @@
-"""Says what a quantised model directory is, and which rule of its format or of an engine's loader it breaks.
+"""Says what a quantised model directory is, and which rule of its dialect or of an engine's loader it breaks.
 
 Nothing is trusted, nothing executed or unpickled; memory is bounded by one tensor.
 """
@@ -30,17 +30,17 @@ _CHUNK = 16 << 20  # bytes hashed at a time
 
 
 def check(directory: Path | str, engine: str | None = None) -> CheckReport:
-    """Checks a model directory against its own format, and against an engine's loader if one is named.
+    """Checks a model directory against its own dialect, and against an engine's loader if one is named.
 
     Shards are compared with the hashes that provenance.json holds and, where the directory lies in a job's
     output, with those of the manifests.
 
     Args:
-        directory: holds config.json and the weights; or a job's output with one format in it.
-        engine: "vllm-ascend", "vllm-mindspore", "vllm" or "transformers"; None for the format's rules alone.
+        directory: holds config.json and the weights; or a job's output with one dialect in it.
+        engine: "vllm-ascend", "vllm-mindspore", "vllm" or "transformers"; None for the dialect's rules alone.
 
     Raises:
-        UserError: no such directory, several formats in it, or an unknown engine. Everything else that is
+        UserError: no such directory, several dialects in it, or an unknown engine. Everything else that is
             wrong comes back as a problem.
     """
     if engine is not None and engine not in ENGINES:
@@ -58,7 +58,7 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
         _check_hashes(inventory, architecture)
     problems = sorted(set(inventory.problems), key=lambda p: (p.file, p.tensor, p.rule))
     return CheckReport(
-        format=dialect,
+        dialect=dialect,
         engine=engine,
         problems=tuple(problems),
         facts=_facts(inventory, layout, architecture),
@@ -85,7 +85,7 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
     dialect = detect_dialect(inventory)
     if dialect and inventory.architecture is not None:
         layout = build_layout(inventory, dialect, layout_of(dialect), inventory.architecture)
-        inventory.problems.clear()  # those of the format's own rules
+        inventory.problems.clear()  # those of the dialect's own rules
         ENGINES[engine].check(inventory, layout)
     return EngineVerdict(
         engine=engine,
@@ -95,9 +95,9 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
 
 
 def check_all(directory: Path | str, engine: str | None = None) -> dict[str, CheckReport]:
-    """`check` of a model directory, or of each one that a job's output holds; by format.
+    """`check` of a model directory, or of each one that a job's output holds; by dialect.
 
-    Where an engine is named, formats that it does not read are left out, unless it reads none of them.
+    Where an engine is named, dialects that it does not read are left out, unless it reads none of them.
 
     Raises:
         UserError: as of `check`; a job that is not finished.
@@ -119,7 +119,7 @@ def _model_directories(directory: Path) -> list[Path]:
         return [directory]
     inner = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
     record = read_record(directory)
-    missing = sorted(set(record.formats) - {path.name for path in inner}) if record else []
+    missing = sorted(set(record.dialects) - {path.name for path in inner}) if record else []
     if missing or not inner:
         count = len(list((directory / MANIFESTS).glob("layer-*.json")))
         layers = f"{count} of {record.num_layers} layers" if record else f"{count} layers"
@@ -158,7 +158,7 @@ def _check_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> No
             reported = any(p.file == file and p.rule.startswith("file-") for p in inventory.problems)
             if PROVENANCE_FILE in sources and not reported:
                 inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
-            continue  # of a manifest: another format's, or a file that was reported already
+            continue  # of a manifest: another dialect's, or a file that was reported already
         found = _sha256(path)
         for source, sha256 in sources.items():
             if sha256 != found:

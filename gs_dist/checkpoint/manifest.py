@@ -1,6 +1,6 @@
-"""Finished parts of a run: a shard per format, and beside them the manifest that says they are complete.
+"""Finished parts of a run: a shard per dialect, and beside them the manifest that says they are complete.
 
-Layout of an output directory: `<format>/layer-00017.safetensors`, `<format>/outer.safetensors` (embedding,
+Layout of an output directory: `<dialect>/layer-00017.safetensors`, `<dialect>/outer.safetensors` (embedding,
 final norm and head), `manifests/layer-00017.json`, `manifests/outer.json`. A manifest is written after
 its shards, so whatever it names exists in full.
 """
@@ -68,7 +68,7 @@ class LayerManifest:
 
     Attributes:
         layer: index of the decoder layer.
-        shards: name of the format to the shard written for it.
+        shards: name of the dialect to the shard written for it.
         fingerprints: what it was made from.
         made_with: the software that made it; not in the shards, which are the same on like software.
         policies: full dotted name of every linear that was quantised, to how it was; a linear of the layer
@@ -100,27 +100,27 @@ def publish_layer(
     output: Path,
     layer: QuantizedLayer,
     architecture: DecoderArchitecture,
-    formats: Sequence[str],
+    dialects: Sequence[str],
     fingerprints: Fingerprints,
     made_with: MadeWith = MadeWith(),
 ) -> LayerManifest:
-    """Writes a layer's shard in every format, then its manifest.
+    """Writes a layer's shard in every dialect, then its manifest.
 
     Args:
         output: the run's output directory; subdirectories are made.
         layer: what the solvers made of the layer.
         architecture: of the source checkpoint.
-        formats: dialects to write.
+        dialects: dialects to write.
         fingerprints: what the layer was made from.
         made_with: the software of this process.
 
     Raises:
         OutputError: the disk is full, or the directory cannot be written.
-        LayerError: a value that the format cannot hold.
+        LayerError: a value that the dialect cannot hold.
     """
     prefix = architecture.layer_prefix(layer.layer)
     shards = {}
-    for name in formats:
+    for name in dialects:
         directory = make_directory(output / name)
         tensors = codec_of(name).encode_layer(layer, architecture)
         shards[name] = write_safetensors(directory / f"{part_stem(layer.layer)}.safetensors", tensors)
@@ -143,15 +143,15 @@ def publish_layer(
 def publish_outer(
     output: Path,
     reader: CheckpointReader,
-    formats: Sequence[str],
+    dialects: Sequence[str],
     fingerprints: Fingerprints,
     made_with: MadeWith = MadeWith(),
 ) -> LayerManifest:
-    """Carries embedding, final norm and head over, bit for bit, in every format; then writes their manifest."""
+    """Carries embedding, final norm and head over, bit for bit, in every dialect; then writes their manifest."""
     tensors = reader.read_outer()
     shards = {
         name: write_safetensors(make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors)
-        for name in formats
+        for name in dialects
     }
     manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints, made_with=made_with)
     write_manifest(output, manifest)

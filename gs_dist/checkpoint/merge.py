@@ -27,7 +27,7 @@ __all__ = ["MergeRecord", "merge_checkpoint", "refuse_foreign_weights"]
 class MergeRecord:
     """What a merge made: `total_size` bytes of tensors; `dropped` source tensors that no decoder needs."""
 
-    format: str
+    dialect: str
     total_size: int
     num_tensors: int
     files: tuple[str, ...]
@@ -36,17 +36,17 @@ class MergeRecord:
 
 def merge_checkpoint(
     output: Path,
-    format_name: str,
+    dialect: str,
     reader: CheckpointReader,
     manifests: Iterable[LayerManifest],
     outer: LayerManifest,
     planned: Policies | None = None,
 ) -> MergeRecord:
-    """Makes `output/<format_name>` a model directory.
+    """Makes `output/<dialect>` a model directory.
 
     Args:
         output: the run's output directory.
-        format_name: the dialect.
+        dialect: the dialect.
         reader: the source checkpoint.
         manifests: those of all decoder layers, in any order.
         outer: the manifest of embedding, final norm and head.
@@ -58,38 +58,38 @@ def merge_checkpoint(
         JobFailure: a source tensor that no shard accounts for, or a shard that does not hold what the
             policies call for; nothing has been written then.
     """
-    directory = output / format_name
+    directory = output / dialect
     architecture = reader.architecture
-    layers = _by_layer(manifests, architecture.num_layers, format_name)
+    layers = _by_layer(manifests, architecture.num_layers, dialect)
     parts = [*layers.values(), outer]
     policies: Policies = {name: policy for part in parts for name, policy in part.policies.items()}
     kv_cache = {layer: part.kv_cache for layer, part in layers.items()}
     _check_planned(planned or {}, policies, layers)
     for part in parts:
-        _check_accounted(part, codec_of(format_name), policies, reader)
-        _check_on_disk(directory, part, format_name)
-    refuse_foreign_weights(output, format_name, architecture.num_layers)
+        _check_accounted(part, codec_of(dialect), policies, reader)
+        _check_on_disk(directory, part, dialect)
+    refuse_foreign_weights(output, dialect, architecture.num_layers)
 
     weight_map: dict[str, str] = {}
     for part in parts:
-        record = part.shards[format_name]
+        record = part.shards[dialect]
         weight_map.update(dict.fromkeys(record.tensors, record.file))
-    total_size = sum(_data_bytes(directory, part, format_name) for part in parts)
+    total_size = sum(_data_bytes(directory, part, dialect) for part in parts)
 
     remove_leftovers(directory)
     written = copy_companions(reader.companions(), directory)
-    for name, content in codec_of(format_name).extra_files(policies, kv_cache, architecture).items():
+    for name, content in codec_of(dialect).extra_files(policies, kv_cache, architecture).items():
         write_json(directory / name, content)
         written.append(name)
     # auto_map names code to run, and _name_or_path may be a path of the machine.
     source = {key: value for key, value in reader.config.items() if key not in ("auto_map", "_name_or_path")}
     if "dtype" not in source and "torch_dtype" not in source:
         source["torch_dtype"] = architecture.dtype
-    write_json(directory / "config.json", codec_of(format_name).config(source, policies, kv_cache, architecture))
+    write_json(directory / "config.json", codec_of(dialect).config(source, policies, kv_cache, architecture))
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / INDEX_FILE, index)
     return MergeRecord(
-        format=format_name,
+        dialect=dialect,
         total_size=total_size,
         num_tensors=len(weight_map),
         files=tuple(sorted([*written, "config.json", INDEX_FILE, *set(weight_map.values())])),
@@ -97,13 +97,13 @@ def merge_checkpoint(
     )
 
 
-def _by_layer(manifests: Iterable[LayerManifest], num_layers: int, format_name: str) -> dict[int, LayerManifest]:
+def _by_layer(manifests: Iterable[LayerManifest], num_layers: int, dialect: str) -> dict[int, LayerManifest]:
     found: dict[int, LayerManifest] = {}
     for manifest in manifests:
         if manifest.layer is None or manifest.layer in found or not 0 <= manifest.layer < num_layers:
             raise JobFailure(f"{manifest.stem}: comes twice, or is not one of the model's {num_layers} layers")
-        if format_name not in manifest.shards:
-            raise JobFailure(f"{manifest.stem}: has no shard in format {format_name}")
+        if dialect not in manifest.shards:
+            raise JobFailure(f"{manifest.stem}: has no shard in the dialect {dialect}")
         found[manifest.layer] = manifest
     missing = [layer for layer in range(num_layers) if layer not in found]
     if missing:
@@ -121,40 +121,40 @@ def _check_planned(planned: Policies, actual: Policies, layers: Mapping[int, Lay
             raise JobFailure(f"{name}: the recipe leaves it alone, and it was quantised")
 
 
-def _check_accounted(part: LayerManifest, dialect: Codec, policies: Policies, reader: CheckpointReader) -> None:
+def _check_accounted(part: LayerManifest, codec: Codec, policies: Policies, reader: CheckpointReader) -> None:
     """A shard holds exactly what the architecture and the policies call for, in the source's float dtypes."""
     architecture = reader.architecture
     if part.layer is None:
         expected = {name: StoredTensor(dtype="", shape=shape) for name, shape in architecture.outer_tensors().items()}
     else:
-        expected = dialect.expected_tensors(part.layer, policies, part.kv_cache, architecture)
-    held = part.shards[dialect.name]
+        expected = codec.expected_tensors(part.layer, policies, part.kv_cache, architecture)
+    held = part.shards[codec.name]
     for name, stored in expected.items():
         wanted = stored if stored.dtype else replace(stored, dtype=reader.tensors[name].dtype)
         found = held.tensors.get(name)
         if found is None:
             raise JobFailure(
-                f"{dialect.name}/{held.file}: tensor {name} is unaccounted for: it is called for, and missing"
+                f"{codec.name}/{held.file}: tensor {name} is unaccounted for: it is called for, and missing"
             )
         if found != wanted:
             raise JobFailure(
-                f"{dialect.name}/{held.file}: tensor {name} is {found.dtype} {found.shape}, called for is "
+                f"{codec.name}/{held.file}: tensor {name} is {found.dtype} {found.shape}, called for is "
                 f"{wanted.dtype} {wanted.shape}"
             )
     extra = [name for name in held.tensors if name not in expected]
     if extra:
-        raise JobFailure(f"{dialect.name}/{held.file}: holds {extra[0]}, which neither model nor policies call for")
+        raise JobFailure(f"{codec.name}/{held.file}: holds {extra[0]}, which neither model nor policies call for")
 
 
-def _data_bytes(directory: Path, part: LayerManifest, format_name: str) -> int:
-    tensors, _ = read_header(directory / part.shards[format_name].file, part.shards[format_name].file)
+def _data_bytes(directory: Path, part: LayerManifest, dialect: str) -> int:
+    tensors, _ = read_header(directory / part.shards[dialect].file, part.shards[dialect].file)
     return sum(info.nbytes for info in tensors.values())
 
 
-def _check_on_disk(directory: Path, part: LayerManifest, format_name: str) -> None:
+def _check_on_disk(directory: Path, part: LayerManifest, dialect: str) -> None:
     """Size and header of the file against the record; the data's hash was taken when it was written."""
-    record = part.shards[format_name]
-    label = f"{format_name}/{record.file}"
+    record = part.shards[dialect]
+    label = f"{dialect}/{record.file}"
     again = f"delete manifests/{part.stem}.json and submit the recipe again to have it done anew"
     try:
         tensors, _ = read_header(directory / record.file, label)
@@ -166,15 +166,15 @@ def _check_on_disk(directory: Path, part: LayerManifest, format_name: str) -> No
         raise OutputError(f"{label}: is not the file that was written; {again}")
 
 
-def refuse_foreign_weights(output: Path, format_name: str, num_layers: int) -> None:
+def refuse_foreign_weights(output: Path, dialect: str, num_layers: int) -> None:
     """Refuses weight files in a format's directory that no run of so many layers writes.
 
     Raises:
         OutputError: there is one; the message names it.
     """
     ours = {f"{part_stem(layer)}.safetensors" for layer in (None, *range(num_layers))}
-    foreign = sorted(path.name for path in (output / format_name).glob("*.safetensors") if path.name not in ours)
+    foreign = sorted(path.name for path in (output / dialect).glob("*.safetensors") if path.name not in ours)
     if foreign:
         raise OutputError(
-            f"{format_name}/{foreign[0]}: is not of this run, and serving engines would load it too; move it away"
+            f"{dialect}/{foreign[0]}: is not of this run, and serving engines would load it too; move it away"
         )

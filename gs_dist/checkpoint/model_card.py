@@ -29,7 +29,7 @@ _REASONS = 3  # listed of why an engine does not load the directory
 def write_model_card(
     directory: Path, config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture
 ) -> None:
-    """Publishes `directory/README.md`; the directory's name is the format's, and the rest of it is there already.
+    """Publishes `directory/README.md`; the directory's name is the dialect's, and the rest of it is there already.
 
     Raises:
         OutputError: the directory cannot be written.
@@ -44,7 +44,7 @@ def render_model_card(
     config: CalibrationConfig,
     summary: CalibrationSummary,
     architecture: DecoderArchitecture,
-    format_name: str,
+    dialect: str,
     verdicts: Sequence[EngineVerdict] = (),
 ) -> str:
     """The card as Markdown with the front matter that model hubs read.
@@ -53,24 +53,24 @@ def render_model_card(
         config: the recipe.
         summary: of the job; with perplexities where they were measured.
         architecture: of the model.
-        format_name: the dialect of this directory.
+        dialect: the dialect of this directory.
         verdicts: what the engines that know the dialect do with the directory, in the order to be shown.
     """
     sections = [
-        _front_matter(summary, format_name),
-        f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, format_name, verdicts)}",
+        _front_matter(summary, dialect),
+        f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, dialect, verdicts)}",
         f"## Linears\n\n{_strategies(summary)}",
-        f"## Quality\n\n{_quality(summary, format_name)}",
+        f"## Quality\n\n{_quality(summary, dialect)}",
         f"## How it was made\n\n{_recipe(config, summary)}",
-        f"## How to serve it\n\n{_serving(architecture, format_name, verdicts)}",
+        f"## How to serve it\n\n{_serving(architecture, dialect, verdicts)}",
         f"## Origin\n\n{_origin(summary)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(summary: CalibrationSummary, format_name: str) -> str:
+def _front_matter(summary: CalibrationSummary, dialect: str) -> str:
     bits = sorted({name.split("W", 1)[1][0] for name in summary.strategies if "W" in name})
-    tags = [f"int{b}" for b in bits if b.isdigit()] + [format_name, "gs-dist"]
+    tags = [f"int{b}" for b in bits if b.isdigit()] + [dialect, "gs-dist"]
     # JSON strings are YAML strings, whatever a model's name holds.
     return "\n".join(["---", f"base_model: {json.dumps(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
 
@@ -78,11 +78,11 @@ def _front_matter(summary: CalibrationSummary, format_name: str) -> str:
 def _introduction(
     summary: CalibrationSummary,
     architecture: DecoderArchitecture,
-    format_name: str,
+    dialect: str,
     verdicts: Iterable[EngineVerdict],
 ) -> str:
     engines = [ENGINES[verdict.engine].title for verdict in verdicts if not verdict.problems]
-    form = " for ".join([DIALECTS[format_name].title, *([_listed(engines)] if engines else [])])
+    form = " for ".join([DIALECTS[dialect].title, *([_listed(engines)] if engines else [])])
     kind = f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}"
     head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
     return (
@@ -119,11 +119,11 @@ def _strategies(summary: CalibrationSummary) -> str:
     )
 
 
-def _quality(summary: CalibrationSummary, format_name: str) -> str:
+def _quality(summary: CalibrationSummary, dialect: str) -> str:
     worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:_WORST]
     parts = []
-    probed = [probe.sentence() for probe in summary.probes if probe.format == format_name]
-    evaluated = [found for found in summary.evaluations if found.format == format_name]
+    probed = [probe.sentence() for probe in summary.probes if probe.format == dialect]
+    evaluated = [found for found in summary.evaluations if found.format == dialect]
     for found in evaluated:
         rows = [("quantised", f"{found.perplexity:.4f}")]
         if found.float_perplexity is not None:
@@ -161,16 +161,16 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=lambda other: getattr(other, "value", str(other)))
 
 
-def _serving(architecture: DecoderArchitecture, format_name: str, verdicts: Sequence[EngineVerdict]) -> str:
-    parts = [_engine(verdict, architecture, format_name) for verdict in verdicts]
+def _serving(architecture: DecoderArchitecture, dialect: str, verdicts: Sequence[EngineVerdict]) -> str:
+    parts = [_engine(verdict, architecture, dialect) for verdict in verdicts]
     if any(verdict.problems for verdict in verdicts):
-        parts += [DIALECTS[format_name].elsewhere] if DIALECTS[format_name].elsewhere else []
+        parts += [DIALECTS[dialect].elsewhere] if DIALECTS[dialect].elsewhere else []
     if architecture.dtype == "float32" and "--dtype bfloat16" in "".join(parts):
         parts.append("The model's dtype is float32; engines compute in bfloat16.")
     return "\n\n".join(parts)
 
 
-def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, format_name: str) -> str:
+def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, dialect: str) -> str:
     """How to serve with an engine and what to know of it, or why not to."""
     name = ENGINES[verdict.engine].title
     if verdict.problems:
@@ -179,7 +179,7 @@ def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, format_na
             more = f"* and {len(reasons) - _REASONS} more, which `gs-dist check DIRECTORY --for {verdict.engine}` lists"
             reasons[_REASONS:] = [more]
         return f"**Not with {name}**, which does not run this as it is meant:\n\n" + "\n".join(reasons)
-    text = ENGINES[verdict.engine].serve(format_name, architecture, verdict.notes)
+    text = ENGINES[verdict.engine].serve(dialect, architecture, verdict.notes)
     return "\n\n".join([text, *(f"* {note.text}" for note in verdict.notes)])
 
 
@@ -187,5 +187,5 @@ def _origin(summary: CalibrationSummary) -> str:
     rows = [(f"{name} (sha256)", f"`{digest}`") for name, digest in summary.fingerprints.items()]
     rows += [(name, version) for name, version in summary.versions.items()]
     return _table(("made from or with", "value"), rows) + (
-        "\n\n`gs-dist check DIRECTORY` compares names, shapes, dtypes and values with what the format calls for."
+        "\n\n`gs-dist check DIRECTORY` compares names, shapes, dtypes and values with what the dialect calls for."
     )

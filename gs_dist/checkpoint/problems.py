@@ -38,11 +38,11 @@ class Note:
 class CheckReport:
     """Result of `check`: the dialect, every problem in order of file and tensor, and what the directory holds.
 
-    `format` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too;
+    `dialect` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too;
     `notes` are about it.
     """
 
-    format: str
+    dialect: str
     engine: str | None
     problems: tuple[Problem, ...]
     facts: Mapping[str, str]
@@ -66,7 +66,7 @@ class CheckReport:
         if len(self.problems) > limit:
             lines.append(f"... and {len(self.problems) - limit} more")
         lines += [str(note) for note in self.notes]
-        subject = f"{self.format or 'unknown'} checkpoint" + (f" for {self.engine}" if self.engine else "")
+        subject = f"{self.dialect or 'unknown'} checkpoint" + (f" for {self.engine}" if self.engine else "")
         count = len(self.problems)
         verdict = "no problem found" if self.clean else f"{count} problem{'s' if count > 1 else ''} found"
         return "\n".join([*lines, f"{subject}: {verdict}"])

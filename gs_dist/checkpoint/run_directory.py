@@ -138,7 +138,7 @@ class RunDirectory:
 
     Args:
         path: the directory; made where it does not exist.
-        formats: the dialects the job writes.
+        dialects: the dialects the job writes.
         fingerprints: what the job works on; layers finished from something else are refused.
         recipe: what of the recipe decides the bytes; None where it is not known.
         made_with: the software of the job, whose layers are not mixed with another's; None where it is not known.
@@ -148,13 +148,13 @@ class RunDirectory:
         self,
         path: Path,
         *,
-        formats: tuple[str, ...],
+        dialects: tuple[str, ...],
         fingerprints: Fingerprints,
         recipe: Mapping[str, Any] | None = None,
         made_with: MadeWith | None = None,
     ) -> None:
         self.path = path
-        self._formats = formats
+        self._dialects = dialects
         self._fingerprints = fingerprints
         self._recipe = recipe
         self._made_with = made_with
@@ -187,14 +187,14 @@ class RunDirectory:
         (self.path / DONE).unlink(missing_ok=True)
         for directory in (
             self.path,
-            *(self.path / name for name in (*self._formats, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED)),
+            *(self.path / name for name in (*self._dialects, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED)),
         ):
             if directory.is_dir():
                 remove_leftovers(directory)
         if self._recipe is not None:
             record = RunRecord(
                 num_layers=num_layers,
-                formats=self._formats,
+                dialects=self._dialects,
                 recipe=self._recipe,
                 fingerprints=self._fingerprints,
                 made_with=self._made_with,
@@ -206,7 +206,7 @@ class RunDirectory:
             if manifest is None:
                 continue
             self._refuse_other(manifest)
-            if set(manifest.shards) >= set(self._formats) and not shard_faults(self.path, manifest):
+            if set(manifest.shards) >= set(self._dialects) and not shard_faults(self.path, manifest):
                 finished[layer] = manifest
         return finished
 
@@ -253,7 +253,7 @@ class RunDirectory:
         recipe: Mapping[str, Any],
         versions: Mapping[str, str],
     ) -> None:
-        """Makes each format's directory a model: carries the outer tensors over, writes config, index and provenance.
+        """Makes each dialect's directory a model: carries the outer tensors over, writes config, index and provenance.
 
         Args:
             reader: the source checkpoint.
@@ -268,8 +268,8 @@ class RunDirectory:
         outer = read_manifest(self.path, None)
         if outer is None or outer.fingerprints != self._fingerprints or shard_faults(self.path, outer):
             made_with = self._made_with or MadeWith()
-            outer = publish_outer(self.path, reader, self._formats, self._fingerprints, made_with)
-        for name in self._formats:
+            outer = publish_outer(self.path, reader, self._dialects, self._fingerprints, made_with)
+        for name in self._dialects:
             merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
             write_provenance(self.path / name, (*finished.values(), outer), recipe=recipe, versions=versions)
 
@@ -356,27 +356,27 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
     return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
 
 
-def find_models(directory: Path, formats: Sequence[str] = ()) -> dict[str, Path]:
-    """Format to model directory, given a job's output or a model directory itself.
+def find_models(directory: Path, dialects: Sequence[str] = ()) -> dict[str, Path]:
+    """Dialect to model directory, given a job's output or a model directory itself.
 
     Args:
         directory: where to look.
-        formats: those that are wanted; all that are there where none is named.
+        dialects: those that are wanted; all that are there where none is named.
 
     Raises:
-        CheckpointError: there is no finished model, or none in a format that is wanted.
+        CheckpointError: there is no finished model, or none in a dialect that is wanted.
     """
     found = {name: directory / name for name in DIALECTS if (directory / name / INDEX_FILE).is_file()}
     itself = published_dialect(directory) if not found and (directory / INDEX_FILE).is_file() else None
     if itself is not None:
         found = {itself: directory}
-    missing = [name for name in formats if name not in found]
+    missing = [name for name in dialects if name not in found]
     if found and missing:
         raise CheckpointError(
             f"{str(directory)!r} holds no finished model as {' or '.join(missing)}: choose from {', '.join(found)}"
         )
     if found:
-        return {name: path for name, path in found.items() if not formats or name in formats}
+        return {name: path for name, path in found.items() if not dialects or name in dialects}
     raise CheckpointError(
         f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
     )

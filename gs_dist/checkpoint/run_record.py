@@ -20,20 +20,20 @@ from gs_dist.recipe.text import format_path
 __all__ = ["RunRecord", "read_record", "recipe_differences", "version_differences", "write_record"]
 
 RECORD = "run.json"
-_VERSION = 1
+_VERSION = 2
 _ABSENT = object()
 _MOST = 6  # differences told
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run: how many layers it is to publish, in which formats, and what decides their bytes.
+    """A run: how many layers it is to publish, in which dialects, and what decides their bytes.
 
     `recipe` is `CalibrationConfig.fingerprint_fields()`.
     """
 
     num_layers: int
-    formats: tuple[str, ...]
+    dialects: tuple[str, ...]
     recipe: Mapping[str, Any]
     fingerprints: Fingerprints
     made_with: MadeWith | None
@@ -53,7 +53,7 @@ def read_record(output: Path) -> RunRecord | None:
         made_with = content["made_with"]
         return RunRecord(
             num_layers=int(content["num_layers"]),
-            formats=tuple(map(str, content["formats"])),
+            dialects=tuple(map(str, content["dialects"])),
             recipe=dict(content["recipe"]),
             fingerprints=Fingerprints(**content["fingerprints"]),
             made_with=None if made_with is None else MadeWith(**made_with),

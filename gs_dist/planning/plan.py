@@ -122,7 +122,7 @@ class CalibrationPlan:
 
     @property
     def policy_sets(self) -> tuple[Mapping[str, QuantPolicy | None], ...]:
-        """`policies`, or where they are chosen later, each scheme everywhere: what formats must be able to hold."""
+        """`policies`, or where they are chosen later, each scheme everywhere: what dialects must be able to hold."""
         if self.size_budget is None:
             return (self.policies,)
         inputs = {

@@ -148,13 +148,13 @@ def _reads(config: CalibrationConfig, workload: Workload, stages: Sequence[Layer
         for first, end in groups.bounds
         for layer in range(first, end)
     )
-    tokens, formats = config.probe.max_new_tokens, len(config.format)
+    tokens, count = config.probe.max_new_tokens, len(config.dialects)
     at_a_time = max(groups.most_layers for groups in stages if len(groups.bounds) > 1)
     times, often = "once", "once"
     if tokens:
         times = f"up to {1 + tokens} times (once a token of probe.max_new_tokens, which 0 leaves out)"
         often = "twice"
-    published = "those of the published model" if formats == 1 else f"those of each of the {formats} published models"
+    published = "those of the published model" if count == 1 else f"those of each of the {count} published models"
     return (
         f"up to {at_a_time} of a stage's layers in memory at a time, since they do not all fit: the float model's "
         f"weights ({format_bytes(read)}) are read {times}, {published} {often}"

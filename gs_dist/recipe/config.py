@@ -295,6 +295,11 @@ class CalibrationConfig(_Section):
     """Finds out what 8 and 4 bits would cost each linear, for `gs-dist summary --sort sensitivity`."""
 
     @property
+    def dialects(self) -> tuple[str, ...]:
+        """Names of the dialects to publish, as `format` lists them."""
+        return self.format
+
+    @property
     def network_policy(self) -> QuantPolicy:
         """The policy of every linear that no layer policy matches."""
         return self.ptq.policy

@@ -63,7 +63,7 @@ def summarise(
     mixture = mixture_note(finished)
     return CalibrationSummary(
         model=reader.directory.resolve().name,
-        formats=job.config.format,
+        formats=job.config.dialects,
         propagation=job.config.propagation,
         num_samples=job.plan.num_samples,
         num_tokens=max((row.num_tokens for row in rows), default=0),

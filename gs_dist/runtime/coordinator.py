@@ -169,7 +169,7 @@ def _notes(config: CalibrationConfig, reader: CheckpointReader, plan: Calibratio
     notes = [*reader.notes, *reader.companions().notes]
     notes += [
         note
-        for name in config.format
+        for name in config.dialects
         for policies in plan.policy_sets
         for note in codec_of(name).check_policies(policies, reader.architecture)
     ]
@@ -202,7 +202,7 @@ def run_job(
 def _run_directory(config: CalibrationConfig, fingerprints: Fingerprints) -> RunDirectory:
     return RunDirectory(
         Path(config.output),
-        formats=config.format,
+        dialects=config.dialects,
         fingerprints=fingerprints,
         recipe=config.fingerprint_fields(),
         made_with=Software.here().made_with,
@@ -227,7 +227,7 @@ def _run_locked(
         progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
     if len(finished) < reader.architecture.num_layers:
         reader.refuse_damaged_outer()
-        for name in config.format:
+        for name in config.dialects:
             refuse_foreign_weights(run.path, name, reader.architecture.num_layers)
     stages: dict[WorkerKey, StageSummary] = {}
     if config.bits == "auto":
@@ -255,13 +255,13 @@ def _run_locked(
     elif config.bits == "auto":
         remove_statistics(run.path)
     if probe is not None:
-        for name in config.format:  # cards of a model that is not judged yet
+        for name in config.dialects:  # cards of a model that is not judged yet
             (run.path / name / CARD).unlink(missing_ok=True)
         summary = probe.run(summary, make_evaluation_group, progress)
         write_summary(run.path, summary)
-    for name in config.format:
+    for name in config.dialects:
         write_model_card(run.path / name, recipe, summary, reader.architecture)
-    run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.format)})
+    run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.dialects)})
     return summary
 
 
@@ -298,7 +298,7 @@ def _choose_bits(
 
 def _check_published(run: RunDirectory, config: CalibrationConfig) -> None:
     """Nothing counts as done that a look at the files alone would refuse."""
-    for name in config.format:
+    for name in config.dialects:
         report = check(run.path / name)
         if not report.clean:
             raise JobFailure(f"{name}: what was published breaks the rules of its format:\n{report.render()}")

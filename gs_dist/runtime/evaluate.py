@@ -32,7 +32,7 @@ def evaluate(
     directory: str,
     data: CalibrationData,
     *,
-    formats: Sequence[str] = (),
+    dialects: Sequence[str] = (),
     model: str | None = None,
     pipeline_parallel_size: int | None = None,
     memory_per_worker: int | None = None,
@@ -40,12 +40,12 @@ def evaluate(
     timeout: float = 600.0,
     progress: Progress,
 ) -> tuple[PerplexitySummary, ...]:
-    """Perplexity of a published model in each of its formats, and of the float model it was made of.
+    """Perplexity of a published model in each of its dialects, and of the float model it was made of.
 
     Args:
         directory: a job's output, or the model directory within it.
         data: `num_samples` is a limit; fewer are taken where there are no more.
-        formats: those to evaluate; every one that the directory holds where none is named.
+        dialects: those to evaluate; every one that the directory holds where none is named.
         model: directory of the float model, None to leave it out.
         pipeline_parallel_size: stages; one per CPU of the machine, at most two, where None.
         memory_per_worker: bytes that a worker may use; None for its share of the machine, or of a card.
@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         UserError: a directory or the data cannot be used, or not even one layer fits.
     """
-    published = find_models(Path(directory), formats)
+    published = find_models(Path(directory), dialects)
     reader = CheckpointReader(next(iter(published.values())), quantized=True)
     num_layers = reader.architecture.num_layers
     if model is not None:

@@ -63,7 +63,7 @@ class Probe:
         device: Literal["cpu", "ascend"] = "ascend" if plan.device == "ascend" else "cpu"
         self._evaluation = Evaluation(
             model=config.model,
-            published={name: str(Path(config.output) / name) for name in config.format},
+            published={name: str(Path(config.output) / name) for name in config.dialects},
             data=config.probe_data,
             stages=plan.probe_stages,
             max_in_flight=plan.max_in_flight,

@@ -263,7 +263,7 @@ class StageWorker:
             statistics=statistics,
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
-            makes_biases=all(codec_of(name).makes_biases for name in self._job.config.format),
+            makes_biases=all(codec_of(name).makes_biases for name in self._job.config.dialects),
         )
 
     def _judge(self, layer: int, statistics: LayerStatistics) -> LayerCosts:
@@ -297,7 +297,7 @@ class StageWorker:
         if config.propagation == "quantized":
             write_solved(self._output, quantized)
         made_with = self.software().made_with
-        return publish_layer(self._output, quantized, architecture, config.format, self._job.fingerprints, made_with)
+        return publish_layer(self._output, quantized, architecture, config.dialects, self._job.fingerprints, made_with)
 
     def report(self) -> StageReport:
         """Time and memory spent so far."""

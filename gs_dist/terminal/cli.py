@@ -221,7 +221,7 @@ def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[Calibratio
     reader = CheckpointReader(Path(config.model))
     made = make_plan(config, reader.architecture, reader.tensors, facts)
     notes = [*reader.notes, *reader.companions().notes]
-    for name in config.format:
+    for name in config.dialects:
         for policies in made.policy_sets:
             notes += codec_of(name).check_policies(policies, reader.architecture)
     return made, list(dict.fromkeys(notes))
@@ -376,7 +376,7 @@ def evaluate(
         found = runtime.evaluate(
             str(directory),
             samples,
-            formats=tuple(format or ()),
+            dialects=tuple(format or ()),
             model=None if model is None else str(model),
             pipeline_parallel_size=stages,
             memory_per_worker=memory_per_worker,

@@ -266,7 +266,7 @@ def test_recipes_publish_what_their_engines_serve(tmp_path: Path, recipe: Path) 
         config.resolved_layer_policies,
         config.ptq.opname_blacklist,
     )
-    for name in config.format:
+    for name in config.dialects:
         codec_of(name).check_policies(policies, architecture)
         dialects.save_model(tmp_path / name, codec_of(name), dict(policies), hidden_size=128)
         for engine in ENGINES[recipe.stem]:

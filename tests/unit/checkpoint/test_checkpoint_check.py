@@ -546,7 +546,7 @@ def test_a_clean_directory_passes(name: str, engine: str | None, pristine: dict[
     report = check(pristine[name], engine)
     assert report.problems == ()
     assert report.exit_code == 0
-    assert report.format in report.render()
+    assert report.dialect in report.render()
     assert "2 layers" in report.facts["model"]
 
 
@@ -659,7 +659,7 @@ def test_a_merged_run_is_clean_in_every_format(run: Path) -> None:
         check(run)
     assert {name: report.problems for name, report in check_all(run).items()} == {"ascend": (), "golden-stick": ()}
     shutil.rmtree(run / "ascend")
-    assert check(run).format == "golden-stick"
+    assert check(run).dialect == "golden-stick"
 
 
 def test_an_engine_is_asked_about_the_formats_it_reads(run: Path) -> None:

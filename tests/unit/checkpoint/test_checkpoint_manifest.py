@@ -27,7 +27,7 @@ from gs_dist.errors import OutputError
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import LinearSummary, QuantizedKVCache
 
-FORMATS = ["compressed-tensors"]
+DIALECTS = ["compressed-tensors"]
 PRINTS = Fingerprints(recipe="aa", source="bb", data="cc")
 ROW = LinearSummary(
     layer=1,
@@ -48,7 +48,7 @@ def publish_one(tmp_path: Path, **policy: Any) -> tuple[Path, LayerManifest]:
     scales = np.ones(reader.architecture.kv_size, np.float32)
     layer = dataclasses.replace(layer, rows=(ROW,), kv_cache=QuantizedKVCache(key_scale=scales, value_scale=scales))
     (tmp_path / "run").mkdir()
-    return tmp_path / "run", publish_layer(tmp_path / "run", layer, reader.architecture, FORMATS, PRINTS)
+    return tmp_path / "run", publish_layer(tmp_path / "run", layer, reader.architecture, DIALECTS, PRINTS)
 
 
 def test_a_manifest_reads_back(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_manifest_tells_the_software_and_the_shard_does_not(tmp_path: Path) ->
     shards = []
     for name, made_with in (("a", MadeWith(versions={"numpy": "1.26.4"}, kernel="x86_64 Zen")), ("b", MadeWith())):
         (tmp_path / name).mkdir()
-        publish_layer(tmp_path / name, layer, reader.architecture, FORMATS, PRINTS, made_with)
+        publish_layer(tmp_path / name, layer, reader.architecture, DIALECTS, PRINTS, made_with)
         manifest = read_manifest(tmp_path / name, 1)
         assert manifest is not None
         assert manifest.made_with == made_with
@@ -113,7 +113,7 @@ def test_the_outer_part_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
     """Embedding, final norm and head are in a shard of their own, and a tied head is not."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", "qwen3", "bfloat16", shards=3))
     (tmp_path / "run").mkdir()
-    manifest = publish_outer(tmp_path / "run", reader, FORMATS, PRINTS)
+    manifest = publish_outer(tmp_path / "run", reader, DIALECTS, PRINTS)
     assert read_manifest(tmp_path / "run", None) == manifest
     path = tmp_path / "run" / "compressed-tensors" / "outer.safetensors"
     infos, _ = read_header(path, path.name)
@@ -174,5 +174,5 @@ def test_every_scheme_can_be_recorded(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for fields in SCHEMES.values():
         layer = quantise(reader, 0, dict.fromkeys(LINEARS, QuantPolicy(**fields)))
-        manifest = publish_layer(tmp_path / "run", layer, reader.architecture, FORMATS, PRINTS)
+        manifest = publish_layer(tmp_path / "run", layer, reader.architecture, DIALECTS, PRINTS)
         assert read_manifest(tmp_path / "run", 0) == manifest

@@ -21,7 +21,7 @@ from gs_dist.recipe.policy import QuantPolicy
 
 PRINTS = Fingerprints(recipe="aa", source="bb", data="cc")
 SOFTWARE = MadeWith(versions={"gs-dist": "0.1.0", "numpy": "1.26.4"}, kernel="x86_64 Haswell")
-FORMATS = ("compressed-tensors",)
+DIALECTS = ("compressed-tensors",)
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 def run(path: Path, **changes: Any) -> RunDirectory:
     settings: dict[str, Any] = {"fingerprints": PRINTS, "recipe": fields(), "made_with": SOFTWARE}
-    return RunDirectory(path, formats=FORMATS, **{**settings, **changes})
+    return RunDirectory(path, dialects=DIALECTS, **{**settings, **changes})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def output(tmp_path: Path) -> Path:
     assert run(path).prepare(2) == {}
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m"))
     layer = quantise(reader, 0, dict.fromkeys(LINEARS, QuantPolicy()))
-    publish_layer(path, layer, reader.architecture, FORMATS, PRINTS, SOFTWARE)
+    publish_layer(path, layer, reader.architecture, DIALECTS, PRINTS, SOFTWARE)
     return path
 
 

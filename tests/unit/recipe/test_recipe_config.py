@@ -291,7 +291,7 @@ def test_overrides_are_laid_over_the_recipe_in_order(write: Any) -> None:
     assert down is not None
     assert (down.act_quant_granularity, down.algo_args.alpha) == ("per_tensor", 0.7)
     assert config.layer_policies[".*gate_proj"] is None
-    assert config.format == ("compressed-tensors", "ascend")
+    assert config.dialects == ("compressed-tensors", "ascend")
     assert not config.takes_gram
 
 

@@ -283,9 +283,9 @@ def test_every_format_of_a_job_is_evaluated(tmp_path: Path, inline: list[Evaluat
         assert found.float_perplexity == pytest.approx(found.perplexity, rel=0.01)
         assert (found.num_samples, found.sequence_length, found.num_tokens) == (20, 32, 20 * 31)
         assert (found.data, found.data_fingerprint) == (("samples.parquet",), dataset.fingerprint())
-    (one,) = evaluate(job.output, job.calibration, formats=["golden-stick"], progress=heard)
+    (one,) = evaluate(job.output, job.calibration, dialects=["golden-stick"], progress=heard)
     assert (one.format, one.perplexity, one.float_perplexity) == ("golden-stick", both[1].perplexity, None)
     (inside,) = evaluate(f"{job.output}/golden-stick", job.calibration, progress=heard)
     assert inside == one
     with pytest.raises(CheckpointError, match="no finished model as ascend: choose from compressed-tensors, golden-st"):
-        evaluate(job.output, job.calibration, formats=["ascend"], progress=heard)
+        evaluate(job.output, job.calibration, dialects=["ascend"], progress=heard)

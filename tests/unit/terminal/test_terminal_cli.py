@@ -507,7 +507,9 @@ def test_a_job_that_is_not_finished_is_no_broken_model(tmp_path: Path) -> None:
     """Check says how far it got, and how to go on."""
     fields = CalibrationConfig.model_validate({"model": "m", "output": "o", "calibration": {"data": "c"}})
     prints = Fingerprints(recipe="r", source="s", data="d")
-    run_directory = RunDirectory(tmp_path, formats=("ascend",), fingerprints=prints, recipe=fields.fingerprint_fields())
+    run_directory = RunDirectory(
+        tmp_path, dialects=("ascend",), fingerprints=prints, recipe=fields.fingerprint_fields()
+    )
     run_directory.prepare(30)
     (tmp_path / "manifests" / "layer-00000.json").touch()
     result = run("check", tmp_path)
