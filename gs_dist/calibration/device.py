@@ -6,28 +6,26 @@ import contextlib
 import functools
 import os
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mindspore as ms
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, ops
 
 from gs_dist.errors import ClusterError
+from gs_dist.model.dtypes import BFLOAT16, FLOATS
 
-__all__ = ["Device", "open_device"]
+__all__ = ["DTYPE_NAMES", "Device", "open_device"]
 
 Array = npt.NDArray[Any]
 
 _MS_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
-_NUMPY_DTYPES: dict[Any, np.dtype[Any]] = {
-    ms.float32: np.dtype(np.float32),
-    ms.float16: np.dtype(np.float16),
-    ms.bfloat16: np.dtype(ml_dtypes.bfloat16),
-}
+DTYPE_NAMES: Mapping[Any, str] = {dtype: name for name, dtype in _MS_DTYPES.items()}
+"""MindSpore's float dtypes to their names in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Device:
         On a CPU the tensor shares the array's memory when nothing had to be converted and the array is
         contiguous, writable or not: nobody may write to either afterwards.
         """
-        wanted = array if dtype is None else array.astype(_NUMPY_DTYPES[dtype], copy=False)
+        wanted = array if dtype is None else array.astype(FLOATS[DTYPE_NAMES[dtype]], copy=False)
         ready = np.require(wanted, requirements=("C_CONTIGUOUS", "ALIGNED"))
         return Tensor.from_numpy(ready) if self.kind == "cpu" else Tensor(ready)
 
@@ -58,7 +56,7 @@ class Device:
         """The tensor's values; on a CPU they share its memory, bfloat16 comes as `ml_dtypes.bfloat16`."""
         array: Array = tensor.asnumpy()
         # MindSpore gives NumPy a bfloat16 of its own, which knows no other library's.
-        return array.view(np.uint16).view(ml_dtypes.bfloat16) if tensor.dtype == ms.bfloat16 else array
+        return array.view(np.uint16).view(BFLOAT16) if tensor.dtype == ms.bfloat16 else array
 
     def peak_memory(self) -> int:
         """Largest memory use so far in bytes: resident set of the process on a CPU, device memory on Ascend."""

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import CheckpointError
+from gs_dist.model.dtypes import BFLOAT16
 
 __all__ = ["not_finite", "refuse_not_finite"]
 
 Array = npt.NDArray[Any]
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _VALUES = 1 << 22  # looked at together
 
 
 def not_finite(block: Array) -> npt.NDArray[np.bool_]:
     """Where a block holds NaN or an infinity."""
-    if block.dtype == _BFLOAT16:  # all exponent bits set; much faster than going through float32
+    if block.dtype == BFLOAT16:  # all exponent bits set; much faster than going through float32
         return np.asarray(block.view(np.uint16) & 0x7F80 == 0x7F80)
     return np.asarray(~np.isfinite(block))
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.model.decoder import DecoderArchitecture, Linear
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS, description_files
 
 __all__ = [
-    "FLOATS",
+    "FLOAT_NAMES",
     "DialectLayout",
     "Expectation",
     "Layout",
@@ -27,7 +28,7 @@ __all__ = [
     "with_single",
 ]
 
-FLOATS = ("float32", "float16", "bfloat16")
+FLOAT_NAMES = tuple(FLOATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +106,12 @@ def build_layout(inventory: Inventory, name: str, dialect: DialectLayout, archit
         floats.pop(name + ".weight", None)
         if floats.pop(name + ".bias", None):
             shape = (quantised[name]["weight_rows"].shape[0],)
-            layout.tensors[name + ".bias"] = Expectation(dtypes=FLOATS, shape=shape, values="float")
+            layout.tensors[name + ".bias"] = Expectation(dtypes=FLOAT_NAMES, shape=shape, values="float")
         for leaf, expectation in quantised[name].items():
             if leaf != "weight_rows":
                 layout.tensors[f"{name}.{leaf}"] = expectation
     for name, (shape, values) in floats.items():
-        layout.tensors[name] = Expectation(dtypes=FLOATS, shape=shape, values=values)
+        layout.tensors[name] = Expectation(dtypes=FLOAT_NAMES, shape=shape, values=values)
     return layout
 
 
@@ -131,7 +132,7 @@ def described_linears(
         if label is None:
             inventory.report(file, "description-entry", "no entry", "a label for every linear", name + ".weight")
             looks_float = inventory.tensors.get(name + ".weight")
-            label = "FLOAT" if looks_float is None or looks_float.dtype in FLOATS else "?"
+            label = "FLOAT" if looks_float is None or looks_float.dtype in FLOAT_NAMES else "?"
         if label != "FLOAT" and label not in labels:
             if label != "?":
                 known = ", ".join(("FLOAT", *labels))

@@ -12,6 +12,7 @@ from typing import Any
 
 from gs_dist.checkpoint.header import TensorInfo
 from gs_dist.errors import CheckpointError
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantised"]
@@ -43,7 +44,7 @@ _QUANTISED_LEAVES: Mapping[str, str] = {
     "weight_scale": "compressed-tensors, ModelOpt or ModelSlim",
     "input_scale": "compressed-tensors, ModelOpt or ModelSlim",
 }
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_FLOATS = ("float64", *FLOATS)
 _LORA = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\."
 )

@@ -15,13 +15,13 @@ from gs_dist.checkpoint.source_kind import refuse_foreign_names
 from gs_dist.checkpoint.weight_files import WeightFiles, same_bytes, some
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.dtypes import FLOATS
 
 __all__ = ["SourceTensors", "settle_tensors"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-_FLOATS = ("float32", "float16", "bfloat16")
 _CHUNK = 1 << 22  # values compared at a time
 # Buffers that older transformers saved; rotary frequencies follow from config.json.
 _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -132,9 +132,9 @@ def _checked(
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} has shape {info.shape}, and config.json calls for {shape}"
             )
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} is {info.dtype}; served are {', '.join(_FLOATS)}. "
+                f"{info.file}: tensor {name!r} is {info.dtype}; served are {', '.join(FLOATS)}. "
                 "Set model to the float checkpoint"
             )
     return {name: found[name] for name in expected}, tuple(extra)

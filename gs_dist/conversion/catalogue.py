@@ -16,11 +16,11 @@ from gs_dist.checkpoint.sources.directory import SourceDirectory
 from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding
 from gs_dist.checkpoint.sources.matrix import PlainMatrix, StoredMatrix, TransposedMatrix, numpy_dtype
 from gs_dist.errors import CheckpointError
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.model.kept_in_float import Family, family_of, kept_reason
 
 __all__ = ["Carried", "Catalogue", "LinearRows", "Weight", "take_catalogue"]
 
-_FLOATS = ("float32", "float16", "bfloat16")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FUSED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj|gate_proj|up_proj)$")
 _FUSED_BIAS = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)_bias$")
@@ -155,11 +155,11 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _float_dtype(source: SourceDirectory) -> str:
     for part in (source.config, _text_config(source.config)):
         stated = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
-        if stated in _FLOATS:
+        if stated in FLOATS:
             return stated
     shares: dict[str, int] = {}
     for info in source.tensors.values():
-        if info.dtype in _FLOATS:
+        if info.dtype in FLOATS:
             shares[info.dtype] = shares.get(info.dtype, 0) + info.nbytes
     return max(sorted(shares), key=lambda name: shares[name]) if shares else "bfloat16"
 
@@ -189,7 +189,7 @@ class _Builder:
             self.carried.extend(self._expert_biases(info, bias["experts"], bias["leaf"]))
         elif self._encoding.encodes(info.name):
             self._add_linear(self._encoding.module_of(info.name), self._encoding.matrix(info.name), encoded=True)
-        elif info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in _FLOATS:
+        elif info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOATS:
             self._add_linear(info.name.removesuffix(".weight"), PlainMatrix(info=info), encoded=False)
         else:
             self.carried.append(Carried(info=info, name=info.name, reason=_why_carried(info)))
@@ -235,10 +235,10 @@ class _Builder:
         interleaved = self._family.experts_interleaved and leaf == "gate_up_proj"
         if self._encoding.encodes(info.name):
             return self._encoding.expert_matrices(info.name, interleaved=interleaved)
-        if info.dtype not in _FLOATS or len(info.shape) != 3:
+        if info.dtype not in FLOATS or len(info.shape) != 3:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r:.200} is {info.dtype} {info.shape}, and experts are served in "
-                f"{', '.join(_FLOATS)} of three dimensions, in FP8 with weight_scale_inv, or in MXFP4"
+                f"{', '.join(FLOATS)} of three dimensions, in FP8 with weight_scale_inv, or in MXFP4"
             )
         if self._by_inputs(info, leaf):
             return [TransposedMatrix(info=info, index=i, interleaved=interleaved) for i in range(info.shape[0])]
@@ -281,7 +281,7 @@ class _Builder:
 
 
 def _why_carried(info: TensorInfo) -> str:
-    if info.dtype not in _FLOATS:
+    if info.dtype not in FLOATS:
         return f"{info.dtype}, no float"
     if len(info.shape) != 2:
         return {0: "a number", 1: "a vector"}.get(len(info.shape), f"{len(info.shape)} dimensions, no expert")

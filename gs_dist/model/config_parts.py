@@ -12,11 +12,11 @@ from typing import NamedTuple
 from gs_dist.errors import CheckpointError
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.model.rotary import RopeScaling, Rotary
 
 __all__ = ["Heads", "decoder", "heads", "num_layers", "rotary", "windows"]
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _MAX_LAYERS = 4096  # bounds what a damaged config.json can make us enumerate
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
@@ -131,6 +131,6 @@ def _dtype(keys: ConfigKeys) -> str:
     value = keys.get(key, "float32")
     if isinstance(value, str):
         value = value.removeprefix("torch.")
-    if value not in _DTYPES:
-        raise keys.wrong(key, " or ".join(_DTYPES))
+    if value not in FLOATS:
+        raise keys.wrong(key, " or ".join(FLOATS))
     return str(value)

@@ -19,9 +19,9 @@ from mindspore import mint, nn, ops
 
 from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.integers import pack_int4
 from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.affine import EPSILON, num_groups
-from gs_dist.solvers.packing import pack_int4
 
 __all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "token_scale"]
 

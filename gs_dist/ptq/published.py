@@ -18,6 +18,7 @@ from gs_dist.checkpoint.dialects import codec_of, published_dialect
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.ptq.cells import QuantDense
 from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.recipe.policy import QuantPolicy
@@ -27,8 +28,6 @@ from gs_dist.solvers.strategy import strategy
 __all__ = ["float_tensors", "load_published"]
 
 Array = npt.NDArray[Any]
-
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def float_tensors(reader: CheckpointReader) -> dict[str, Array]:
@@ -44,7 +43,7 @@ def float_tensors(reader: CheckpointReader) -> dict[str, Array]:
     stored = [
         name
         for name, shape in shapes.items()
-        if name in reader.tensors and reader.tensors[name].shape == shape and reader.tensors[name].dtype in _FLOATS
+        if name in reader.tensors and reader.tensors[name].shape == shape and reader.tensors[name].dtype in FLOATS
     ]
     waiting = {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items() if name not in stored}
     return {**reader.read(stored), **waiting}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import mindspore as ms
-
+from gs_dist.calibration.device import DTYPE_NAMES
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput, Linear
@@ -35,8 +34,6 @@ STATISTICS_BYTES = 4 << 30
 _NUM_BLOCKS = 8  # reduction blocks, the recipe's default
 
 _CHEAP = StatisticsSettings(gram=False)
-
-_SCALE_DTYPES = {ms.float16: "float16", ms.bfloat16: "bfloat16"}
 
 
 def solve_network(
@@ -188,8 +185,8 @@ def _solve_linears(
 ) -> dict[str, Any]:
     """Solves linears of one layer, each with an input of its own: what lies before it is unknown."""
     solved: dict[str, Any] = {}
-    for dtype in {_SCALE_DTYPES.get(form.dtype, "float32") for form in forms}:
-        alike = [form for form in forms if _SCALE_DTYPES.get(form.dtype, "float32") == dtype]
+    for dtype in {DTYPE_NAMES.get(form.dtype, "float32") for form in forms}:
+        alike = [form for form in forms if DTYPE_NAMES.get(form.dtype, "float32") == dtype]
         problem = LayerProblem(
             layer=index,
             prefix="",

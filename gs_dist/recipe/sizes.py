@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["GIB", "SIZE_HELP", "format_bytes", "parse_size", "stored_bytes"]
@@ -16,8 +17,6 @@ _SIZE_UNITS = {"B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
 }
 SIZE_HELP = "a size such as 60GiB, 512MiB or 8GB"
-
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def parse_size(value: object) -> int:
@@ -46,8 +45,8 @@ def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype
     """Bytes of a weight (out, in) with its scales and zero points; `None` is the weight in `scale_dtype`."""
     rows, columns = shape
     if policy is None or not policy.quantises_linear:
-        return rows * columns * _DTYPE_BYTES[scale_dtype]
+        return rows * columns * FLOATS[scale_dtype].itemsize
     groups = columns // policy.group_size if policy.group_size else 1
     zero_bits = 0 if policy.weight_symmetric else policy.weight_bits
-    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * _DTYPE_BYTES[scale_dtype])
+    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * FLOATS[scale_dtype].itemsize)
     return -(-bits // 8)

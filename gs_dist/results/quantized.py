@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.integers import Float32, Int8, dequantise
 
 __all__ = ["Float32", "Int8", "LinearSummary", "QuantizedKVCache", "QuantizedLayer", "QuantizedLinear"]
-
-Float32 = npt.NDArray[np.float32]
-Int8 = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +66,7 @@ class QuantizedLinear:
 
     def dequantised(self) -> Float32:
         """The weight (out, in) float32 that the integers stand for."""
-        out, columns = self.codes.shape
-        groups = self.scale.shape[1]
-        zero = self.zero_point if self.zero_point is not None else np.zeros_like(self.scale, dtype=np.int8)
-        if self.group_index is not None:
-            scale, offset = self.scale[:, self.group_index], zero[:, self.group_index].astype(np.float32)
-            return np.asarray((self.codes.astype(np.float32) - offset) * scale, dtype=np.float32)
-        grouped = self.codes.reshape(out, groups, columns // groups).astype(np.float32)
-        weight = (grouped - zero[:, :, None].astype(np.float32)) * self.scale[:, :, None]
-        return np.asarray(weight.reshape(out, columns), dtype=np.float32)
+        return dequantise(self.codes, self.scale, self.zero_point, self.group_index)
 
 
 @dataclass(frozen=True, kw_only=True)

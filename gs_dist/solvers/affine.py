@@ -9,7 +9,6 @@ together. Rounding is half to even throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import UserError
-from gs_dist.results.quantized import Float32, Int8
+from gs_dist.model.dtypes import FLOATS
+from gs_dist.results.integers import Float32, Int8, dequantise, row_blocks
 
 __all__ = [
     "EPSILON",
@@ -39,20 +39,12 @@ Float = npt.NDArray[np.floating[Any]]
 # Scale of a channel or group that is zero throughout; exact in float32, bfloat16 and float16.
 EPSILON = 2.0**-23
 
-# Elements of a float32 block worked on at a time: 16 MiB, so that temporaries of a wide weight stay small.
-_BLOCK_ELEMENTS = 1 << 22
-
 # Smallest scale kept by each dtype. float16 has subnormals of use; elsewhere they would cost speed and
 # stand for weights of no consequence.
 _SCALE_LIMITS: dict[str, tuple[float, float]] = {
     "float32": (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)),
     "bfloat16": (float(ml_dtypes.finfo(ml_dtypes.bfloat16).tiny), float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
     "float16": (2.0**-24, float(np.finfo(np.float16).max)),
-}
-_DTYPES: dict[str, npt.DTypeLike] = {
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
 }
 
 
@@ -79,13 +71,6 @@ def num_groups(columns: int, group_size: int) -> int:
     return columns // group_size
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over the rows of a matrix, each of at most 16 MiB of float32."""
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
 def round_scale(scale: npt.ArrayLike, scale_dtype: str) -> Float32:
     """Positive scales rounded to `scale_dtype` and given back as float32; never 0, never infinite.
 
@@ -94,11 +79,11 @@ def round_scale(scale: npt.ArrayLike, scale_dtype: str) -> Float32:
     Raises:
         UserError: a dtype other than float32, float16 and bfloat16.
     """
-    if scale_dtype not in _DTYPES:
+    if scale_dtype not in FLOATS:
         raise UserError(f"scales of dtype {scale_dtype} are not served: use float32, float16 or bfloat16")
     smallest, largest = _SCALE_LIMITS[scale_dtype]
     exact = np.clip(np.asarray(scale, dtype=np.float64), smallest, largest)
-    rounded = exact.astype(np.float32).astype(_DTYPES[scale_dtype]).astype(np.float32)
+    rounded = exact.astype(np.float32).astype(FLOATS[scale_dtype]).astype(np.float32)
     if scale_dtype == "float16":
         short = (rounded < exact) & (exact < 2.0**-14)
         rounded = np.where(short, rounded + np.float32(2.0**-24), rounded)
@@ -179,29 +164,6 @@ def quantise_weight(
         wide_zero = None if zero is None else zero[:, :, None]
         codes[block] = quantise_with(grouped, part[:, :, None], wide_zero, bits=bits).reshape(-1, columns)
     return codes, scale, zero_point
-
-
-def dequantise(
-    codes: Int8, scale: Float32, zero_point: Int8 | None = None, group_index: npt.NDArray[np.int32] | None = None
-) -> Float32:
-    """(codes - zero_point) * scale, (out, in) float32; `group_index` (in,) names each column's group if irregular."""
-    rows, columns = codes.shape
-    groups = scale.shape[1]
-    weight = np.empty((rows, columns), dtype=np.float32)
-    for block in row_blocks(rows, columns):
-        target = weight[block]
-        target[...] = codes[block]
-        step = scale[block]
-        offset = None if zero_point is None else zero_point[block].astype(np.float32)
-        if group_index is None:
-            target = target.reshape(-1, groups, columns // groups)
-            step, offset = step[:, :, None], None if offset is None else offset[:, :, None]
-        else:
-            step, offset = step[:, group_index], None if offset is None else offset[:, group_index]
-        if offset is not None:
-            target -= offset
-        target *= step
-    return weight
 
 
 def fake_quantise_static(x: Float32, scale: float, zero_point: int | None = None) -> Float32:

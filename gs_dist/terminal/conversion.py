@@ -69,7 +69,7 @@ def plan(config: ConversionConfig, console: Console) -> ConversionPlan:
     lines = [
         ("model", f"{Path(config.model).name} ({source}), {format_bytes(made.read_bytes)}"),
         ("linears", ", ".join(f"{count} {name}" for name, count in sorted(made.counts.items()))),
-        *((name, f"{format_bytes(made.written_bytes(name))} in {files}") for name in config.dialects),
+        *((name, f"{format_bytes(made.written_bytes(name))} in {files}") for name in config.format),
         ("workers", f"{made.num_workers} of at most {format_bytes(made.memory_per_worker)} each, for {made.largest}"),
     ]
     table = Table(box=None, show_header=False)

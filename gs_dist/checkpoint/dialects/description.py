@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.dtypes import BFLOAT16
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
 
@@ -26,7 +26,6 @@ __all__ = [
     "cast_scale",
     "describe_tensors",
     "expected_names",
-    "float_dtype",
     "fused_members",
     "input_settings",
     "kv_layers",
@@ -49,22 +48,12 @@ FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
-_FLOAT_DTYPES: Mapping[str, npt.DTypeLike] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
 _POLICIES: Mapping[str, Mapping[str, Any]] = {
     "W8A8": {"act_quant_dtype": "int8"},
     "W8A8_DYNAMIC": {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"},
     "W8A16": {},
     "W4A16": {"weight_quant_dtype": "qint4x2"},
 }
-
-
-def float_dtype(name: str) -> np.dtype[Any]:
-    """NumPy dtype of config.json's `torch_dtype` (bfloat16 by ml_dtypes)."""
-    return np.dtype(_FLOAT_DTYPES[name])
 
 
 def label_of(policy: QuantPolicy | None) -> str:
@@ -266,7 +255,7 @@ def static_parameters(linear: QuantizedLinear, dtype: np.dtype[Any], where: str)
     if not -128 <= zero_point <= 127:
         raise LayerError(f"{where}: the input's zero point is {zero_point}, outside int8; set act_symmetric: true")
     single = np.array([linear.input_scale], dtype=np.float32)
-    computed_in = np.dtype(ml_dtypes.bfloat16) if dtype == np.float32 else dtype
+    computed_in = BFLOAT16 if dtype == np.float32 else dtype
     scale = cast_scale(single, computed_in, where + " input_scale").astype(dtype)
     deq_scale = scale.astype(np.float32) * linear.scale[:, 0].astype(np.float32)
     if not (np.isfinite(deq_scale).all() and (deq_scale > 0).all()):

@@ -9,13 +9,10 @@ import dialects
 import numpy as np
 import pytest
 from checkpoints import DTYPES, tiny_config
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from gs_dist.checkpoint.dialects.base import Codec
 from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
-from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec, pack_int4, unpack_int4
+from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
@@ -75,22 +72,6 @@ def reader_static(tensors: dict[str, Any], p: str, x: np.ndarray) -> np.ndarray:
     accumulated = quantised @ tensors[p + ".weight"].astype(np.int64).T + tensors[p + ".quant_bias"].astype(np.int64)
     out = accumulated * tensors[p + ".deq_scale"].astype(np.float64)
     return out + tensors[p + ".bias"].astype(np.float64) if p + ".bias" in tensors else out
-
-
-def test_two_output_channels_share_a_byte() -> None:
-    """[1, 2] becomes 0x21: the even channel in the low half, and the result is (K, N / 2)."""
-    assert pack_int4(np.array([[1], [2]], dtype=np.int8)).tolist() == [[0x21]]
-    assert pack_int4(np.array([[-1], [-8]], dtype=np.int8)).view(np.uint8).tolist() == [[0x8F]]
-    assert pack_int4(np.zeros((6, 5), dtype=np.int8)).shape == (5, 3)
-
-
-SHAPES = st.tuples(st.integers(1, 4).map(lambda n: 2 * n), st.integers(1, 7))
-
-
-@given(arrays(np.int8, SHAPES, elements=st.integers(-8, 7)))
-def test_packing_is_undone(codes: np.ndarray) -> None:
-    """Unpacking packed codes gives them back."""
-    np.testing.assert_array_equal(unpack_int4(pack_int4(codes)), codes)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.errors import UserError
+from gs_dist.results import integers
 from gs_dist.solvers import affine
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -139,7 +140,7 @@ def test_blocks_of_rows_do_not_change_a_bit(monkeypatch):
     """Working on few rows at a time gives the same codes and scales."""
     weight = np.random.default_rng(0).normal(size=(37, 64)).astype(np.float32)
     whole = affine.quantise_weight(weight, bits=4, group_size=16, symmetric=False, scale_dtype="float32")
-    monkeypatch.setattr(affine, "_BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(integers, "_BLOCK_ELEMENTS", 300)
     for a, b in zip(
         whole,
         affine.quantise_weight(weight, bits=4, group_size=16, symmetric=False, scale_dtype="float32"),

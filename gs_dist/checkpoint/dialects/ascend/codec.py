@@ -38,7 +38,6 @@ from gs_dist.checkpoint.dialects.description import (
     cast_scale,
     describe_tensors,
     expected_names,
-    float_dtype,
     kv_layers,
     label_of,
     mixed_fusions,
@@ -54,6 +53,7 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -100,7 +100,7 @@ class AscendCodec:
         """
         require_shared_input(layer)
         prefix = architecture.layer_prefix(layer.layer)
-        dtype = float_dtype(architecture.dtype)
+        dtype = FLOATS[architecture.dtype]
         tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
         norms, linears = _made_biases(
             {name: linear.policy for name, linear in layer.linears.items()}, "", architecture.layers[layer.layer]

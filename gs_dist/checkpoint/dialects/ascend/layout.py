@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from gs_dist.checkpoint.inventory import Inventory
-from gs_dist.checkpoint.layout import FLOATS, DialectLayout, Expectation, Layout, Leaves, described_linears, with_single
+from gs_dist.checkpoint.layout import (
+    FLOAT_NAMES,
+    DialectLayout,
+    Expectation,
+    Layout,
+    Leaves,
+    described_linears,
+    with_single,
+)
 from gs_dist.checkpoint.values import check_static_linears
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import DIALECTS
@@ -78,4 +86,4 @@ def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: D
         static = [n for n in architecture.linears(layer) if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
         for name, size in {**sizes, **{linear.name: linear.out_features for linear in static}}.items():
             if f"{prefix}{name}.bias" in description:
-                layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOATS, shape=(size,), values="float")
+                layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOAT_NAMES, shape=(size,), values="float")

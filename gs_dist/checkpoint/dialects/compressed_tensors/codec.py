@@ -25,11 +25,11 @@ from gs_dist.checkpoint.dialects.compressed_tensors.schemes import (
     quantization_args,
 )
 from gs_dist.checkpoint.dialects.description import kv_layers, shift_notes
-from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
@@ -71,7 +71,7 @@ class CompressedTensorsCodec:
                 the architecture has no place for).
         """
         prefix = architecture.layer_prefix(layer.layer)
-        scale_dtype = DTYPES[SPELLINGS[architecture.dtype]]
+        scale_dtype = FLOATS[architecture.dtype]
         tensors: dict[str, Array] = {prefix + name: array for name, array in layer.tensors.items()}
         biased = {linear.name for linear in architecture.linears(layer.layer) if linear.bias}
         for name, linear in layer.linears.items():

@@ -32,7 +32,6 @@ from gs_dist.checkpoint.dialects.description import (
     cast_scale,
     describe_tensors,
     expected_names,
-    float_dtype,
     kv_layers,
     label_of,
     mixed_fusions,
@@ -49,11 +48,13 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.results.quantized import Int8, QuantizedLayer, QuantizedLinear
+from gs_dist.results.integers import pack_int4, unpack_int4
+from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
-__all__ = ["CODEC", "DESCRIPTION_FILE", "LABELS", "GoldenStickCodec", "pack_int4", "unpack_int4"]
+__all__ = ["CODEC", "DESCRIPTION_FILE", "LABELS", "GoldenStickCodec"]
 
 DESCRIPTION_FILE = DIALECTS["golden-stick"].describing_file
 LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16")
@@ -108,7 +109,7 @@ class GoldenStickCodec:
         """
         require_shared_input(layer)
         prefix = architecture.layer_prefix(layer.layer)
-        dtype = float_dtype(architecture.dtype)
+        dtype = FLOATS[architecture.dtype]
         tensors: dict[str, Array] = {prefix + name: np.asarray(array) for name, array in layer.tensors.items()}
         for name, linear in layer.linears.items():
             encoded = _encode_linear(linear, dtype, prefix + name)
@@ -186,19 +187,6 @@ class GoldenStickCodec:
 
 
 CODEC: Codec = GoldenStickCodec()
-
-
-def pack_int4(codes: Int8) -> Int8:
-    """Codes (N, K) within [-8, 7] to bytes (K, N/2); output channels 2i and 2i + 1 in the low and high half."""
-    nibbles = codes.T.view(np.uint8) & 0x0F
-    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int8)
-
-
-def unpack_int4(packed: Int8) -> Int8:
-    """Inverse of `pack_int4`: bytes (K, N/2) to codes (N, K)."""
-    low = np.left_shift(packed, 4) >> 4  # arithmetic shifts carry the sign of the low half
-    codes = np.stack([low, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
-    return np.ascontiguousarray(codes.T)
 
 
 def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:

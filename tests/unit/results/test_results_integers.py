@@ -1,4 +1,4 @@
-"""Golden Stick's int4 packing."""
+"""What integers stand for, and how two of four bits share a byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gs_dist.errors import UserError
-from gs_dist.solvers.packing import pack_int4, unpack_int4
+from gs_dist.results.integers import pack_int4, unpack_int4
 
 
 def test_one_and_two_pack_to_0x21() -> None:
