@@ -11,7 +11,8 @@ from observed import statistics_of
 from gs_dist.errors import LayerError, UserError
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
-from gs_dist.solvers import affine, awq, clip, gptq
+from gs_dist.results import integers
+from gs_dist.solvers import awq, clip, gptq
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, TOKENS = 64, 4, 2, 16, 128, 40
@@ -558,7 +559,7 @@ def test_any_number_of_threads_gives_the_same_bytes(policy, biases, monkeypatch)
         (awq, "TILE_ROWS", 16),
         (gptq, "TILE_ROWS", 16),
         (clip, "_TILE_ELEMENTS", 1 << 10),
-        (affine, "_BLOCK_ELEMENTS", 1 << 10),
+        (integers, "_BLOCK_ELEMENTS", 1 << 10),
     ):
         monkeypatch.setattr(module, name, size)
     problem, _, _ = make_problem(policy, biases=biases)

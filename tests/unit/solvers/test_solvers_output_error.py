@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
+from gs_dist.results import integers
 from gs_dist.solvers import affine, output_error
 
 
@@ -18,7 +19,7 @@ def test_the_quadratic_form_is_the_squared_output_over_tokens(rng, monkeypatch):
     seen = statistics_of(x)
     exact = ((x.astype(np.float64) @ matrix.T) ** 2).sum()
     assert output_error.output_energy(matrix, seen.gram, seen.sum_squares) == pytest.approx(exact, rel=1e-5)
-    monkeypatch.setattr(affine, "_BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr(integers, "_BLOCK_ELEMENTS", 50)
     assert output_error.output_energy(matrix, seen.gram, seen.sum_squares) == pytest.approx(exact, rel=1e-5)
 
 

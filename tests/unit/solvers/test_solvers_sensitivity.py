@@ -13,8 +13,8 @@ from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import stored_bytes
+from gs_dist.results import integers
 from gs_dist.results.costs import FLOAT, SchemeCost
-from gs_dist.solvers import affine
 from gs_dist.solvers.layer import LayerProblem
 from gs_dist.solvers.sensitivity import choose_schemes, layer_costs, layer_patterns
 
@@ -71,7 +71,7 @@ def test_costs_are_the_output_error_of_rounding_the_weight(problem):
 
 def test_any_number_of_threads_finds_the_same_costs(problem, monkeypatch):
     """To the last bit, with many blocks of rows."""
-    monkeypatch.setattr(affine, "_BLOCK_ELEMENTS", 128)
+    monkeypatch.setattr(integers, "_BLOCK_ELEMENTS", 128)
     _, solved = problem
     alone = layer_costs(solved, BY_LINEAR)
     assert [layer_costs(solved, BY_LINEAR, num_threads=n) for n in (2, 3)] == [alone, alone]

@@ -107,7 +107,7 @@ class Runtime:
                 data_fingerprint="ab" * 32,
             )
             for name, perplexity in (("ascend", 33.0), ("compressed-tensors", 31.5))
-            if name in (options["formats"] or (name,))
+            if name in (options["dialects"] or (name,))
         )
 
 
@@ -390,7 +390,7 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     )
     assert options["model"] == f"{tmp_path}/float"
     assert options["memory_per_worker"] is None
-    assert options["formats"] == ()
+    assert options["dialects"] == ()
     kept = {found.format: found.perplexity for found in read_summary(tmp_path).evaluations}
     assert kept == {"ascend": 33.0, "compressed-tensors": 31.5}
     cards = [(tmp_path / name / "README.md").read_text() for name in formats]
@@ -398,7 +398,7 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     assert ["31.5000" in card for card in cards] == [False, True]
     assert "model: tiny\noutput: tiny\n" in cards[0]
     run("evaluate", tmp_path, "--data", "a.parquet", "--format", "ascend")
-    assert runtime.calls[-1][1]["formats"] == ("ascend",)
+    assert runtime.calls[-1][1]["dialects"] == ("ascend",)
 
 
 def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Runtime) -> None:
