@@ -51,7 +51,7 @@ def summary(strategy: str = STATIC, **changes: Any) -> CalibrationSummary:
             num_tokens=64,
         )
         for layer in range(2)
-        for number, linear in enumerate(ARCHITECTURE.linears)
+        for number, linear in enumerate(ARCHITECTURE.linears(layer))
     )
     values: dict[str, Any] = {
         "model": "Tiny-1B",
