@@ -129,8 +129,7 @@ def decoder(keys: ConfigKeys, layers: Sequence[LayerSpec], *, max_position_embed
 def _dtype(keys: ConfigKeys) -> str:
     key = "dtype" if keys.get("dtype", None) is not None else "torch_dtype"
     value = keys.get(key, "float32")
-    if isinstance(value, str):
-        value = value.removeprefix("torch.")
-    if value not in FLOATS:
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    if name not in FLOATS:
         raise keys.wrong(key, " or ".join(FLOATS))
-    return str(value)
+    return name
