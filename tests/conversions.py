@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from checkpoints import save_checkpoint
 
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.job import convert
@@ -89,3 +90,42 @@ def within_half_a_step(decoded: Array, original: Array, step: Array) -> bool:
     error = np.abs(decoded - original)
     inner = np.abs(original) < np.abs(original).max(axis=-1, keepdims=True) * 0.99
     return bool((error[inner] <= np.broadcast_to(step * 0.5001, error.shape)[inner]).all() and (error <= slack).all())
+
+
+FAMILIES = Path(__file__).parent / "data" / "family_checkpoints.json"
+FLOATS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+
+
+def family_names() -> list[str]:
+    """Families whose tensors are known."""
+    return [name for name in json.loads(FAMILIES.read_text()) if name != "made_with"]
+
+
+def family_checkpoint(directory: Path, family: str, seed: int = 0, shards: int = 2) -> tuple[Path, dict[str, Array]]:
+    """A directory with the config and the tensor names that transformers writes for a family, and its random values."""
+    entry = json.loads(FAMILIES.read_text())[family]
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Array] = {}
+    for name, (dtype, shape) in entry["tensors"].items():
+        values = rng.standard_normal(shape) * rng.uniform(0.005, 0.05, (*shape[:-1], 1) if len(shape) > 1 else ())
+        tensors[name] = np.asarray(values).astype(_DTYPES[dtype])
+    return save_checkpoint(directory, entry["config"], tensors, shards=shards), tensors
+
+
+def expert_matrices(tensors: dict[str, Array], *, interleaved: bool, by_inputs: bool) -> dict[str, Array]:
+    """Weight (out, in) by full name of every linear, fused experts taken apart as their model's code does."""
+    found = {}
+    for name, values in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "weight" and values.ndim == 2:
+            found[stem] = values
+        elif values.ndim == 3 and leaf in ("gate_up_proj", "down_proj"):
+            for number, stored in enumerate(values):
+                matrix = stored.T if by_inputs else stored
+                if leaf == "down_proj":
+                    found[f"{stem}.{number}.down_proj"] = matrix
+                    continue
+                half = len(matrix) // 2
+                gate, up = (matrix[0::2], matrix[1::2]) if interleaved else (matrix[:half], matrix[half:])
+                found[f"{stem}.{number}.gate_proj"], found[f"{stem}.{number}.up_proj"] = gate, up
+    return found

@@ -170,11 +170,13 @@ class _Builder:
         self._family = family
         self._encoding = encoding
         self._num_layers = text.get("num_hidden_layers")
+        self._tensors: Mapping[str, TensorInfo] = {}
         self.weights: list[Weight] = []
         self.carried: list[Carried] = []
 
     def sort(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Deals every tensor to an entry."""
+        self._tensors = tensors
         for info in tensors.values():
             if info.name in self._encoding.auxiliary:
                 continue
@@ -240,23 +242,28 @@ class _Builder:
                 f"{info.file}: tensor {info.name!r:.200} is {info.dtype} {info.shape}, and experts are served in "
                 f"{', '.join(FLOATS)} of three dimensions, in FP8 with weight_scale_inv, or in MXFP4"
             )
-        if self._by_inputs(info, leaf):
+        if self._by_inputs(info):
             return [TransposedMatrix(info=info, index=i, interleaved=interleaved) for i in range(info.shape[0])]
         return [PlainMatrix(info=info, index=i) for i in range(info.shape[0])]
 
-    def _by_inputs(self, info: TensorInfo, leaf: str) -> bool:
-        """Whether a fused tensor is (experts, in, out), by the model's hidden size, or by its family's habit."""
+    def _by_inputs(self, info: TensorInfo) -> bool:
+        """Whether fused tensors of experts are (experts, in, out): what reads or gives the hidden size tells.
+
+        Where gate and up have together as many outputs as inputs, the down projection beside them tells.
+        """
         hidden = self._text.get("hidden_size")
-        _, first, second = info.shape
-        inputs_hidden = leaf != "down_proj"
-        if (first == hidden) != (second == hidden):
-            return (first == hidden) == inputs_hidden
-        if self._family.known:
-            return self._family.experts_by_inputs
+        stem = info.name.rpartition(".")[0]
+        for leaf in ("gate_up_proj", "down_proj", "gate_proj", "up_proj"):
+            other = self._tensors.get(f"{stem}.{leaf}")
+            if other is None or len(other.shape) != 3:
+                continue
+            _, first, second = other.shape
+            if (first == hidden) != (second == hidden):
+                return (first == hidden) == (leaf != "down_proj")
         raise CheckpointError(
-            f"{info.file}: tensor {info.name!r:.200} {info.shape} may be (experts, in, out) or (experts, out, in): "
-            f"hidden_size is {hidden}, and model type {self._text.get('model_type')!r:.60} is not known; publish the "
-            "experts one by one (transformers does on save_pretrained), or leave them out with a null layer policy"
+            f"{info.file}: tensor {info.name!r:.200} {info.shape} may be (experts, in, out) or (experts, out, in), and "
+            f"hidden_size, {hidden!r:.40} in config.json, does not tell: correct config.json, or publish the experts "
+            "one by one, as transformers does on save_pretrained"
         )
 
     def _parts(self, leaf: str) -> tuple[str, ...]:

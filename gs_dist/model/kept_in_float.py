@@ -54,14 +54,12 @@ class Family:
 
     Attributes:
         kept: patterns beside those of all families, with reasons.
-        experts_by_inputs: a fused tensor of experts is (experts, in, out), where its shape does not tell.
         experts_interleaved: gate and up alternate along the outputs of a fused `gate_up_proj`.
         expert_names: gate, up and down of an expert that is published on its own.
         known: whether this family was looked at; linears of another are taken by `COMMON_LINEARS` alone.
     """
 
     kept: tuple[tuple[str, str], ...] = ()
-    experts_by_inputs: bool = False
     experts_interleaved: bool = False
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     known: bool = True
@@ -80,10 +78,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "ernie4_5_moe"), _PLAIN),
         "mixtral": Family(expert_names=("w1", "w3", "w2")),
         "minimax_m2": Family(expert_names=("w1", "w3", "w2")),
-        "qwen3_vl_moe": Family(experts_by_inputs=True),
-        "llama4": Family(experts_by_inputs=True),
-        "llama4_text": Family(experts_by_inputs=True),
-        "gpt_oss": Family(experts_by_inputs=True, experts_interleaved=True),
+        **dict.fromkeys(("qwen3_vl_moe", "llama4", "llama4_text"), _PLAIN),
+        "gpt_oss": Family(experts_interleaved=True),
     }
 )
 """`model_type` of config.json to what is particular to it."""
