@@ -21,10 +21,11 @@ from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.attempt import MakeGroup
-from gs_dist.runtime.coordinator import run_job
 from gs_dist.runtime.evaluation_worker import Evaluation, EvaluationWorker
+from gs_dist.runtime.job import Job
+from gs_dist.runtime.job_run import run_job
 from gs_dist.runtime.probe import MakeEvaluationGroup
-from gs_dist.runtime.stage_worker import Job, StageWorker
+from gs_dist.runtime.stage_worker import StageWorker
 
 SEQUENCE_LENGTH = 32
 W8A8 = {"weight_quant_dtype": "int8", "act_quant_dtype": "int8", "outliers_suppression": "smooth"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_dist.errors import WorkerLostError
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 
 @dataclass(eq=False)
@@ -44,7 +44,8 @@ class InlineWorkerGroup:
     def room_for(self, limit: int) -> int:
         return min(limit, self._room())
 
-    def call(self, key: WorkerKey, method: str, *args: Any) -> _Reference:
+    def call(self, key: WorkerKey, function: Callable[..., Any], *args: Any) -> _Reference:
+        method = function.__name__
         self.calls.append((key, method))
         if self._loses_worker_at(key, method):
             return _Reference(error=WorkerLostError(f"{key} died"))

@@ -13,11 +13,11 @@ from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
 from gs_dist.results.quantized import LinearSummary
-from gs_dist.results.summary import JSON_NAME, CalibrationSummary, StageSummary, read_summary
+from gs_dist.results.summary import JSON_NAME, CalibrationSummary, read_summary
 from gs_dist.runtime.choice import with_scheme_errors
+from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import mixture_note
-from gs_dist.runtime.stage_worker import Job
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.stage_times import StageTimes
 
 __all__ = ["RECIPE", "as_told_before", "summarise", "versions"]
 
@@ -34,7 +34,7 @@ def summarise(
     job: Job,
     reader: CheckpointReader,
     finished: Mapping[int, LayerManifest],
-    stages: Mapping[WorkerKey, StageSummary],
+    times: StageTimes,
     seconds: float,
 ) -> CalibrationSummary:
     """The summary of a job whose layers are all finished.
@@ -43,7 +43,7 @@ def summarise(
         job: recipe and plan.
         reader: of the float checkpoint.
         finished: manifests of all layers.
-        stages: what its workers report.
+        times: what its workers report.
         seconds: wall time.
     """
     head = LinearSummary(
@@ -71,7 +71,7 @@ def summarise(
         versions=versions(),
         fingerprints=dataclasses.asdict(job.fingerprints),
         rows=(*rows, head),
-        stages=tuple(stages[key] for key in sorted(stages)),
+        stages=times.summaries(),
         notes=() if mixture is None else (mixture,),
     )
 

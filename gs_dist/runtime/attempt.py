@@ -4,47 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import Protocol, TypeVar
 
-from gs_dist.checkpoint.manifest import LayerManifest
-from gs_dist.errors import WorkerLostError
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
-from gs_dist.results.costs import LayerCosts
-from gs_dist.results.summary import StageSummary
+from gs_dist.runtime.job import Job
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
 from gs_dist.runtime.software import Software, check_sources, check_versions, kernel_note
-from gs_dist.runtime.stage_worker import Job, StageReport
-from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.runtime.stage_times import StageTimes
+from gs_dist.runtime.stage_worker import StageWorker
+from gs_dist.runtime.tasks import Task
+from gs_dist.runtime.workers import WorkerGroup, WorkerKey, as_they_come
 from gs_dist.wording import counted
 
-__all__ = ["MakeGroup", "run_attempt"]
+__all__ = ["MakeGroup", "OfLayer", "run_attempt"]
 
 T = TypeVar("T")
 
 _LOOK_INTERVAL = 2.0  # seconds between two looks for room
 
-MakeGroup = Callable[[Job, int], WorkerGroup]
+MakeGroup = Callable[[Job, int], WorkerGroup[StageWorker]]
 """Makes the workers of a job; the number says how many replicas suffice."""
+
+
+class OfLayer(Protocol):
+    """What a task gives."""
+
+    @property
+    def layer(self) -> int | None:
+        """Of which layer."""
+
+
+Outcome = TypeVar("Outcome", bound=OfLayer)
 
 
 def run_attempt(
     job: Job,
-    finished: dict[int, Any],
+    task: Task[Outcome],
+    finished: dict[int, Outcome],
     make_group: MakeGroup,
     progress: Progress,
-    stages: dict[WorkerKey, StageSummary],
+    times: StageTimes,
+    on_finished: Callable[[int], None],
 ) -> None:
-    """Observes and solves what is not in `finished`; fills `finished` as layers are published, `stages` at the end.
+    """Does a task to the layers that are not in `finished`; fills `finished` as it goes, `times` at the end.
 
-    Of a job that judges, `finished` holds the `LayerCosts` of layers, otherwise their `LayerManifest`. Where fewer
-    replicas run than planned and room for more appears, the attempt ends after the passes under way: the next
-    one has them. It has finished a layer by then, so that attempts cannot go on for ever.
+    Where fewer replicas run than planned and room for more appears, the attempt ends after the passes under way: the
+    next one has them. It has finished a layer by then, so that attempts cannot go on for ever.
+
+    Args:
+        job: recipe and plan.
+        task: what is done to each layer.
+        finished: what it gave, by layer.
+        make_group: makes the workers.
+        progress: told what is going on.
+        times: how workers spent their time.
+        on_finished: called with each layer that was added.
 
     Raises:
-        WorkerLostError: a worker died or stopped answering; what was published before stays in `finished`.
+        WorkerLostError: a worker died or stopped answering; what was done before stays in `finished`.
         ClusterError: a worker runs on other versions than this process.
         CheckpointError: a worker reads another checkpoint than this process.
     """
@@ -56,22 +76,15 @@ def run_attempt(
         if group.num_replicas != plan.data_parallel_size:
             progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
             plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
-        software = _ask_all(group, plan, "software", Software, config.parallel.timeout)  # told once a worker is up
-        check_versions(Software.here(), software)
-        sources = _ask_all(group, plan, "source", str, config.parallel.timeout)
-        check_sources(job.fingerprints.source, sources, software)
-        note = kernel_note(software)
-        if note:
-            progress.message(note)
+        _compare_workers(job, group, plan, progress)
         began = time.monotonic()
         room = _Room(group, job.plan.data_parallel_size - group.num_replicas)
         before = len(finished)
 
-        def on_solved(outcome: LayerManifest | LayerCosts) -> None:
+        def add(outcome: Outcome) -> None:
             assert outcome.layer is not None
             finished[outcome.layer] = outcome
-            if not job.judges:
-                progress.layer_finished(outcome.layer, len(finished), plan.architecture.num_layers)
+            on_finished(outcome.layer)
 
         streams, deal = _work(job, plan, finished)
         complete = run_streams(
@@ -79,24 +92,35 @@ def run_attempt(
             streams,
             plan,
             deal,
+            task,
             timeout=config.parallel.timeout,
             progress=progress,
-            on_solved=on_solved,
+            on_finished=add,
             pause=lambda: len(finished) > before and room.appeared(),
         )
         if not complete:
             progress.message(f"room for {counted(room.found, 'more replica')}, joining from the next wave on")
         seconds = time.monotonic() - began
-        for key, report in _ask_all(group, plan, "report", StageReport, config.parallel.timeout).items():
-            stages[key] = _together(stages.get(key), _stage_summary(plan, report, seconds))
+        times.add(plan, _ask_all(group, plan, StageWorker.report, config.parallel.timeout), seconds)
     finally:
         group.close()
+
+
+def _compare_workers(job: Job, group: WorkerGroup[StageWorker], plan: CalibrationPlan, progress: Progress) -> None:
+    """Has every worker tell what it runs on and reads, before anything runs."""
+    timeout = job.config.parallel.timeout
+    software = _ask_all(group, plan, StageWorker.software, timeout)  # told once a worker is up
+    check_versions(Software.here(), software)
+    check_sources(job.fingerprints.source, _ask_all(group, plan, StageWorker.source, timeout), software)
+    note = kernel_note(software)
+    if note:
+        progress.message(note)
 
 
 class _Room:
     """Looks, not too often, whether the cluster has room for replicas that are missing."""
 
-    def __init__(self, group: WorkerGroup, missing: int) -> None:
+    def __init__(self, group: WorkerGroup[StageWorker], missing: int) -> None:
         self._group = group
         self._missing = missing
         self._looked = float("-inf")
@@ -111,7 +135,7 @@ class _Room:
         return self.found > 0
 
 
-def _work(job: Job, plan: CalibrationPlan, finished: dict[int, Any]) -> tuple[list[Stream], list[range]]:
+def _work(job: Job, plan: CalibrationPlan, finished: Collection[int]) -> tuple[list[Stream], list[range]]:
     """Streams, and the micro-batches of each replica."""
     if job.statistics_from is not None:
         return plan_solves(plan.stages, set(finished)), [range(0)] * plan.data_parallel_size
@@ -121,47 +145,13 @@ def _work(job: Job, plan: CalibrationPlan, finished: dict[int, Any]) -> tuple[li
 
 
 def _ask_all(
-    group: WorkerGroup, plan: CalibrationPlan, method: str, kind: type[T], timeout: float
+    group: WorkerGroup[StageWorker],
+    plan: CalibrationPlan,
+    method: Callable[[StageWorker], T],
+    timeout: float,
 ) -> dict[WorkerKey, T]:
-    """What `method`, which gives a `kind`, says on every worker."""
+    """What `method` says on every worker."""
     keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
-    references: dict[Any, WorkerKey] = {group.call(key, method): key for key in keys}
-    answers: dict[WorkerKey, T] = {}
-    while references:
-        ready = group.wait(list(references), timeout)
-        if not ready:
-            raise WorkerLostError(f"{next(iter(references.values()))} did not answer for {timeout:g} s")
-        for reference in ready:
-            answer = group.get(reference)
-            assert isinstance(answer, kind)
-            answers[references.pop(reference)] = answer
+    calls = {group.call(key, method): key for key in keys}
+    answers = dict(as_they_come(group, calls, timeout, lambda silent: f"{silent[0]} did not answer for {timeout:g} s"))
     return {key: answers[key] for key in keys}
-
-
-def _stage_summary(plan: CalibrationPlan, report: StageReport, seconds: float) -> StageSummary:
-    stage = plan.stages[report.stage]
-    return StageSummary(
-        stage=report.stage,
-        replica=report.replica,
-        first_layer=stage.first_layer,
-        end_layer=stage.end_layer,
-        seconds=report.busy_seconds,
-        idle_share=max(0.0, 1.0 - report.busy_seconds / seconds),
-        peak_memory_planned=stage.memory.peak,
-        peak_memory_measured=report.peak_memory,
-    )
-
-
-def _together(before: StageSummary | None, now: StageSummary) -> StageSummary:
-    """A worker's summary over phases that followed each other, such as judging and solving."""
-    if before is None:
-        return now
-    wall = sum(s.seconds / max(1.0 - s.idle_share, 1e-9) for s in (before, now))
-    seconds = before.seconds + now.seconds
-    measured = [s.peak_memory_measured for s in (before, now) if s.peak_memory_measured is not None]
-    return dataclasses.replace(
-        now,
-        seconds=seconds,
-        idle_share=max(0.0, 1.0 - seconds / wall),
-        peak_memory_measured=max(measured, default=None),
-    )

@@ -4,22 +4,60 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gs_dist.checkpoint.layer_costs import read_costs
+from gs_dist.checkpoint.run_directory import LAYER_POLICIES, holds_statistics
+from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.planning.bits import override_of
 from gs_dist.planning.plan import CalibrationPlan
+from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.costs import FLOAT, LayerCosts, SchemeCost
 from gs_dist.results.quantized import LinearSummary
+from gs_dist.runtime.job import Job
 from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
+from gs_dist.wording import counted
 
-__all__ = ["chosen_policies", "render_layer_policies", "with_scheme_errors"]
+__all__ = ["choose", "chosen_policies", "judged_before", "render_layer_policies", "with_scheme_errors"]
 
 _SIMPLE_KEY = 1000  # characters; YAML takes 1024 at most without a question mark
+
+
+def judged_before(job: Job, finished: Collection[int]) -> dict[int, LayerCosts]:
+    """What was judged before a crash, unless the layer is still to be solved and its statistics are gone."""
+    output = Path(job.config.output)
+    judged: dict[int, LayerCosts] = {}
+    for layer in range(job.plan.architecture.num_layers):
+        costs = read_costs(output, layer, job.fingerprints)
+        solvable = layer in finished or job.statistics_from is not None or holds_statistics(output, layer)
+        if costs is not None and solvable:
+            judged[layer] = costs
+    return judged
+
+
+def choose(job: Job, judged: Mapping[int, LayerCosts], progress: Progress) -> Job:
+    """Chooses under the budget, and writes the choice down; the job that solves it, from the statistics judged on.
+
+    Args:
+        job: with `bits: auto`.
+        judged: costs of every layer.
+        progress: told of the choice.
+    """
+    output = job.config.output
+    plan, layer_policies = chosen_policies(job.config, job.plan, judged)
+    write_bytes(Path(output) / LAYER_POLICIES, render_layer_policies(layer_policies, job.fingerprints.recipe).encode())
+    counts = Counter(
+        policy.weight_bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
+    )
+    progress.message(f"chosen: {counted(counts[4], 'linear')} of 4 bits, {counts[8]} of 8, {counts[16]} in float")
+    return dataclasses.replace(job, plan=plan, statistics_from=job.statistics_from or output)
 
 
 def chosen_policies(

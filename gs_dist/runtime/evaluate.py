@@ -21,9 +21,9 @@ from gs_dist.recipe.config import CalibrationData, base_name
 from gs_dist.recipe.sizes import format_bytes
 from gs_dist.results.summary import PerplexitySummary
 from gs_dist.runtime.cluster import cluster
-from gs_dist.runtime.coordinator import evaluation_workers
 from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import measure
+from gs_dist.runtime.ray_workers import evaluation_workers
 
 __all__ = ["evaluate"]
 

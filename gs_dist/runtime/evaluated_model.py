@@ -12,13 +12,17 @@ import numpy.typing as npt
 
 from gs_dist.errors import WorkerLostError
 from gs_dist.progress import Progress
-from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
-from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.micro_batches import MicroBatchQueue
+from gs_dist.runtime.workers import Reference, WorkerGroup, WorkerKey, as_they_come, value_of
 
 __all__ = ["EvaluatedModel", "chained_groups"]
 
 Report = Callable[[int, int, int], None]
 """Told of a stage that `done` of its `total` steps of a pass are done."""
+
+Send = Callable[[WorkerKey, int, Any], Reference[Any]]
+"""Calls a worker with the number of a micro-batch and what the worker before it gives."""
 
 _RAISE = "raise parallel.timeout (--timeout of `gs-dist evaluate`)"
 
@@ -51,7 +55,7 @@ class EvaluatedModel:
 
     which: str
     evaluation: Evaluation
-    group: WorkerGroup
+    group: WorkerGroup[EvaluationWorker]
     timeout: float
 
     @property
@@ -69,7 +73,10 @@ class EvaluatedModel:
         def report(stage: int, done: int, total: int) -> None:
             progress.stage_progress(stage, done, total, f"{self.which}, perplexity")
 
-        return self._pass("step", [(micro_batch,) for micro_batch in range(num_micro_batches)], report)
+        def send(key: WorkerKey, micro_batch: int, payload: Any) -> Reference[Any]:
+            return self.group.call(key, EvaluationWorker.step, micro_batch, payload)
+
+        return self._pass(send, num_micro_batches, report)
 
     def next_tokens(
         self, input_ids: npt.NDArray[np.int32], num_prompt: int, report: Report
@@ -82,64 +89,62 @@ class EvaluatedModel:
         Raises:
             WorkerLostError: as above.
         """
-        # A copy, since workers in this process keep what they are given.
-        ((tokens, finite),) = self._pass("next_tokens", [(input_ids.copy(), num_prompt)], report)
+        ids = input_ids.copy()  # since workers in this process keep what they are given
+
+        def send(key: WorkerKey, number: int, payload: Any) -> Reference[Any]:
+            return self.group.call(key, EvaluationWorker.next_tokens, ids, num_prompt, payload)
+
+        ((tokens, finite),) = self._pass(send, 1, report)
         return tokens, finite
 
-    def _pass(self, method: str, calls: Sequence[tuple[Any, ...]], report: Report) -> list[Any]:
-        """What the last layer's worker gives for each call, in order."""
+    def _pass(self, send: Send, count: int, report: Report) -> list[Any]:
+        """What the last layer's worker gives for each of `count` micro-batches, in order."""
         done: Counter[int] = Counter()
         results: list[Any] = []
         for stream in chained_groups(self.evaluation.stages):
             self._load(stream)
-            results = self._stream(stream, method, calls, done, report)
+            results = self._stream(stream, send, count, done, report)
         return results
 
     def _load(self, stream: Sequence[tuple[int, int]]) -> None:
         loading = {
-            self.group.call(WorkerKey(stage, 0), "begin", self.which, index): (stage, index) for stage, index in stream
+            self.group.call(WorkerKey(stage, 0), EvaluationWorker.begin, self.which, index): (stage, index)
+            for stage, index in stream
         }
-        while loading:
-            ready = self.group.wait(list(loading), self.timeout)
-            if not ready:
-                raise WorkerLostError(
-                    f"no worker loaded its layers within {self.timeout:g} s (waiting for {self.name}, "
-                    f"{self._where(list(loading.values()))}): {_RAISE} if that really takes longer"
-                )
-            for reference in ready:
-                self.group.get(reference)
-                del loading[reference]
+
+        def silence(left: Sequence[tuple[int, int]]) -> str:
+            return (
+                f"no worker loaded its layers within {self.timeout:g} s (waiting for {self.name}, "
+                f"{self._where(left)}): {_RAISE} if that really takes longer"
+            )
+
+        for _ in as_they_come(self.group, loading, self.timeout, silence):
+            pass
 
     def _stream(
-        self,
-        stream: Sequence[tuple[int, int]],
-        method: str,
-        calls: Sequence[tuple[Any, ...]],
-        done: Counter[int],
-        report: Report,
+        self, stream: Sequence[tuple[int, int]], send: Send, count: int, done: Counter[int], report: Report
     ) -> list[Any]:
-        waiting = list(enumerate(calls))
-        in_flight: dict[Any, int] = {}
-        results: dict[int, Any] = {}
-        while len(results) < len(calls):
-            while waiting and len(in_flight) < self.evaluation.max_in_flight:
-                number, arguments = waiting.pop(0)
-                reference: Any = None
-                for stage, _ in stream:
-                    reference = self.group.call(WorkerKey(stage, 0), method, *arguments, reference)
-                in_flight[reference] = number
-            ready = self.group.wait(list(in_flight), self.timeout)
+        def through(micro_batch: int) -> Reference[Any]:
+            payload: Any = None
+            for stage, _ in stream:
+                reference = send(WorkerKey(stage, 0), micro_batch, payload)
+                payload = value_of(reference)
+            return reference
+
+        queue = MicroBatchQueue(range(count), through, self.evaluation.max_in_flight)
+        while not queue.finished:
+            ready = self.group.wait(queue.fill(), self.timeout)
             if not ready:
                 raise WorkerLostError(
                     f"no worker finished a micro-batch for {self.timeout:g} s ({self.name}, {self._where(stream)}: "
-                    f"{len(results)} of {len(calls)} done): {_RAISE} if one really takes longer"
+                    f"{len(queue.results)} of {count} done): {_RAISE} if one really takes longer"
                 )
             for reference in ready:
-                results[in_flight.pop(reference)] = self.group.get(reference)
+                queue.take(self.group, reference)
             for stage, _ in stream:
                 done[stage] += len(ready)
-                report(stage, done[stage], len(self.evaluation.stages[stage]) * len(calls))
-        return [results[number] for number in range(len(calls))]
+                report(stage, done[stage], len(self.evaluation.stages[stage]) * count)
+        return [queue.results[number] for number in range(count)]
 
     def _where(self, links: Sequence[tuple[int, int]]) -> str:
         (first, _), (last, _) = links[0], links[-1]

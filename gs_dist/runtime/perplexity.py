@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from gs_dist.progress import Progress
 from gs_dist.runtime.evaluated_model import EvaluatedModel
-from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
-from gs_dist.runtime.worker_group import WorkerGroup
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.workers import WorkerGroup
 
 __all__ = ["Perplexity", "measure", "perplexity_of"]
 
@@ -28,7 +28,7 @@ class Perplexity:
 
 
 def measure(
-    group: WorkerGroup,
+    group: WorkerGroup[EvaluationWorker],
     evaluation: Evaluation,
     num_samples: int,
     num_micro_batches: int,

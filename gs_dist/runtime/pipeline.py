@@ -8,51 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar, cast
 
 from gs_dist.errors import WorkerLostError
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
+from gs_dist.runtime.layer_statistics import Payload
+from gs_dist.runtime.micro_batches import MicroBatchQueue
 from gs_dist.runtime.schedule import Stream
-from gs_dist.runtime.worker_group import WorkerGroup, WorkerKey
+from gs_dist.runtime.stage_worker import StageWorker
+from gs_dist.runtime.tasks import Task
+from gs_dist.runtime.workers import Reference, WorkerGroup, WorkerKey, value_of
 
 __all__ = ["run_streams"]
 
-
-@dataclass
-class _Lane:
-    """One replica's way through a stream: its micro-batches still to submit, and those in flight."""
-
-    replica: int
-    micro_batches: list[int]
-    in_flight: dict[Any, int] = field(default_factory=dict)
+Outcome = TypeVar("Outcome")
 
 
 @dataclass
-class _Active:
-    """A stream under way, then its solves."""
+class _Active(Generic[Outcome]):
+    """A stream under way, a queue a replica; then what is done to its layers."""
 
     stream: Stream
-    lanes: list[_Lane]
-    begins: set[Any]
-    done: int = 0
-    solves: dict[Any, int] = field(default_factory=dict)
+    queues: list[MicroBatchQueue[Payload | None]]
+    begins: set[Reference[None]]
+    tasks: dict[Reference[Outcome], int] = field(default_factory=dict)
     solving: bool = False
 
     @property
+    def done(self) -> int:
+        return sum(len(queue.results) for queue in self.queues)
+
+    @property
     def total(self) -> int:
-        return sum(len(lane.micro_batches) + len(lane.in_flight) for lane in self.lanes) + self.done
+        return sum(queue.total for queue in self.queues)
+
+    @property
+    def ran(self) -> bool:
+        return not self.begins and all(queue.finished for queue in self.queues)
 
 
 def run_streams(
-    group: WorkerGroup,
+    group: WorkerGroup[StageWorker],
     streams: Sequence[Stream],
     plan: CalibrationPlan,
     deal: Sequence[range],
+    task: Task[Outcome],
     *,
     timeout: float,
     progress: Progress,
-    on_solved: Callable[[Any], None],
+    on_finished: Callable[[Outcome], None],
     pause: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Runs all streams; those that share no stage run at the same time.
@@ -62,9 +67,10 @@ def run_streams(
         streams: as `schedule.plan_streams` gives them.
         plan: deals layers to owners, and bounds what is in flight.
         deal: micro-batches of each replica.
+        task: what is done to each layer behind its stream.
         timeout: seconds without any progress after which the workers count as lost.
         progress: told of finished micro-batches and layers.
-        on_solved: called with what `StageWorker.solve` gave, layer by layer.
+        on_finished: called with what the task gave, layer by layer.
         pause: asked whenever streams could be started; once it says so none is started any more, and those
             under way are run and solved to their end.
 
@@ -75,7 +81,7 @@ def run_streams(
         WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
     """
     waiting = list(streams)
-    active: list[_Active] = []
+    active: list[_Active[Outcome]] = []
     paused = False
     while active or (waiting and not paused):
         ready = [] if paused else _ready(waiting, active)
@@ -83,27 +89,25 @@ def run_streams(
             paused, ready = True, []
         for stream in ready:
             waiting.remove(stream)
-            active.append(_start(group, stream, deal))
+            active.append(_start(group, stream, deal, plan.max_in_flight))
+        references: list[Reference[object]] = []
         for run in active:
-            _submit(group, run, plan.max_in_flight)
-        references = [r for run in active for lane in run.lanes for r in lane.in_flight]
-        references += [r for run in active for r in (*run.begins, *run.solves)]
+            references += [reference for queue in run.queues for reference in queue.fill()]
+            references += [*run.begins, *run.tasks]
         for reference in _wait(group, references, timeout, active):
-            _finish_one(group, active, reference, progress, on_solved)
+            _finish_one(group, active, reference, progress, on_finished)
         for run in list(active):
-            if any(lane.micro_batches or lane.in_flight for lane in run.lanes) or run.solves or run.begins:
+            if run.tasks or not run.ran:
                 continue
-            if run.solving:
-                active.remove(run)
-            else:
+            if not run.solving:
                 run.solving = True
-                run.solves = _solve(group, run.stream, plan)
-                if not run.solves:
-                    active.remove(run)
+                run.tasks = _start_tasks(group, run.stream, plan, task)
+            if not run.tasks:
+                active.remove(run)
     return not waiting
 
 
-def _ready(waiting: Sequence[Stream], active: Sequence[_Active]) -> list[Stream]:
+def _ready(waiting: Sequence[Stream], active: Sequence[_Active[Outcome]]) -> list[Stream]:
     """Streams whose stages are all free."""
     busy = {wave.stage for run in active for wave in run.stream.waves}
     ready = []
@@ -115,49 +119,59 @@ def _ready(waiting: Sequence[Stream], active: Sequence[_Active]) -> list[Stream]
     return ready
 
 
-def _start(group: WorkerGroup, stream: Stream, deal: Sequence[range]) -> _Active:
+def _start(
+    group: WorkerGroup[StageWorker], stream: Stream, deal: Sequence[range], max_in_flight: int
+) -> _Active[Outcome]:
     begins = {
-        group.call(WorkerKey(wave.stage, replica), "begin", wave, micro_batches.start, micro_batches.stop)
+        group.call(WorkerKey(wave.stage, replica), StageWorker.begin, wave, micro_batches.start, micro_batches.stop)
         for wave in stream.waves
         for replica, micro_batches in enumerate(deal)
     }
-    lanes = [_Lane(replica, list(batches)) for replica, batches in enumerate(deal)]
-    return _Active(stream=stream, lanes=lanes, begins=begins)
+
+    def sends(replica: int) -> Callable[[int], Reference[Payload | None]]:
+        def send(micro_batch: int) -> Reference[Payload | None]:
+            payload: Payload | None = None
+            for wave in stream.waves:
+                reference = group.call(WorkerKey(wave.stage, replica), StageWorker.step, micro_batch, payload)
+                payload = value_of(reference)
+            return reference
+
+        return send
+
+    queues = [MicroBatchQueue(batches, sends(replica), max_in_flight) for replica, batches in enumerate(deal)]
+    return _Active(stream=stream, queues=queues, begins=begins)
 
 
-def _submit(group: WorkerGroup, run: _Active, max_in_flight: int) -> None:
-    for lane in run.lanes:
-        while lane.micro_batches and len(lane.in_flight) < max_in_flight:
-            micro_batch = lane.micro_batches.pop(0)
-            reference: Any = None
-            for wave in run.stream.waves:
-                reference = group.call(WorkerKey(wave.stage, lane.replica), "step", micro_batch, reference)
-            lane.in_flight[reference] = micro_batch
-
-
-def _solve(group: WorkerGroup, stream: Stream, plan: CalibrationPlan) -> dict[Any, int]:
-    """Has each observed layer solved by its owner, from the partial sums of all replicas."""
-    solves = {}
+def _start_tasks(
+    group: WorkerGroup[StageWorker], stream: Stream, plan: CalibrationPlan, task: Task[Outcome]
+) -> dict[Reference[Outcome], int]:
+    """Has the task done to each observed layer by its owner, from the partial sums of all replicas."""
+    tasks = {}
     for wave in stream.waves:
         for layer in wave.observed:
             owner = plan.owner(layer)
             others = [
-                group.call(WorkerKey(wave.stage, replica), "partial_sums", layer)
+                group.call(WorkerKey(wave.stage, replica), StageWorker.partial_sums, layer)
                 for replica in range(plan.data_parallel_size)
                 if replica != owner
             ]
-            solves[group.call(WorkerKey(wave.stage, owner), "solve", layer, *others)] = layer
-    return solves
+            tasks[task.start(group, WorkerKey(wave.stage, owner), layer, others)] = layer
+    return tasks
 
 
-def _wait(group: WorkerGroup, references: Sequence[Any], timeout: float, active: Sequence[_Active]) -> list[Any]:
+def _wait(
+    group: WorkerGroup[StageWorker],
+    references: Sequence[Reference[object]],
+    timeout: float,
+    active: Sequence[_Active[Outcome]],
+) -> list[Reference[object]]:
     if not references:
         return []
     ready = group.wait(references, timeout)
     if not ready:
         where = "; ".join(
             f"stages {run.stream.waves[0].stage} to {run.stream.waves[-1].stage}: "
-            + (f"solving layers {sorted(run.solves.values())}" if run.solving else f"{run.done} of {run.total} done")
+            + (f"solving layers {sorted(run.tasks.values())}" if run.solving else f"{run.done} of {run.total} done")
             for run in active
         )
         raise WorkerLostError(
@@ -168,30 +182,26 @@ def _wait(group: WorkerGroup, references: Sequence[Any], timeout: float, active:
 
 
 def _finish_one(
-    group: WorkerGroup,
-    active: Sequence[_Active],
-    reference: Any,
+    group: WorkerGroup[StageWorker],
+    active: Sequence[_Active[Outcome]],
+    reference: Reference[object],
     progress: Progress,
-    on_solved: Callable[[Any], None],
+    on_finished: Callable[[Outcome], None],
 ) -> None:
     for run in active:
         if reference in run.begins:
             group.get(reference)
-            run.begins.remove(reference)
+            run.begins.remove(cast("Reference[None]", reference))
             return
-        if reference in run.solves:
-            on_solved(group.get(reference))
-            layer = run.solves.pop(reference)
+        task = cast("Reference[Outcome]", reference)  # it is, where it is found there
+        if task in run.tasks:
+            on_finished(group.get(task))
+            layer = run.tasks.pop(task)
             wave = next(w for w in run.stream.waves if layer in w.observed)
-            left = len(set(wave.observed) & set(run.solves.values()))
+            left = len(set(wave.observed) & set(run.tasks.values()))
             progress.stage_progress(wave.stage, len(wave.observed) - left, len(wave.observed), "solve")
             return
-        for lane in run.lanes:
-            if reference not in lane.in_flight:
-                continue
-            group.get(reference)
-            del lane.in_flight[reference]
-            run.done += 1
+        if any(queue.take(group, reference) for queue in run.queues):
             for wave in run.stream.waves:
                 progress.stage_progress(wave.stage, run.done, run.total, _doing(wave.observed))
             return

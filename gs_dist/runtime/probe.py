@@ -13,20 +13,21 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
-from gs_dist.errors import JobFailure, WorkerLostError
+from gs_dist.errors import JobFailure
 from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, ProbeSummary
 from gs_dist.runtime.evaluated_model import EvaluatedModel
-from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.job import Job
 from gs_dist.runtime.perplexity import perplexity_of
-from gs_dist.runtime.stage_worker import Job
-from gs_dist.runtime.worker_group import WorkerGroup
+from gs_dist.runtime.retry import retry
+from gs_dist.runtime.workers import WorkerGroup
 
 __all__ = ["MakeEvaluationGroup", "Probe"]
 
-MakeEvaluationGroup = Callable[[Evaluation, float], WorkerGroup]
+MakeEvaluationGroup = Callable[[Evaluation, float], WorkerGroup[EvaluationWorker]]
 """Makes one replica of the workers of an evaluation; the number is the timeout in seconds."""
 
 Ids = npt.NDArray[np.int32]
@@ -134,30 +135,30 @@ class Probe:
 
     def _all_findings(self, make_group: MakeEvaluationGroup, progress: Progress) -> dict[str, _Findings]:
         """By model, the float one first; workers that were lost are started again, for models not yet through."""
-        parallel = self._config.parallel
-        findings: dict[str, _Findings] = {}
-        failures = 0
-        while True:
-            before = len(findings)
+        parallel, findings = self._config.parallel, dict[str, _Findings]()
+        wanted = (FLOAT, *self._evaluation.published)
+
+        def attempt() -> None:
+            group = make_group(self._evaluation, parallel.timeout)
             try:
-                group = make_group(self._evaluation, parallel.timeout)
-                try:
-                    for which in (FLOAT, *self._evaluation.published):
-                        if which not in findings:
-                            model = EvaluatedModel(
-                                which=which, evaluation=self._evaluation, group=group, timeout=parallel.timeout
-                            )
-                            findings[which] = self._findings(model, findings.get(FLOAT), progress)
-                    return findings
-                finally:
-                    group.close()
-            except WorkerLostError as error:
-                failures = 1 if len(findings) > before else failures + 1
-                if failures > parallel.max_restarts:
-                    raise WorkerLostError(
-                        f"{error}; all layers are published: submit the same recipe again to probe them"
-                    ) from error
-                progress.message(f"{error}; starting the workers of the probe again")
+                for which in [name for name in wanted if name not in findings]:
+                    model = EvaluatedModel(
+                        which=which, evaluation=self._evaluation, group=group, timeout=parallel.timeout
+                    )
+                    findings[which] = self._findings(model, findings.get(FLOAT), progress)
+            finally:
+                group.close()
+
+        retry(
+            attempt,
+            findings,
+            len(wanted),
+            max_restarts=parallel.max_restarts,
+            giving_up=lambda failures: "all layers are published: submit the same recipe again to probe them",
+            going_on=lambda: "starting the workers of the probe again",
+            tell=progress.message,
+        )
+        return findings
 
     def _findings(self, model: EvaluatedModel, reference: _Findings | None, progress: Progress) -> _Findings:
         """What one model gives; all but the float model are asked about the continuation of `reference`."""

@@ -1,7 +1,4 @@
-"""Workers by stage and replica, and calls to them that return at once.
-
-The coordinator knows only the `WorkerGroup` protocol; Ray is one way to hold the workers.
-"""
+"""Workers as Ray actors, behind the protocol that the coordinator knows."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -21,9 +18,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gs_dist import __version__
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
+from gs_dist.runtime.workers import Reference, WorkerKey
 
-__all__ = ["RayWorkerGroup", "WorkerGroup", "WorkerKey"]
+__all__ = ["RayWorkerGroup"]
 
+W = TypeVar("W")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _TRIAL_PATIENCE = 2.0  # seconds for places that are free to be reserved; it takes a tenth of one
 _HEAD_PATIENCE = 10.0  # seconds for the cluster's head to take a connection
@@ -35,46 +36,7 @@ _NO_HEAD = (
 )
 
 
-class WorkerKey(NamedTuple):
-    """Which worker: a stage of a replica."""
-
-    stage: int
-    replica: int
-
-    def __str__(self) -> str:
-        return f"stage {self.stage} of replica {self.replica}"
-
-
-class WorkerGroup(Protocol):
-    """Holds one worker a key. A reference may be passed to another call in place of its value."""
-
-    @property
-    def num_replicas(self) -> int:
-        """Replicas held; may be fewer than asked for."""
-
-    def room_for(self, limit: int) -> int:
-        """How many more replicas, `limit` at most, there would be room for now beside those held."""
-
-    def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
-        """Starts `method` on a worker, after everything called on it before; returns a reference."""
-
-    def wait(self, references: Sequence[Any], timeout: float) -> list[Any]:
-        """References that are ready, at least one unless `timeout` seconds pass first."""
-
-    def get(self, reference: Any) -> Any:
-        """Value of a ready reference.
-
-        Raises:
-            WorkerLostError: the worker died.
-            ClusterError: its node does not hold what a worker is made of.
-            Exception: whatever the method raised.
-        """
-
-    def close(self) -> None:
-        """Ends the workers."""
-
-
-class RayWorkerGroup:
+class RayWorkerGroup(Generic[W]):
     """Workers as Ray actors, a placement group a replica: its stages near each other, replicas apart.
 
     Args:
@@ -91,7 +53,7 @@ class RayWorkerGroup:
 
     def __init__(
         self,
-        make: Callable[[int, int], Any],
+        make: Callable[[int, int], W],
         *,
         num_stages: int,
         num_replicas: int,
@@ -165,19 +127,21 @@ class RayWorkerGroup:
             for trial in trials:
                 remove_placement_group(trial)
 
-    def call(self, key: WorkerKey, method: str, *args: Any) -> Any:
-        """Starts `method` on a worker, after everything called on it before; returns a reference."""
-        return self._actors[key].call.remote(method, *args)
+    def call(
+        self, key: WorkerKey, method: Callable[Concatenate[W, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Reference[T]:
+        """Starts a method on a worker, after everything called on it before; returns a reference."""
+        return cast("Reference[T]", self._actors[key].call.remote(method.__name__, *args, **kwargs))
 
-    def wait(self, references: Sequence[Any], timeout: float) -> list[Any]:
+    def wait(self, references: Sequence[Reference[Any]], timeout: float) -> list[Reference[Any]]:
         """References that are ready, at least one unless `timeout` seconds pass first."""
         ready, _ = ray.wait(list(references), timeout=timeout, fetch_local=False)
         return list(ready)
 
-    def get(self, reference: Any) -> Any:
+    def get(self, reference: Reference[T]) -> T:
         """Value of a reference; raises what the method raised, or WorkerLostError."""
         try:
-            return ray.get(reference)
+            return cast(T, ray.get(reference))
         except ray.exceptions.RayError as error:
             raise _reason_of(error, self._name_of) from None
 
@@ -209,10 +173,10 @@ class _Worker:
         self._make = partial(make, stage, replica)
         self._worker: Any = None
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._worker is None:
             self._worker = self._make()
-        return getattr(self._worker, method)(*args)
+        return getattr(self._worker, method)(*args, **kwargs)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from gs_dist import __version__
 from gs_dist.errors import UserError
 from gs_dist.planning.cluster_facts import ClusterFacts
-from gs_dist.planning.plan import CalibrationPlan, make_plan
+from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.recipe.config import CalibrationConfig, CalibrationData, load_recipe, read_published_recipe
 from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.sizes import parse_size
@@ -170,7 +170,11 @@ def plan(
             "--address asks a cluster that runs what it holds, and the other options describe one: give either"
         )
     facts = described or (ClusterFacts.of_this_machine() if address is None else _facts_of(address))
-    made, notes = _planned(config, facts)
+    from gs_dist.checkpoint.reader import CheckpointReader
+    from gs_dist.runtime.planned import plan_job
+
+    made, told = plan_job(config, CheckpointReader(Path(config.model)), facts)
+    notes = list(told)
     if described is not None or address is not None:
         notes += _lacking(config, made, facts, waits=described is None)
     console = _console()
@@ -211,20 +215,6 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
     if room >= least:
         return [f"{found}: a job starts with fewer replicas, and takes more when nodes join"]
     return [f"{found}: a job waits up to {config.parallel.timeout:g} s for more nodes, and then ends"]
-
-
-def _planned(config: CalibrationConfig, facts: ClusterFacts) -> tuple[CalibrationPlan, list[str]]:
-    """The plan, and what model and formats have to say about it."""
-    from gs_dist.checkpoint.dialects import codec_of
-    from gs_dist.checkpoint.reader import CheckpointReader
-
-    reader = CheckpointReader(Path(config.model))
-    made = make_plan(config, reader.architecture, reader.tensors, facts)
-    notes = [*reader.notes, *reader.companions().notes]
-    for name in config.dialects:
-        for policies in made.policy_sets:
-            notes += codec_of(name).check_policies(policies, reader.architecture)
-    return made, list(dict.fromkeys(notes))
 
 
 @app.command("recipe")

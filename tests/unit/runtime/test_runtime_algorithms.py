@@ -13,7 +13,7 @@ from workers import InlineWorkerGroup
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import read_summary
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 NUM_LAYERS = 4
 

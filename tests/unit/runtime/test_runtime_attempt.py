@@ -15,7 +15,7 @@ from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime import attempt
-from gs_dist.runtime.coordinator import run_job
+from gs_dist.runtime.job_run import run_job
 from gs_dist.runtime.stage_worker import Job, StageWorker
 
 NUM_LAYERS = 6

@@ -20,7 +20,7 @@ from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results.costs import FLOAT
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 W4 = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 64}
 NUM_LAYERS = 4
@@ -117,7 +117,7 @@ def test_a_job_that_ends_half_way_goes_on_from_what_is_on_disk(undisturbed: Undi
 
     def dying(job: Job, min_replicas: int) -> InlineWorkerGroup:
         def loses(key: WorkerKey, method: str) -> bool:
-            solves.extend([key] if method == "solve" else [])
+            solves.extend([key] if method in ("judge", "solve") else [])
             return len(solves) > solves_before
 
         return InlineWorkerGroup(partial(StageWorker, job), num_stages=1, num_replicas=1, loses_worker_at=loses)
@@ -132,7 +132,7 @@ def test_a_job_that_ends_half_way_goes_on_from_what_is_on_disk(undisturbed: Undi
 
     run_inline(config, make_group)
     assert published_hashes(config) == expected
-    again = sum(method == "solve" for group in groups for _, method in group.calls)
+    again = sum(method in ("judge", "solve") for group in groups for _, method in group.calls)
     assert again == 2 * NUM_LAYERS - solves_before
     if solves_before >= NUM_LAYERS:
         assert not any(method == "step" for group in groups for _, method in group.calls), "no forward pass"

@@ -16,8 +16,9 @@ from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.runtime.coordinator import quantize
+from gs_dist.runtime.planned import plan_job
 from gs_dist.runtime.software import Software
-from gs_dist.runtime.solving_plan import plan_job, software_note
+from gs_dist.runtime.statistics_origin import software_note
 
 HERE = ClusterFacts(num_cpus=4, num_npus=0, memory_bytes=8 << 30)
 
@@ -74,7 +75,7 @@ def solving(tmp_path: Path, **changes: object) -> tuple[CalibrationConfig, Check
 def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
     """No card is needed for device: ascend, and memory is that of one layer and its statistics."""
     config, reader = solving(tmp_path, parallel={"device": "ascend", "pipeline_parallel_size": 1})
-    plan = plan_job(config, reader, HERE, solves_only=True)
+    plan = plan_job(config, reader, HERE, solves_only=True).plan
     assert plan.device == "cpu"
     (stage,) = plan.stages
     layer = sum(info.nbytes for info in reader.layer_tensors(0).values())
@@ -84,7 +85,7 @@ def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
         reader,
         HERE,
         solves_only=False,
-    )
+    ).plan
     assert stage.memory.items["statistics"] < whole.stages[0].memory.items["statistics"] / 4
     assert stage.memory.peak < whole.stages[0].memory.peak
     assert plan.num_samples == whole.num_samples

@@ -30,7 +30,7 @@ from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.probe import Probe
 from gs_dist.runtime.stage_worker import Job
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 FORMAT = "compressed-tensors"
 NUM_LAYERS = 5

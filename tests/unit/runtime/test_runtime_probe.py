@@ -27,7 +27,7 @@ from gs_dist.results.summary import read_summary
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.perplexity import measure
 from gs_dist.runtime.stage_worker import Job
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 NUM_LAYERS = 3
 W4 = {"weight_quant_dtype": "qint4x2"}

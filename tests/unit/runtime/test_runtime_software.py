@@ -17,7 +17,7 @@ from gs_dist.progress import SilentProgress
 from gs_dist.runtime.attempt import run_attempt
 from gs_dist.runtime.software import Software, check_versions, kernel_note
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 FIRST, SECOND = WorkerKey(0, 0), WorkerKey(1, 0)
 

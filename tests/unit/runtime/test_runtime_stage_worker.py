@@ -13,7 +13,7 @@ from workers import InlineWorkerGroup
 from gs_dist.checkpoint.run_directory import read_statistics
 from gs_dist.errors import LayerError, OutputError, WorkerLostError
 from gs_dist.runtime.stage_worker import Job, StageWorker
-from gs_dist.runtime.worker_group import WorkerKey
+from gs_dist.runtime.workers import WorkerKey
 
 LAYOUTS = [(2, 1, "auto"), (3, 1, "auto"), (1, 2, "auto"), (2, 2, "auto"), (2, 3, 1), (1, 1, 1), (1, 1, 4)]
 

@@ -1,0 +1,143 @@
+"""A job from its plan to `done`: what is finished, what is to be chosen and solved, and what is published.
+
+Progress lives on storage alone: a layer is finished when its manifest stands beside its shard. So losing
+a worker, the coordinator or the whole job comes to the same thing: what is unfinished is observed again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TypeVar
+
+from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
+from gs_dist.checkpoint.merge import refuse_foreign_weights
+from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import RunDirectory, locked
+from gs_dist.progress import Progress
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.results.costs import LayerCosts
+from gs_dist.results.summary import CalibrationSummary
+from gs_dist.runtime.attempt import MakeGroup, OfLayer, run_attempt
+from gs_dist.runtime.choice import choose, judged_before
+from gs_dist.runtime.job import Job
+from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
+from gs_dist.runtime.publication import publish
+from gs_dist.runtime.retry import retry
+from gs_dist.runtime.software import Software
+from gs_dist.runtime.stage_times import StageTimes
+from gs_dist.runtime.tasks import JUDGE, SOLVE, Task
+
+__all__ = ["run_job", "run_locked_job", "run_of"]
+
+Outcome = TypeVar("Outcome", bound=OfLayer)
+
+
+def run_job(
+    job: Job,
+    reader: CheckpointReader,
+    *,
+    make_group: MakeGroup,
+    make_evaluation_group: MakeEvaluationGroup,
+    progress: Progress,
+) -> CalibrationSummary:
+    """Observes and solves what is unfinished, merges, and probes the result if the recipe says so.
+
+    Args:
+        job: recipe and plan.
+        reader: of the float checkpoint.
+        make_group: makes the workers that observe and solve.
+        make_evaluation_group: makes the workers of the probe.
+        progress: told what is going on.
+    """
+    with locked(Path(job.config.output)):
+        return run_locked_job(
+            job, reader, make_group=make_group, make_evaluation_group=make_evaluation_group, progress=progress
+        )
+
+
+def run_of(config: CalibrationConfig, fingerprints: Fingerprints) -> RunDirectory:
+    """The output of a recipe's job."""
+    return RunDirectory(
+        Path(config.output),
+        dialects=config.dialects,
+        fingerprints=fingerprints,
+        recipe=config.fingerprint_fields(),
+        made_with=Software.here().made_with,
+    )
+
+
+def run_locked_job(
+    job: Job,
+    reader: CheckpointReader,
+    *,
+    make_group: MakeGroup,
+    make_evaluation_group: MakeEvaluationGroup,
+    progress: Progress,
+) -> CalibrationSummary:
+    """`run_job` on an output that is locked."""
+    began = time.monotonic()
+    run = run_of(job.config, job.fingerprints)
+    probe = Probe.open(job, reader)
+    finished = run.prepare(reader.architecture.num_layers)
+    if finished:
+        progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
+    if len(finished) < reader.architecture.num_layers:
+        reader.refuse_damaged_outer()
+        for name in job.config.dialects:
+            refuse_foreign_weights(run.path, name, reader.architecture.num_layers)
+    times = StageTimes()
+    if job.config.bits == "auto":
+        job = _with_bits(job, finished, make_group, progress, times)
+    _finish_layers(job, SOLVE, finished, make_group, progress, times)
+    return publish(
+        job,
+        run,
+        reader,
+        finished,
+        times,
+        probe,
+        make_evaluation_group=make_evaluation_group,
+        seconds=time.monotonic() - began,
+        progress=progress,
+    )
+
+
+def _with_bits(
+    job: Job, finished: dict[int, LayerManifest], make_group: MakeGroup, progress: Progress, times: StageTimes
+) -> Job:
+    """Has every layer observed and judged; the job that solves what is chosen."""
+    judged: dict[int, LayerCosts] = judged_before(job, finished)
+    if len(judged) < job.plan.architecture.num_layers:
+        progress.message("finding out what each scheme costs each linear")
+        _finish_layers(job, JUDGE, judged, make_group, progress, times)
+    return choose(job, judged, progress)
+
+
+def _finish_layers(
+    job: Job,
+    task: Task[Outcome],
+    finished: dict[int, Outcome],
+    make_group: MakeGroup,
+    progress: Progress,
+    times: StageTimes,
+) -> None:
+    """Runs passes until the task is done to every layer; `finished` and `times` are filled in."""
+    num_layers = job.plan.architecture.num_layers
+
+    def on_finished(layer: int) -> None:
+        if task is SOLVE:
+            progress.layer_finished(layer, len(finished), num_layers)
+
+    retry(
+        lambda: run_attempt(job, task, finished, make_group, progress, times, on_finished),
+        finished,
+        num_layers,
+        max_restarts=job.config.parallel.max_restarts,
+        giving_up=lambda failures: (
+            f"{failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers are {task.done}: "
+            "submit the same recipe again to go on from there"
+        ),
+        going_on=lambda: f"starting the workers again, {num_layers - len(finished)} layers to go",
+        tell=progress.message,
+    )
