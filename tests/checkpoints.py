@@ -35,6 +35,34 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# Keys that a family's tiny config has beyond those of all; `None` is written as null.
+_FAMILY_KEYS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 32},  # on purpose not hidden_size / num_attention_heads
+    "mixtral": {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 96,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": False,
+    },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
 }
 _LARGE: dict[str, dict[str, Any]] = {
     "llama-3-70b": {
@@ -91,39 +119,63 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-    if model_type == "mistral":
-        config["sliding_window"] = None
-    if model_type == "qwen3":
-        config["head_dim"] = 32  # on purpose not hidden_size / num_attention_heads
-    return {**config, **overrides}
+    return {**config, **_FAMILY_KEYS.get(model_type, {}), **overrides}
+
+
+def _mlp_rows(config: dict[str, Any], layer: int) -> list[tuple[str, int, int, bool]]:
+    """Name, outputs, inputs and bias of each matrix of a layer's mlp, routers and experts included."""
+    kind, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+
+    def gated(prefix: str, size: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Any:
+        bias = bool(config.get("mlp_bias"))
+        gate, up, down = names
+        return [
+            (f"{prefix}.{gate}", size, hidden, bias),
+            (f"{prefix}.{up}", size, hidden, bias),
+            (f"{prefix}.{down}", hidden, size, bias),
+        ]
+
+    if kind == "mixtral":
+        rows = [("block_sparse_moe.gate", config["num_local_experts"], hidden, False)]
+        for expert in range(config["num_local_experts"]):
+            rows += gated(f"block_sparse_moe.experts.{expert}", inner, ("w1", "w3", "w2"))
+        return rows
+    if kind not in ("qwen2_moe", "qwen3_moe") or layer in config["mlp_only_layers"]:
+        return gated("mlp", inner)
+    rows = [("mlp.gate", config["num_experts"], hidden, False)]
+    for expert in range(config["num_experts"]):
+        rows += gated(f"mlp.experts.{expert}", config["moe_intermediate_size"])
+    if kind == "qwen2_moe":
+        rows += gated("mlp.shared_expert", config["shared_expert_intermediate_size"])
+        rows.append(("mlp.shared_expert_gate", 1, hidden, False))
+    return rows
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Full name to shape of every tensor the model class saves for this config."""
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    hidden, heads, kind = config["hidden_size"], config["num_attention_heads"], config["model_type"]
     head_dim = config.get("head_dim") or hidden // heads
     query, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
     attention_bias = bool(config.get("attention_bias"))
-    qkv_bias = attention_bias or config["model_type"] == "qwen2"
-    mlp_bias = bool(config.get("mlp_bias"))
-    rows = [
+    qkv_bias = attention_bias or kind in ("qwen2", "qwen2_moe")
+    attention = [
         ("self_attn.q_proj", query, hidden, qkv_bias),
         ("self_attn.k_proj", kv, hidden, qkv_bias),
         ("self_attn.v_proj", kv, hidden, qkv_bias),
         ("self_attn.o_proj", hidden, query, attention_bias),
-        ("mlp.gate_proj", inner, hidden, mlp_bias),
-        ("mlp.up_proj", inner, hidden, mlp_bias),
-        ("mlp.down_proj", hidden, inner, mlp_bias),
     ]
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if kind in ("qwen3", "qwen3_moe"):
+        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    if kind == "olmo2":
+        norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
+        norms |= {"self_attn.q_norm": query, "self_attn.k_norm": kv}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        if config["model_type"] == "qwen3":
-            shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
-        for name, out_features, in_features, bias in rows:
+        for norm, size in norms.items():
+            shapes[f"{prefix}{norm}.weight"] = (size,)
+        for name, out_features, in_features, bias in [*attention, *_mlp_rows(config, layer)]:
             shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (out_features,)

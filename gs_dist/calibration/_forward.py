@@ -156,16 +156,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int
     return ops.reshape(ops.concat(outputs, 1), (batch * tokens, groups * repeat * size))
 
 
-def _attention(hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, form: Any) -> Any:
+def _attention(
+    hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, norm_after: bool, form: Any
+) -> Any:
     """Grouped-query attention on the hidden states (b * t, h).
 
     Args:
-        hidden: before the norm.
+        hidden: of the layers before.
         weights: as `dense_forward` takes them.
-        norm: the norm before it, (weight,) or (weight, bias).
+        norm: the norm before or behind it, (weight,) or (weight, bias).
         rotary: cosine and sine for queries (times 1 / sqrt(d)), then for keys, (t, 1, d) each.
         mask: added to scores: (block, block) causal, or the band of a sliding window.
         tokens: t.
+        norm_after: whether the norm is over what is added.
         form: the fields of an `AttentionForm`.
 
     Returns:
@@ -174,30 +177,35 @@ def _attention(hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tenso
     static = AttentionForm(*form)
     size, epsilon, schemes, kv_schemes = static.head_dim, static.epsilon, static.schemes, static.kv_schemes
     linears, own_norms, inputs, cache = weights
-    attention_input = _normalise(hidden, norm, epsilon)
+    attention_input = hidden if norm_after else _normalise(hidden, norm, epsilon)
     query = _linear(_round_input(attention_input, schemes[0], inputs, 0), linears[0])
     key = _linear(_round_input(attention_input, schemes[1], inputs, 1), linears[1])
     value = _linear(_round_input(attention_input, schemes[2], inputs, 2), linears[2])
     if static.qk_norm == "head":
         query = ops.reshape(_normalise(ops.reshape(query, (-1, size)), own_norms[0], epsilon), query.shape)
         key = ops.reshape(_normalise(ops.reshape(key, (-1, size)), own_norms[1], epsilon), key.shape)
+    if static.qk_norm == "all":
+        query = _normalise(query, own_norms[0], epsilon)
+        key = _normalise(key, own_norms[1], epsilon)
     query = _rotate(query, rotary[0], rotary[1], size)
     key = _rotate(key, rotary[2], rotary[3], size)
     cached_key = _round_cache(key, kv_schemes[0], cache[0])
     cached_value = _round_cache(value, kv_schemes[1], cache[1])
     attention_output = _attend(query, cached_key, cached_value, mask, tokens, static)
-    hidden = hidden + _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
+    added = _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
+    hidden = hidden + (_normalise(added, norm, epsilon) if norm_after else added)
     return hidden, attention_input, attention_output, key, value
 
 
-def _gated_mlp(hidden: Tensor, weights: Any, norm: Any, epsilon: float, schemes: Any) -> Any:
+def _gated_mlp(hidden: Tensor, weights: Any, norm: Any, norm_after: bool, epsilon: float, schemes: Any) -> Any:
     """Gated mlp on the hidden states (b * t, h): those after it, its input, and that of its last linear."""
     linears, inputs = weights
-    mlp_input = _normalise(hidden, norm, epsilon)
+    mlp_input = hidden if norm_after else _normalise(hidden, norm, epsilon)
     gate = _linear(_round_input(mlp_input, schemes[0], inputs, 0), linears[0])
     up = _linear(_round_input(mlp_input, schemes[1], inputs, 1), linears[1])
     mlp_activation = ops.silu(gate) * up
-    hidden = hidden + _linear(_round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
+    added = _linear(_round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
+    hidden = hidden + (_normalise(added, norm, epsilon) if norm_after else added)
     return hidden, mlp_input, mlp_activation
 
 
@@ -215,17 +223,17 @@ def dense_forward(
         norms: the attention's and the mlp's, each (weight,) or (weight, bias).
         rotary: see `_attention`.
         mask: likewise.
-        form: whether to capture, schemes of the mlp's inputs, and the fields of an `AttentionForm`, all as plain
-            tuples (a named one would be compiled anew at every call).
+        form: whether to capture, whether norms stand behind their blocks, schemes of the mlp's inputs, and the
+            fields of an `AttentionForm`, all as plain tuples (a named one would be compiled anew at every call).
 
     Returns:
         The layer's output, or with `capture` that and the inputs of the linears in forward order, keys and values.
     """
-    capture, mlp_schemes, attention_form = form
+    capture, norm_after, mlp_schemes, attention_form = form
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attended = _attention(hidden, attention, norms[0], rotary, mask, samples[1], attention_form)
-    ended = _gated_mlp(attended[0], mlp, norms[1], attention_form[4], mlp_schemes)
+    attended = _attention(hidden, attention, norms[0], rotary, mask, samples[1], norm_after, attention_form)
+    ended = _gated_mlp(attended[0], mlp, norms[1], norm_after, attention_form[4], mlp_schemes)
     output = ops.reshape(ended[0], (*samples, -1))
     if capture:
         return (

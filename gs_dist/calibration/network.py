@@ -143,7 +143,7 @@ class DecoderNetwork:
             schemes=weights.attention_schemes,
             kv_schemes=weights.kv_schemes,
         )
-        form = (capture, weights.mlp_schemes, tuple(attention))
+        form = (capture, spec.norms_after, weights.mlp_schemes, tuple(attention))
         results = dense_forward(hidden, weights.attention, weights.mlp, weights.norms, rotary, mask, form)
         if not capture:
             return results, {}

@@ -65,8 +65,9 @@ class LayerInput:
 class GroupedQueryAttention:
     """Causal attention whose key/value heads each serve `num_heads / num_kv_heads` query heads.
 
-    `qk_norm` is the RMSNorm of queries and keys before the rotary embedding: "none", or "head" for one over the
-    channels of each head. `window` is how many tokens a query sees back, None for all.
+    `qk_norm` is the RMSNorm of queries and keys before the rotary embedding: "none", "head" for one over the
+    channels of each head, "all" for one over those of all heads. `window` is how many tokens a query
+    sees back, None for all.
     """
 
     kind: ClassVar[str] = "grouped_query"
@@ -115,7 +116,8 @@ class GroupedQueryAttention:
         """Name within the layer to shape of the weights of its own norms, in the order of use."""
         if self.qk_norm == "none":
             return {}
-        return {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        sizes = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (self.query_size, self.kv_size)
+        return {"self_attn.q_norm.weight": (sizes[0],), "self_attn.k_norm.weight": (sizes[1],)}
 
     def inputs(self, source: str | None) -> tuple[LayerInput, ...]:
         """What its linears read, where `source` is the norm before it."""
@@ -187,13 +189,14 @@ Mlp = GatedMlp
 class LayerSpec:
     """One decoder layer: an attention, then an mlp, each added to the hidden states.
 
-    `norms` names the layer's two norms over the hidden states, the attention's and the mlp's; each stands before
-    its block.
+    `norms` names the layer's two norms, the attention's and the mlp's. Each stands before its block, or, where
+    `norms_after`, behind it, over what is added; then nothing can take up a rescaling of the block's input.
     """
 
     attention: GroupedQueryAttention
     mlp: Mlp
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms_after: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -208,7 +211,8 @@ class LayerSpec:
     @cached_property
     def inputs(self) -> tuple[LayerInput, ...]:
         """The activations that its linears read, in forward order."""
-        return (*self.attention.inputs(self.norms[0]), *self.mlp.inputs(self.norms[1]))
+        sources = (None, None) if self.norms_after else self.norms
+        return (*self.attention.inputs(sources[0]), *self.mlp.inputs(sources[1]))
 
     @cached_property
     def channels(self) -> Mapping[str, int]:

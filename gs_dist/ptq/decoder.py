@@ -60,7 +60,7 @@ class _Attention(nn.Cell):
         for linear in attention.linears:
             setattr(self, linear.name.rpartition(".")[2], source.linear(prefix, linear))
         self.q_norm = self.k_norm = None
-        if attention.qk_norm == "head":
+        if attention.qk_norm != "none":
             self.q_norm = source.norm(f"{prefix}self_attn.q_norm")
             self.k_norm = source.norm(f"{prefix}self_attn.k_norm")
         self.cache = KVCache(attention.num_kv_heads, attention.head_dim)
@@ -78,8 +78,10 @@ class _Attention(nn.Cell):
         return self.o_proj(mixed.reshape(batch, tokens, -1))
 
     def _heads(self, x: Any, norm: Any, heads: int) -> Any:
+        if norm is not None and self.form.qk_norm == "all":
+            x = norm(x)
         split = x.reshape(*x.shape[:2], heads, self.form.head_dim)
-        return split if norm is None else norm(split)
+        return norm(split) if self.form.qk_norm == "head" else split
 
     def _repeated(self, x: Any) -> Any:
         """(b, t, K * d) to (b, t, H, d), each KV head once for every query head that reads it."""
@@ -108,15 +110,20 @@ class DecoderLayer(nn.Cell):
 
     def __init__(self, prefix: str, layer: LayerSpec, source: _Source) -> None:
         super().__init__()
-        self.input_layernorm = source.norm(f"{prefix}input_layernorm")
         self.self_attn = _Attention(prefix, layer.attention, source)
-        self.post_attention_layernorm = source.norm(f"{prefix}post_attention_layernorm")
         self.mlp = _Mlp(prefix, layer.mlp, source)
+        for norm in layer.norms:
+            setattr(self, norm, source.norm(prefix + norm))
+        self.form = layer
 
     def construct(self, x: Any, tables: Any, mask: Any) -> Any:
         """Hidden states (b, t, h) after the layer."""
-        x = x + self.self_attn(self.input_layernorm(x), tables, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        first, second = (getattr(self, name) for name in self.form.norms)
+        if self.form.norms_after:
+            x = x + first(self.self_attn(x, tables, mask))
+            return x + second(self.mlp(x))
+        x = x + self.self_attn(first(x), tables, mask)
+        return x + self.mlp(second(x))
 
 
 class _Embedding(nn.Cell):

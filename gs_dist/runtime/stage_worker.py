@@ -168,6 +168,7 @@ class StageWorker:
             statistics=statistics,
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
+            divides_inputs=False,
             makes_biases=all(codec_of(name).makes_biases for name in self._job.config.dialects),
         )
 

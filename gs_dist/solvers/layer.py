@@ -46,6 +46,8 @@ class LayerProblem:
         scale_dtype: dtype scales will be stored in: "float32", "float16" or "bfloat16".
         makes_biases: linears whose policy `makes_bias`, and norms that only such linears read, may be published with
             a bias that the source lacks.
+        divides_inputs: whether linears may be handed on with a scale that they divide their input by, where nothing
+            before them takes it up; no file has a place for one.
     """
 
     layer: int
@@ -57,6 +59,7 @@ class LayerProblem:
     policies: Mapping[str, QuantPolicy | None]
     scale_dtype: str
     makes_biases: bool = False
+    divides_inputs: bool = True
 
     def quantised(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
         """Policies of those readers of an input that are quantised."""
@@ -170,6 +173,7 @@ def _solve(problem: LayerProblem, threads: Threads) -> QuantizedLayer:
             folded,
             problem.scale_dtype,
             new_biases=_new_biases(problem),
+            divides_inputs=problem.divides_inputs,
             threads=threads,
         )
         for layer_input in problem.inputs

@@ -38,6 +38,7 @@ def suppress(
     scale_dtype: str,
     *,
     new_biases: Collection[str] = (),
+    divides_inputs: bool = True,
     threads: Threads = ONE_THREAD,
 ) -> Rescaling:
     """Finds an input's rescaling and folds it into `folded`.
@@ -49,6 +50,7 @@ def suppress(
         folded: the layer's tensors; changed.
         scale_dtype: dtype the weights' scales will be stored in.
         new_biases: norms and linears that can be published with a bias though they have none.
+        divides_inputs: whether linears may divide their input themselves where nothing before takes that up.
         threads: share the candidates of a search.
 
     Raises:
@@ -57,6 +59,9 @@ def suppress(
     policy = _common_policy(layer_input, policies)
     if policy is None or statistics is None:
         return Rescaling()
+    if layer_input.source is None and not divides_inputs:
+        left = f"{policy.outliers_suppression.value} left out: no norm or linear before it can take up a rescaling"
+        return Rescaling(notes=(left,))
     shared = _SharedInput(layer_input, policy, statistics, folded, scale_dtype, new_biases, threads)
     return _KERNELS[policy.outliers_suppression](shared)
 

@@ -2,9 +2,10 @@
 
 Run it where torch, transformers and ml_dtypes are installed (the package itself is not needed):
 
-    python tests/data/make_golden_logits.py
+    python tests/data/make_golden_logits.py [CASE...]
 
-Made with transformers 5.23.0 and torch 2.13.0, float32 on a CPU.
+Made with transformers 5.23.0 and torch 2.13.0, float32 on a CPU; the families added since with transformers 5.17.0.
+Cases that are not named keep their values.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral_wide_window": {"model_type": "mistral", "sliding_window": 200},
     "qwen2_tied": {"model_type": "qwen2", "tie": True, "rope_theta": 1000000.0},
     "qwen3": {"model_type": "qwen3", "dtype": "float16"},
+    "qwen2_windows_by_layer": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "olmo2": {"model_type": "olmo2"},
 }
 """Name to arguments of `checkpoints.tiny_checkpoint`."""
 
@@ -71,15 +79,23 @@ def digest(directory: Path) -> str:
 def main() -> None:
     """Writes the golden file beside this script."""
     import torch
+    from safetensors import safe_open
     from safetensors.numpy import save_file
     from transformers import AutoModelForCausalLM
 
     golden, digests = {}, {}
+    if len(sys.argv) > 1:
+        with safe_open(HERE / "golden_logits.safetensors", "np") as file:
+            golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            digests = json.loads(file.metadata()["digests"])
     ids = torch.from_numpy(input_ids().astype(np.int64))
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         with tempfile.TemporaryDirectory() as folder:
             directory = build(name, Path(folder))
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
+            assert not any(loading.values()), loading  # every tensor is one that the model class saves
             with torch.no_grad():
                 logits = model(ids).logits
             golden[name] = np.ascontiguousarray(logits[:, POSITIONS].numpy())

@@ -15,10 +15,11 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.decoder import DecoderArchitecture
 
-__all__ = ["FAMILIES", "read_architecture"]
+__all__ = ["FAMILIES", "find_families", "read_architecture"]
 
 
-def _found() -> dict[str, Callable[[ConfigKeys], DecoderArchitecture]]:
+def find_families() -> dict[str, Callable[[ConfigKeys], DecoderArchitecture]]:
+    """The families of this folder: `model_type` to what reads a config.json of that type."""
     readers = {}
     for module_info in pkgutil.iter_modules(__path__):
         family = importlib.import_module(f"{__name__}.{module_info.name}")
@@ -26,7 +27,7 @@ def _found() -> dict[str, Callable[[ConfigKeys], DecoderArchitecture]]:
     return readers
 
 
-FAMILIES: Mapping[str, Callable[[ConfigKeys], DecoderArchitecture]] = _found()
+FAMILIES: Mapping[str, Callable[[ConfigKeys], DecoderArchitecture]] = find_families()
 """`model_type` to what reads a config.json of that type."""
 
 

@@ -28,12 +28,16 @@ def parse(base: str = "llama", **overrides: Any) -> DecoderArchitecture:
     return read_architecture({**tiny_config(base), **overrides})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_tensors_are_those_the_model_class_saves(model_type: str, tie: bool, bias: bool) -> None:
     """Names and shapes agree with the checkpoint of that model type, biases and tied heads included."""
-    bias_keys = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}.get(model_type, ())
+    bias_keys = {
+        "llama": ("attention_bias", "mlp_bias"),
+        "qwen3": ("attention_bias",),
+        "olmo2": ("attention_bias",),
+    }.get(model_type, ())
     config = tiny_config(model_type, tie_word_embeddings=tie, **dict.fromkeys(bias_keys, bias))
     architecture = read_architecture(config)
     found = architecture.outer_tensors()
