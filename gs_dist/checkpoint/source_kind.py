@@ -19,12 +19,11 @@ __all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantised"]
 
 ADAPTER_FILE = "adapter_config.json"
 
-# Files that tell loaders of quantised weights, and who writes them.
-_MARKERS: Mapping[str, str] = {
+# Files of other tools that tell loaders of quantised weights, and who writes them.
+_MARKERS: dict[str, str] = {
     "hf_quant_config.json": "ModelOpt",
     "quantize_config.json": "AutoGPTQ",
     "quant_config.json": "AutoAWQ",
-    **{d.description_file: d.title for d in DIALECTS.values() if d.description_file is not None},
 }
 # Leaf of a tensor's name to what writes it.
 _QUANTISED_LEAVES: Mapping[str, str] = {
@@ -127,7 +126,8 @@ def _marker(directory: Path, config: Mapping[str, Any]) -> tuple[str, str, str] 
         return "config.json: quantization_config", f"{method or 'of no known method'!s:.60}", remedy
     if isinstance(config.get("compression_config"), Mapping):  # what compressed-tensors called it once
         return "config.json: compression_config", "compressed-tensors", "remove the key from config.json"
-    for name, method in _MARKERS.items():
+    own = {d.description_file: d.title for d in DIALECTS.values() if d.description_file is not None}
+    for name, method in (_MARKERS | own).items():
         if (directory / name).is_file():
             return name, method, "move the file away"
     return None
