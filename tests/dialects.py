@@ -44,7 +44,7 @@ def round_linear(
     """Plain symmetric rounding with scales in the checkpoint's dtype."""
     rows, columns = weight.shape
     groups = columns // policy.group_size if policy.group_size else 1
-    top = 2 ** (policy.weight_bits - 1)
+    top = 2 ** (policy.weight_format.bits - 1)
     grouped = weight.astype(np.float32).reshape(rows, groups, -1)
     scale = (np.abs(grouped).max(axis=2) / (top - 0.5)).astype(DTYPES[dtype]).astype(np.float32)
     codes = np.clip(np.rint(grouped / scale[:, :, None]), -top, top - 1).astype(np.int8).reshape(rows, columns)

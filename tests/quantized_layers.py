@@ -45,7 +45,7 @@ def round_linear(
     """Rounds to nearest over each row's or group's range, as the policy says; arbitrary input scales."""
     rows, columns = weight.shape
     groups = columns // policy.group_size if policy.group_size else 1
-    bottom, top = -(2 ** (policy.weight_bits - 1)), 2 ** (policy.weight_bits - 1) - 1
+    bottom, top = -(2 ** (policy.weight_format.bits - 1)), 2 ** (policy.weight_format.bits - 1) - 1
     blocks = weight.astype(np.float32).reshape(rows, groups, -1)
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     span = high - low if not policy.weight_symmetric else 2 * np.maximum(high, -low)

@@ -14,6 +14,7 @@ from gs_dist.checkpoint.check import EngineVerdict, judge
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.table import WEIGHT_FORMATS
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.summary import CalibrationSummary
@@ -69,8 +70,9 @@ def render_model_card(
 
 
 def _front_matter(summary: CalibrationSummary, dialect: str) -> str:
-    bits = sorted({name.split("W", 1)[1][0] for name in summary.strategies if "W" in name})
-    tags = [f"int{b}" for b in bits if b.isdigit()] + [dialect, "gs-dist"]
+    parts = {part for name in summary.strategies for part in name.split("-")}
+    numbers = sorted(form.title for form in WEIGHT_FORMATS.values() if form.label in parts)
+    tags = [*numbers, dialect, "gs-dist"]
     # JSON strings are YAML strings, whatever a model's name holds.
     return "\n".join(["---", f"base_model: {json.dumps(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
 

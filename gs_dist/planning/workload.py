@@ -236,7 +236,7 @@ def _output_nbytes(
         policy = policies.get(name)
         if policy and policy.quantises_linear:
             scales = entries // policy.group_size * 8 if policy.group_size else 0
-            total += entries * policy.weight_bits // 8 + scales - entries * source_bytes
+            total += entries * policy.weight_format.bits // 8 + scales - entries * source_bytes
     return max(total, 0)
 
 

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import mint, nn, ops
 
+from gs_dist.numbers.integer import INT4, INT8
+from gs_dist.numbers.scales import EPSILON
 from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.integers import pack_int4
 from gs_dist.results.quantized import QuantizedLinear
-from gs_dist.solvers.affine import EPSILON, num_groups
+from gs_dist.solvers.affine import num_groups
 
 __all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "token_scale"]
 
@@ -208,7 +210,7 @@ class QuantDense(_QuantisedLinear):
         super().__init__(form, policy, strategy)
         rows, columns = form.out_features, form.in_features
         groups = num_groups(columns, policy.group_size)
-        self.packed = policy.weight_bits == 4 and rows % 2 == 0
+        self.packed = policy.weight_format is INT4 and rows % 2 == 0
         codes = np.zeros((columns, rows // 2) if self.packed else (rows, columns), np.int8)
         self.weight = self._parameter("weight", codes)
         self.weight_scale = self._parameter("weight_scale", np.full((rows, groups), np.nan, np.float32))
@@ -216,7 +218,7 @@ class QuantDense(_QuantisedLinear):
         self.weight_offset = None if policy.weight_symmetric else self._parameter("weight_offset", offset)
         moves = policy.column_order == "group"
         self.group_index = self._parameter("group_index", np.zeros(columns, np.int32)) if moves else None
-        w8a8 = self.rounds_input and policy.weight_bits == 8 and policy.weight_symmetric
+        w8a8 = self.rounds_input and policy.weight_format is INT8 and policy.weight_symmetric
         self.kernel = int8_kernel(form.dtype) if w8a8 else None
         # Stored rather than computed, because graph mode cannot look at the bits of a float.
         has_bits = w8a8 and policy.is_static and form.dtype == ms.float16

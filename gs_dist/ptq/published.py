@@ -109,7 +109,7 @@ def _fill_linears(cells: Mapping[str, Any], layer: QuantizedLayer, architecture:
 def _stored(policy: QuantPolicy) -> tuple[object, ...]:
     """What of a policy decides how a linear is stored and computed; its groups show in the scale's shape."""
     inputs = policy.act_quant_granularity if policy.act_quant_dtype is not None else None
-    return policy.weight_bits, policy.act_quant_dtype, inputs
+    return policy.weight_quant_dtype, policy.act_quant_dtype, inputs
 
 
 def _require_room(name: str, cell: QuantDense, found: QuantizedLinear) -> None:

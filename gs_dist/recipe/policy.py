@@ -25,9 +25,11 @@ from gs_dist.methods.table import (
 )
 from gs_dist.model.decoder import LayerInput
 from gs_dist.model.statistics import StatisticsSettings
+from gs_dist.numbers.integer import INT8
+from gs_dist.numbers.number_format import NumberFormat
+from gs_dist.numbers.table import WEIGHT_FORMATS, WeightFormatName
 
 __all__ = [
-    "GROUP_SIZES",
     "AlgoArgs",
     "OutliersSuppressionType",
     "PrecisionRecovery",
@@ -35,15 +37,13 @@ __all__ = [
     "required_statistics",
 ]
 
-GROUP_SIZES = (64, 128, 256)
-
 
 class QuantPolicy(BaseModel):
     """How one linear is quantised. Frozen, keyword-only; contradictions are refused when it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    weight_quant_dtype: Literal["int8", "qint4x2"] | None = "int8"
+    weight_quant_dtype: WeightFormatName | None = "int8"
     """Weights: int8, qint4x2 (4 bits), or null for linears that stay in float."""
     act_quant_dtype: Literal["int8"] | None = None
     """Activations: int8, or null for weights alone (A16)."""
@@ -74,9 +74,15 @@ class QuantPolicy(BaseModel):
     """Arguments of the algorithms; one that nothing reads is refused."""
 
     @property
-    def weight_bits(self) -> int:
-        """8, 4, or 16 for a weight that stays as it is."""
-        return {"int8": 8, "qint4x2": 4, None: 16}[self.weight_quant_dtype]
+    def weight_format(self) -> NumberFormat:
+        """Of the weights of a linear that is quantised.
+
+        Raises:
+            ValueError: they stay as they are.
+        """
+        if self.weight_quant_dtype is None:
+            raise ValueError("a linear that stays in float has no number format")
+        return WEIGHT_FORMATS[self.weight_quant_dtype]
 
     @property
     def quantises_linear(self) -> bool:
@@ -190,9 +196,10 @@ def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
     if kv is None and policy.kvcache_quant_granularity == "per_token":
         found = {"kvcache_quant_granularity": "per_token", "kvcache_quant_dtype": kv}
         yield _either(found, {"kvcache_quant_dtype": "int8"})
+    sizes = [allowed for allowed in (WEIGHT_FORMATS[weight] if weight else INT8).group_sizes if allowed]
     size = {"group_size": policy.group_size, "weight_quant_granularity": weight_per}
-    if weight_per == "per_group" and policy.group_size not in GROUP_SIZES:
-        yield _either(size, *({"group_size": allowed} for allowed in GROUP_SIZES))
+    if weight_per == "per_group" and policy.group_size not in sizes:
+        yield _either(size, *({"group_size": allowed} for allowed in sizes))
     if weight_per != "per_group" and policy.group_size != 0:
         yield _either(size, {"group_size": 0}, {"weight_quant_granularity": "per_group"})
     if weight == "qint4x2" and kv == "int8":

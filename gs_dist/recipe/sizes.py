@@ -47,6 +47,8 @@ def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype
     if policy is None or not policy.quantises_linear:
         return rows * columns * FLOATS[scale_dtype].itemsize
     groups = columns // policy.group_size if policy.group_size else 1
-    zero_bits = 0 if policy.weight_symmetric else policy.weight_bits
-    bits = rows * columns * policy.weight_bits + rows * groups * (zero_bits + 8 * FLOATS[scale_dtype].itemsize)
+    form = policy.weight_format
+    zero_bits = 0 if policy.weight_symmetric else form.bits
+    scale_bits = form.scale_bits or 8 * FLOATS[scale_dtype].itemsize
+    bits = rows * columns * form.bits + rows * groups * (zero_bits + scale_bits)
     return -(-bits // 8)

@@ -54,7 +54,7 @@ def choose(job: Job, judged: Mapping[int, LayerCosts], progress: Progress) -> Jo
     plan, layer_policies = chosen_policies(job.config, job.plan, judged)
     write_bytes(Path(output) / LAYER_POLICIES, render_layer_policies(layer_policies, job.fingerprints.recipe).encode())
     counts = Counter(
-        policy.weight_bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
+        policy.weight_format.bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
     )
     progress.message(f"chosen: {counted(counts[4], 'linear')} of 4 bits, {counts[8]} of 8, {counts[16]} in float")
     return dataclasses.replace(job, plan=plan, statistics_from=job.statistics_from or output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.dialects import check_policies
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import ClusterError
 from gs_dist.planning.cluster_facts import ClusterFacts
@@ -56,7 +56,7 @@ def plan_job(
         note
         for name in config.dialects
         for policies in plan.policy_sets
-        for note in codec_of(name).check_policies(policies, reader.architecture)
+        for note in check_policies(name, policies, reader.architecture)
     ]
     return PlannedJob(plan, tuple(dict.fromkeys(notes)))
 

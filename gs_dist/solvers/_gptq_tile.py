@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
+from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.results.quantized import Float32, Int8
-from gs_dist.solvers.affine import code_range, range_parameters
 
 __all__ = ["Damping", "Panel", "Ranges", "Tile", "cut_panels", "panel_width"]
 
@@ -38,7 +38,7 @@ class Damping:
 class Ranges:
     """How scales are found; `group_size` 0 where they are known before the first channel is rounded."""
 
-    bits: int
+    form: NumberFormat
     symmetric: bool
     scale_dtype: str
     group_size: int
@@ -110,7 +110,7 @@ class Tile:
                 else:
                     zero = None if self.zero is None else self.zero[column_group[outer]]
                     rounded = _round_channels(
-                        current[inner], inverse, self.scale[column_group[outer]], zero, code_range(ranges.bits)
+                        current[inner], inverse, self.scale[column_group[outer]], zero, ranges.form
                     )
                 codes, values, errors = rounded
                 self.codes[outer] = codes
@@ -136,12 +136,8 @@ class Tile:
         together = max(1, _WIDTH // rows)
         for start in range(0, len(ranges.ratios), together):
             ratios = np.array(ranges.ratios[start : start + together], dtype=np.float32)[:, None]
-            scale, zero = range_parameters(
-                low * ratios,
-                high * ratios,
-                bits=ranges.bits,
-                symmetric=ranges.symmetric,
-                scale_dtype=ranges.scale_dtype,
+            scale, zero = ranges.form.range_parameters(
+                low * ratios, high * ratios, symmetric=ranges.symmetric, scale_dtype=ranges.scale_dtype
             )
             offset = None if zero is None else zero.astype(np.float32)
             shape = (channels, ratios.size * rows)
@@ -150,7 +146,7 @@ class Tile:
                 inverse,
                 np.broadcast_to(scale.ravel(), shape),
                 None if offset is None else np.broadcast_to(offset.ravel(), shape),
-                code_range(ranges.bits),
+                ranges.form,
             )
             costs = np.einsum("ij,ij->j", tried[2], tried[2]).reshape(ratios.size, rows)
             chosen = costs.argmin(axis=0)
@@ -181,7 +177,7 @@ def _segments(start: int, stop: int, group_size: int, columns: int) -> Iterator[
 
 
 def _round_channels(
-    current: Float32, inverse: Float32, scale: Float32, zero: Float32 | None, code_bounds: tuple[int, int]
+    current: Float32, inverse: Float32, scale: Float32, zero: Float32 | None, form: NumberFormat
 ) -> tuple[Float32, Float32, Float32]:
     """Rounds the channels (rows) of `current`, last first; the paper's inner loop.
 
@@ -190,7 +186,7 @@ def _round_channels(
         inverse: (channels, channels) lower, inverse of the factor's block.
         scale: (channels, rows).
         zero: likewise, or None.
-        code_bounds: smallest and largest code.
+        form: of the codes.
 
     Returns:
         Codes, dequantised values and errors divided by the pivots, (channels, rows) float32 each.
@@ -209,8 +205,7 @@ def _round_channels(
             np.divide(wanted, scale[place], out=code)
             if zero is not None:
                 code += zero[place]
-            np.rint(code, out=code)
-            np.clip(code, code_bounds[0], code_bounds[1], out=code)
+            form.snap(code)
             if zero is None:
                 np.multiply(code, scale[place], out=value)
             else:

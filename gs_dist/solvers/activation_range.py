@@ -23,7 +23,7 @@ from gs_dist.model.statistics import (
     HISTOGRAM_MIN_EXPONENT,
     InputStatistics,
 )
-from gs_dist.solvers.affine import range_parameters
+from gs_dist.numbers.integer import INT8
 
 __all__ = [
     "ActivationRange",
@@ -72,7 +72,7 @@ def minmax_range(statistics: InputStatistics, *, symmetric: bool, scale_dtype: s
 
 
 def _as_range(low: float, high: float, symmetric: bool, scale_dtype: str) -> ActivationRange:
-    scale, zero_point = range_parameters(low, high, bits=8, symmetric=symmetric, scale_dtype=scale_dtype)
+    scale, zero_point = INT8.range_parameters(low, high, symmetric=symmetric, scale_dtype=scale_dtype)
     return ActivationRange(scale=float(scale), zero_point=None if zero_point is None else int(zero_point))
 
 

@@ -1,58 +1,33 @@
-"""Rounding to int8 and int4: scales, zero points, codes and back.
+"""Rounding a weight to nearest: scales, zero points, codes and back.
 
-Codes run from -2^(bits-1) to 2^(bits-1) - 1. A symmetric scale is absmax/127.5 (int8) or absmax/7.5
-(int4), as in golden-stick `cal_quantization_params` and compressed-tensors `calculate_qparams`; an
-asymmetric range is first extended to include 0, so that the zero point fits the integer type. A scale is
-rounded to the dtype it will be stored in *before* the codes are computed: codes and stored scale belong
-together. Rounding is half to even throughout.
+What codes and scales there are is the number format's to say (`gs_dist.numbers`); an asymmetric range is first
+extended to include 0, so that the zero point fits the integer type. A scale is rounded to the dtype it will be stored
+in *before* the codes are computed: codes and stored scale belong together. Rounding is half to even throughout.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gs_dist.errors import UserError
-from gs_dist.model.dtypes import FLOATS
+from gs_dist.numbers.number_format import NumberFormat
+from gs_dist.numbers.scales import EPSILON
 from gs_dist.results.integers import Float32, Int8, dequantise, row_blocks
 
 __all__ = [
-    "EPSILON",
-    "code_range",
     "dequantise",
     "fake_quantise_per_token",
     "fake_quantise_static",
     "num_groups",
     "quantise_weight",
     "quantise_with",
-    "range_parameters",
-    "round_scale",
     "row_blocks",
-    "symmetric_scale",
 ]
 
 Float = npt.NDArray[np.floating[Any]]
-
-# Scale of a channel or group that is zero throughout; exact in float32, bfloat16 and float16.
-EPSILON = 2.0**-23
-
-# Smallest scale kept by each dtype. float16 has subnormals of use; elsewhere they would cost speed and
-# stand for weights of no consequence.
-_SCALE_LIMITS: dict[str, tuple[float, float]] = {
-    "float32": (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)),
-    "bfloat16": (float(ml_dtypes.finfo(ml_dtypes.bfloat16).tiny), float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
-    "float16": (2.0**-24, float(np.finfo(np.float16).max)),
-}
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest code of that many bits (8 or 4)."""
-    if bits not in (4, 8):
-        raise UserError(f"weights of {bits} bits are not served: use int8 or qint4x2")
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def num_groups(columns: int, group_size: int) -> int:
@@ -71,61 +46,19 @@ def num_groups(columns: int, group_size: int) -> int:
     return columns // group_size
 
 
-def round_scale(scale: npt.ArrayLike, scale_dtype: str) -> Float32:
-    """Positive scales rounded to `scale_dtype` and given back as float32; never 0, never infinite.
-
-    A float16 scale below 2^-14 loses precision and is rounded up, so that no range is cut short.
-
-    Raises:
-        UserError: a dtype other than float32, float16 and bfloat16.
-    """
-    if scale_dtype not in FLOATS:
-        raise UserError(f"scales of dtype {scale_dtype} are not served: use float32, float16 or bfloat16")
-    smallest, largest = _SCALE_LIMITS[scale_dtype]
-    exact = np.clip(np.asarray(scale, dtype=np.float64), smallest, largest)
-    rounded = exact.astype(np.float32).astype(FLOATS[scale_dtype]).astype(np.float32)
-    if scale_dtype == "float16":
-        short = (rounded < exact) & (exact < 2.0**-14)
-        rounded = np.where(short, rounded + np.float32(2.0**-24), rounded)
-    return np.asarray(rounded, dtype=np.float32)
-
-
-def symmetric_scale(max_abs: npt.ArrayLike, *, bits: int, scale_dtype: str) -> Float32:
-    """Scale of symmetric ranges [-max_abs, max_abs]: 2 max_abs / (2^bits - 1), `EPSILON` where that is 0."""
-    wide = np.asarray(max_abs, dtype=np.float64)
-    return round_scale(np.where(wide > 0, 2.0 * wide / ((1 << bits) - 1), EPSILON), scale_dtype)
-
-
-def range_parameters(
-    low: npt.ArrayLike, high: npt.ArrayLike, *, bits: int, symmetric: bool, scale_dtype: str
-) -> tuple[Float32, Int8 | None]:
-    """Scale and zero point (None when symmetric) of ranges [low, high], extended to include 0."""
-    bottom = np.minimum(np.asarray(low, dtype=np.float64), 0.0)
-    top = np.maximum(np.asarray(high, dtype=np.float64), 0.0)
-    if symmetric:
-        return symmetric_scale(np.maximum(-bottom, top), bits=bits, scale_dtype=scale_dtype), None
-    smallest, largest = code_range(bits)
-    width = top - bottom
-    scale = round_scale(np.where(width > 0, width / (largest - smallest), EPSILON), scale_dtype)
-    zero_point = np.clip(np.rint(smallest - bottom / scale), smallest, largest).astype(np.int8)
-    return scale, zero_point
-
-
-def quantise_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, bits: int) -> Int8:
-    """Codes of `grouped` for given parameters that broadcast against it: clamp(round(w / scale + zero_point))."""
-    smallest, largest = code_range(bits)
+def quantise_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, form: NumberFormat) -> Int8:
+    """Codes of `grouped` for given parameters that broadcast against it: the nearest to w / scale + zero_point."""
     values = grouped / scale
     if zero_point is not None:
         values += zero_point.astype(np.float32)
-    np.rint(values, out=values)
-    np.clip(values, smallest, largest, out=values)
+    form.snap(values)
     return values.astype(np.int8)
 
 
 def quantise_weight(
     weight: Float32,
     *,
-    bits: int,
+    form: NumberFormat,
     group_size: int,
     symmetric: bool,
     scale_dtype: str,
@@ -135,7 +68,7 @@ def quantise_weight(
 
     Args:
         weight: (out, in) float32, finite.
-        bits: 8 or 4.
+        form: whose codes are whole numbers.
         group_size: input channels that share a scale; 0 for one scale per output channel.
         symmetric: without zero point.
         scale_dtype: dtype the scale will be stored in: float32, float16 or bfloat16.
@@ -157,12 +90,12 @@ def quantise_weight(
         low, high = grouped.min(axis=2), grouped.max(axis=2)
         if clip_ratio is not None:
             low, high = low * clip_ratio[block], high * clip_ratio[block]
-        part, zero = range_parameters(low, high, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+        part, zero = form.range_parameters(low, high, symmetric=symmetric, scale_dtype=scale_dtype)
         scale[block] = part
         if zero_point is not None and zero is not None:
             zero_point[block] = zero
         wide_zero = None if zero is None else zero[:, :, None]
-        codes[block] = quantise_with(grouped, part[:, :, None], wide_zero, bits=bits).reshape(-1, columns)
+        codes[block] = quantise_with(grouped, part[:, :, None], wide_zero, form=form).reshape(-1, columns)
     return codes, scale, zero_point
 
 

@@ -18,7 +18,7 @@ from gs_dist.methods.awq import TILE_ROWS
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import code_range, num_groups, range_parameters
+from gs_dist.solvers.affine import num_groups
 from gs_dist.solvers.objective import row_errors
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
@@ -93,7 +93,7 @@ def search_scale(
     Args:
         weights: (out, in) float32 each.
         statistics: of the shared input; its mean magnitudes enter the formula.
-        policy: bits, group_size, weight_symmetric; `algo_args.smooth_alpha` is a tuple to search (the
+        policy: number format, group_size, weight_symmetric; `algo_args.smooth_alpha` is a tuple to search (the
             first of equals wins) or a float to use as it is; `algo_args.duo_scaling`.
         gram: (in, in) float32, the objective.
         scale_dtype: dtype the weights' quantisation scales will be stored in.
@@ -158,24 +158,18 @@ def _rounding_change(rows: Float32, scale: Float32, policy: QuantPolicy, scale_d
     count, columns = rows.shape
     groups = num_groups(columns, policy.group_size)
     scaled = (rows * scale).reshape(count, groups, columns // groups)
-    step, zero = range_parameters(
-        scaled.min(axis=2),
-        scaled.max(axis=2),
-        bits=policy.weight_bits,
-        symmetric=policy.weight_symmetric,
-        scale_dtype=scale_dtype,
+    form = policy.weight_format
+    step, zero = form.range_parameters(
+        scaled.min(axis=2), scaled.max(axis=2), symmetric=policy.weight_symmetric, scale_dtype=scale_dtype
     )
     scaled /= step[:, :, None]
-    low, high = code_range(policy.weight_bits)
     if zero is not None:
         offset = zero.astype(np.float32)[:, :, None]
         scaled += offset
-        np.rint(scaled, out=scaled)
-        np.clip(scaled, low, high, out=scaled)
+        form.snap(scaled)
         scaled -= offset
     else:
-        np.rint(scaled, out=scaled)
-        np.clip(scaled, low, high, out=scaled)
+        form.snap(scaled)
     scaled *= step[:, :, None]
     change = scaled.reshape(count, columns)
     change /= scale

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import code_range, num_groups, range_parameters
+from gs_dist.solvers.affine import num_groups
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["ClipResult", "clip_weight"]
@@ -50,7 +50,7 @@ def clip_weight(
     Args:
         weight: (out, in) float32.
         gram: (in, in) float32; only its diagonal blocks of a group are read (all of it per channel).
-        policy: bits, group_size, weight_symmetric, algo_args.
+        policy: number format, group_size, weight_symmetric, algo_args.
         scale_dtype: dtype the scale will be stored in.
         threads: take a tile of rows at a time.
 
@@ -108,19 +108,15 @@ def _block_errors(
     scale_dtype: str,
 ) -> npt.NDArray[np.float64]:
     """Errors d G_gg dT of rounding within [low, high]: (groups, rows) float64."""
-    scale, zero = range_parameters(
-        low, high, bits=policy.weight_bits, symmetric=policy.weight_symmetric, scale_dtype=scale_dtype
-    )
+    form = policy.weight_format
+    scale, zero = form.range_parameters(low, high, symmetric=policy.weight_symmetric, scale_dtype=scale_dtype)
     change = tile / scale[:, :, None]
-    smallest, largest = code_range(policy.weight_bits)
     if zero is None:
-        np.rint(change, out=change)
-        np.clip(change, smallest, largest, out=change)
+        form.snap(change)
     else:
         offset = zero.astype(np.float32)[:, :, None]
         change += offset
-        np.rint(change, out=change)
-        np.clip(change, smallest, largest, out=change)
+        form.snap(change)
         change -= offset
     change *= scale[:, :, None]
     change -= tile

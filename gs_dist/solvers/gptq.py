@@ -74,7 +74,7 @@ def quantise(
     Args:
         weight: (out, in) float32.
         gram: (in, in) float32, sum of x xT over the calibration tokens, weighted or not.
-        policy: bits, group_size, weight_symmetric and algo_args (`block_size`, `desc_act`,
+        policy: number format, group_size, weight_symmetric and algo_args (`block_size`, `desc_act`,
             `static_groups`, `damp_percent`). `block_size` shifts speed and memory, not the result.
         scale_dtype: dtype the scale will be stored in.
         clip_ratio: (out, groups), shrinks ranges. Only for groups of neighbouring channels.
@@ -125,7 +125,7 @@ class _Task:
         """Codes, scales and zero points of rounding to nearest."""
         return quantise_weight(
             self.weight,
-            bits=self.policy.weight_bits,
+            form=self.policy.weight_format,
             group_size=self.policy.group_size,
             symmetric=self.policy.weight_symmetric,
             scale_dtype=self.scale_dtype,
@@ -154,7 +154,7 @@ def _solve(
     if factor is None:
         return _rounded_to_nearest(task, clip_ratio, notes)
     ranges = Ranges(
-        bits=policy.weight_bits,
+        form=policy.weight_format,
         symmetric=policy.weight_symmetric,
         scale_dtype=task.scale_dtype,
         group_size=0 if known else size,

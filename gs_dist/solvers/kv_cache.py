@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gs_dist.model.statistics import InputStatistics
+from gs_dist.numbers.integer import INT8
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import symmetric_scale
 
 __all__ = ["cache_relative_error", "cache_scale"]
 
@@ -17,7 +17,7 @@ def cache_scale(statistics: InputStatistics, *, scale_dtype: str) -> Float32:
             the folded layer produces them.
         scale_dtype: dtype the scale will be stored in.
     """
-    return symmetric_scale(statistics.max_abs, bits=8, scale_dtype=scale_dtype)
+    return INT8.symmetric_scale(statistics.max_abs, scale_dtype=scale_dtype)
 
 
 def cache_relative_error(statistics: InputStatistics, scale: Float32) -> float:

@@ -107,7 +107,7 @@ def _loss(
         scaled = weight if rescaling.scale is None else weight * rescaling.scale
         codes, step, zero_point = affine.quantise_weight(
             scaled,
-            bits=policy.weight_bits,
+            form=policy.weight_format,
             group_size=policy.group_size,
             symmetric=policy.weight_symmetric,
             scale_dtype=scale_dtype,

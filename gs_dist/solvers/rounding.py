@@ -59,7 +59,7 @@ def _to_nearest(task: _Task, objective: Float32 | None, ratio: Float32 | None) -
     policy = task.policy
     codes, scale, zero_point = affine.quantise_weight(
         task.weight,
-        bits=policy.weight_bits,
+        form=policy.weight_format,
         group_size=policy.group_size,
         symmetric=policy.weight_symmetric,
         scale_dtype=task.scale_dtype,

@@ -38,7 +38,7 @@ def layer_costs(
 
     Args:
         problem: weights and statistics; its policies are not looked at.
-        schemes: linear's name within the layer to scheme to policy; bits, group_size and weight_symmetric count.
+        schemes: linear's name within the layer to scheme to policy; number format, groups and symmetry count.
         num_threads: share the work, with the same figures at any number; the caller holds BLAS to one thread.
 
     Raises:
@@ -88,7 +88,7 @@ def _costs(
 def _plain_change(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:
     codes, scale, zero_point = affine.quantise_weight(
         weight,
-        bits=policy.weight_bits,
+        form=policy.weight_format,
         group_size=policy.group_size,
         symmetric=policy.weight_symmetric,
         scale_dtype=scale_dtype,

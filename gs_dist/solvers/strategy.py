@@ -12,7 +12,7 @@ def strategy(policy: QuantPolicy | None) -> str:
     if policy is None or not policy.quantises_linear:
         return "NA"
     parts = [method.label for method in policy.methods if method.label]
-    parts.append(f"W{policy.weight_bits}-{policy.weight_quant_granularity.replace('_', '')}")
+    parts.append(f"{policy.weight_format.label}-{policy.weight_quant_granularity.replace('_', '')}")
     if policy.act_quant_dtype is not None:
         parts.append(f"A8-{policy.act_quant_granularity.replace('_', '')}")
     return "-".join(parts)

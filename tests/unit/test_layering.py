@@ -15,12 +15,13 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 # Which rooms each room may import, itself included, lowest first. `words` are the loose modules at the top of the
 # package: what every room may say.
-PLAIN = {"words", "model", "methods", "recipe", "results"}
+PLAIN = {"words", "model", "numbers", "methods", "recipe", "results"}
 ALLOWED = {
     "words": {"words"},
     "model": {"words", "model"},
-    "methods": {"words", "model", "methods"},
-    "recipe": {"words", "model", "methods", "recipe"},
+    "numbers": {"words", "model", "numbers"},
+    "methods": {"words", "model", "numbers", "methods"},
+    "recipe": {"words", "model", "numbers", "methods", "recipe"},
     "results": PLAIN,
     "planning": PLAIN | {"planning"},
     "solvers": PLAIN | {"solvers"},

@@ -6,18 +6,39 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
-from gs_dist.checkpoint.dialects.base import Codec
+from gs_dist.checkpoint.dialects.base import Codec, Policies
 from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.layout import DialectLayout
+from gs_dist.errors import RecipeError
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["Codec", "codec_of", "layout_of", "published_dialect"]
+__all__ = ["Codec", "check_policies", "codec_of", "layout_of", "published_dialect"]
 
 
 def codec_of(name: str) -> Codec:
     """What writes and reads the dialect of that name in a recipe's `format`; its folder's `codec.CODEC`."""
     codec: Codec = import_module(f"{DIALECTS[name].home}.codec").CODEC
     return codec
+
+
+def check_policies(name: str, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
+    """Refuses what a dialect cannot express, before any work; see `Codec.check_policies`.
+
+    Raises:
+        UserError: names the linear and the setting to change.
+    """
+    codec = codec_of(name)
+    for linear, policy in policies.items():
+        if policy is not None and policy.quantises_linear and policy.weight_format not in codec.number_formats:
+            held = ", ".join(form.name for form in codec.number_formats)
+            others = [other for other in DIALECTS if policy.weight_format in codec_of(other).number_formats]
+            instead = f", or format: [{', '.join(others)}]" if others else ""
+            raise RecipeError(
+                f"{linear}: format {name} cannot hold {policy.weight_format.name} weights: set weight_quant_dtype to "
+                f"one of {held}{instead}"
+            )
+    return codec.check_policies(policies, architecture)
 
 
 def layout_of(name: str) -> DialectLayout:

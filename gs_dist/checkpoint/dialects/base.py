@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
@@ -31,6 +32,10 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Spelling in a recipe's `format`; also the directory's name in the output."""
+
+    @property
+    def number_formats(self) -> tuple[NumberFormat, ...]:
+        """What weights it can store."""
 
     @property
     def makes_biases(self) -> bool:

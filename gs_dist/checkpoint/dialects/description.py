@@ -60,9 +60,10 @@ def label_of(policy: QuantPolicy | None) -> str:
     """The word that description files use: FLOAT, W8A8 (static), W8A8_DYNAMIC (per token), W8A16, W4A16 ..."""
     if policy is None or not policy.quantises_linear:
         return FLOAT
+    weights = policy.weight_format.label
     if policy.act_quant_dtype is None:
-        return f"W{policy.weight_bits}A16"
-    return f"W{policy.weight_bits}A8" + ("" if policy.is_static else "_DYNAMIC")
+        return f"{weights}A16"
+    return f"{weights}A8" + ("" if policy.is_static else "_DYNAMIC")
 
 
 def policy_of(label: str, group_size: int = 0, *, act_symmetric: bool = True) -> QuantPolicy:

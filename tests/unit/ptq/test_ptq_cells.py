@@ -8,6 +8,7 @@ import pytest
 from mindspore import mint, nn
 from ptq_networks import random_dense
 
+from gs_dist.numbers.integer import INT8
 from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
 from gs_dist.ptq.int8_matmul import written_out
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
@@ -21,7 +22,7 @@ def random_quantised(policy: QuantPolicy, rows: int = ROWS, seed: int = 0) -> Qu
     """Codes over the whole range with scales that differ by group."""
     rng = np.random.default_rng(seed)
     groups = COLUMNS // policy.group_size if policy.group_size else 1
-    low, high = (-128, 128) if policy.weight_bits == 8 else (-8, 8)
+    low, high = (-128, 128) if policy.weight_format is INT8 else (-8, 8)
     moving = policy.precision_recovery is PrecisionRecovery.GPTQ
     index = rng.permutation(np.repeat(np.arange(groups, dtype=np.int32), COLUMNS // groups))
     zero = None if policy.weight_symmetric else rng.integers(low, high, (rows, groups)).astype(np.int8)

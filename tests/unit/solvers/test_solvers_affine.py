@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.errors import UserError
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.results import integers
 from gs_dist.solvers import affine
 
+FORMS = {8: INT8, 4: INT4}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -46,7 +48,7 @@ def test_codes_scales_and_zero_points_match_plain_loops(bits, group_size, symmet
     weight[2] = np.abs(weight[2]) + 1
     expected = reference(weight, bits, group_size, symmetric, dtype)
     codes, scale, zero = affine.quantise_weight(
-        weight, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=dtype
+        weight, form=FORMS[bits], group_size=group_size, symmetric=symmetric, scale_dtype=dtype
     )
     assert codes.dtype == np.int8
     assert scale.dtype == np.float32
@@ -72,7 +74,7 @@ def test_a_round_trip_errs_by_half_a_step_and_little_more_at_the_edge(
     """Dequantised weights lie within about half a scale of the source, whatever the magnitudes."""
     weight = (np.random.default_rng(seed).normal(size=(4, 16)) * 2.0**exponent).astype(np.float32)
     codes, scale, zero = affine.quantise_weight(
-        weight, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=dtype
+        weight, form=FORMS[bits], group_size=group_size, symmetric=symmetric, scale_dtype=dtype
     )
     back = affine.dequantise(codes, scale, zero)
     step = np.repeat(scale, 16 // scale.shape[1], axis=1)
@@ -89,10 +91,10 @@ def test_codes_survive_dequantising_and_rounding_again_with_their_scale(seed, bi
     """A dequantised weight on its own grid gives the same codes back."""
     weight = np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)
     codes, scale, zero = affine.quantise_weight(
-        weight, bits=bits, group_size=8, symmetric=symmetric, scale_dtype="bfloat16"
+        weight, form=FORMS[bits], group_size=8, symmetric=symmetric, scale_dtype="bfloat16"
     )
     back = affine.dequantise(codes, scale, zero).reshape(3, 2, 8)
-    again = affine.quantise_with(back, scale[:, :, None], None if zero is None else zero[:, :, None], bits=bits)
+    again = affine.quantise_with(back, scale[:, :, None], None if zero is None else zero[:, :, None], form=FORMS[bits])
     np.testing.assert_array_equal(again.reshape(3, 16), codes)
 
 
@@ -100,7 +102,7 @@ def test_a_zero_channel_gets_a_positive_scale_and_comes_back_as_zero():
     """No scale is 0, and a channel of zeros stays one."""
     for symmetric in (True, False):
         codes, scale, zero = affine.quantise_weight(
-            np.zeros((2, 8), np.float32), bits=8, group_size=0, symmetric=symmetric, scale_dtype="float16"
+            np.zeros((2, 8), np.float32), form=INT8, group_size=0, symmetric=symmetric, scale_dtype="float16"
         )
         assert np.all(scale == 2.0**-23)
         np.testing.assert_array_equal(affine.dequantise(codes, scale, zero), 0)
@@ -110,7 +112,7 @@ def test_a_zero_channel_gets_a_positive_scale_and_comes_back_as_zero():
 def test_float16_scales_neither_vanish_nor_overflow(magnitude):
     """Weights too small or too large for a float16 scale still get one that is finite and positive."""
     weight = np.array([[magnitude, -magnitude / 2]], np.float32)
-    _, scale, _ = affine.quantise_weight(weight, bits=8, group_size=0, symmetric=True, scale_dtype="float16")
+    _, scale, _ = affine.quantise_weight(weight, form=INT8, group_size=0, symmetric=True, scale_dtype="float16")
     assert np.isfinite(scale.astype(np.float16)).all()
     assert (scale.astype(np.float16) > 0).all()
     np.testing.assert_array_equal(scale.astype(np.float16).astype(np.float32), scale)
@@ -121,7 +123,7 @@ def test_float16_scales_neither_vanish_nor_overflow(magnitude):
 def test_a_range_without_zero_is_extended_so_that_the_zero_point_fits():
     """Weights in [0.5, 3] get zero point -128, where the bare range would ask for -179."""
     weight = np.linspace(0.5, 3, 16, dtype=np.float32)[None]
-    _, scale, zero = affine.quantise_weight(weight, bits=8, group_size=0, symmetric=False, scale_dtype="float32")
+    _, scale, zero = affine.quantise_weight(weight, form=INT8, group_size=0, symmetric=False, scale_dtype="float32")
     assert zero[0, 0] == -128
     assert scale[0, 0] == np.float32(3 / 255)
 
@@ -130,7 +132,7 @@ def test_clip_ratio_shrinks_each_group_by_its_own_factor():
     """A ratio of a half doubles the resolution and saturates what lies outside."""
     weight = np.array([[1.0, 0.25, 1.0, 0.25]], np.float32)
     codes, scale, _ = affine.quantise_weight(
-        weight, bits=8, group_size=2, symmetric=True, scale_dtype="float32", clip_ratio=np.array([[0.5, 1.0]])
+        weight, form=INT8, group_size=2, symmetric=True, scale_dtype="float32", clip_ratio=np.array([[0.5, 1.0]])
     )
     np.testing.assert_allclose(scale, [[0.5 / 127.5, 1 / 127.5]], rtol=1e-6)
     assert codes.tolist() == [[127, 64, 127, 32]]
@@ -139,11 +141,11 @@ def test_clip_ratio_shrinks_each_group_by_its_own_factor():
 def test_blocks_of_rows_do_not_change_a_bit(monkeypatch):
     """Working on few rows at a time gives the same codes and scales."""
     weight = np.random.default_rng(0).normal(size=(37, 64)).astype(np.float32)
-    whole = affine.quantise_weight(weight, bits=4, group_size=16, symmetric=False, scale_dtype="float32")
+    whole = affine.quantise_weight(weight, form=INT4, group_size=16, symmetric=False, scale_dtype="float32")
     monkeypatch.setattr(integers, "_BLOCK_ELEMENTS", 300)
     for a, b in zip(
         whole,
-        affine.quantise_weight(weight, bits=4, group_size=16, symmetric=False, scale_dtype="float32"),
+        affine.quantise_weight(weight, form=INT4, group_size=16, symmetric=False, scale_dtype="float32"),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -160,7 +162,7 @@ def test_columns_that_do_not_divide_are_refused_with_the_setting():
     """The message says which setting to change."""
     with pytest.raises(UserError, match="group_size"):
         affine.quantise_weight(
-            np.ones((2, 10), np.float32), bits=4, group_size=4, symmetric=True, scale_dtype="float32"
+            np.ones((2, 10), np.float32), form=INT4, group_size=4, symmetric=True, scale_dtype="float32"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from gs_dist.numbers.integer import INT4
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers.affine import quantise_weight
 from gs_dist.solvers.clip import clip_weight
@@ -80,9 +81,9 @@ def test_the_clipped_weight_rounds_as_the_ratio_says(symmetric: bool) -> None:
     """
     weight, x = problem()
     result = clip_weight(weight, x.T @ x, policy(symmetric=symmetric), scale_dtype="float32")
-    clipped = quantise_weight(result.weight, bits=4, group_size=64, symmetric=symmetric, scale_dtype="float32")
+    clipped = quantise_weight(result.weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
     shrunk = quantise_weight(
-        weight, bits=4, group_size=64, symmetric=symmetric, scale_dtype="float32", clip_ratio=result.ratio
+        weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32", clip_ratio=result.ratio
     )
     np.testing.assert_allclose(clipped[1], shrunk[1], rtol=1e-6)
     difference = clipped[0].astype(int) - shrunk[0]

@@ -161,7 +161,7 @@ def rounded(weight: Array, scheme: str, clip_ratio: Array | None = None) -> Any:
     policy = POLICIES[scheme]
     return affine.quantise_weight(
         weight,
-        bits=policy.weight_bits,
+        form=policy.weight_format,
         group_size=policy.group_size,
         symmetric=True,
         scale_dtype="float32",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from gs_dist.errors import UserError
+from gs_dist.numbers.integer import INT4
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers import gptq
@@ -160,7 +161,7 @@ def test_the_output_error_falls_below_that_of_plain_rounding(symmetric: bool, al
     """GPTQ is worth its time: well under the loss of rounding to nearest."""
     weight, gram = problem()
     used = policy(symmetric=symmetric, **algo_args)
-    codes, scale, zero = quantise_weight(weight, bits=4, group_size=64, symmetric=symmetric, scale_dtype="float32")
+    codes, scale, zero = quantise_weight(weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
     plain = QuantizedLinear(policy=used, codes=codes, scale=scale, zero_point=zero).dequantised()
     result = gptq.quantise(weight, gram, used, scale_dtype="float32")
     assert result.loss < 0.8 * quadratic(plain - weight, gram)
@@ -179,7 +180,7 @@ def test_groups_in_activation_order_are_named_by_the_index() -> None:
 def test_static_groups_keep_their_place_and_their_plain_scale() -> None:
     """With static groups the scales are those of plain rounding, and no index is needed in any order."""
     weight, gram = problem()
-    _, scale, _ = quantise_weight(weight, bits=4, group_size=64, symmetric=True, scale_dtype="float32")
+    _, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     result = gptq.quantise(weight, gram, policy(desc_act=True, static_groups=True), scale_dtype="float32")
     assert result.group_index is None
     np.testing.assert_array_equal(result.scale, scale)
@@ -212,7 +213,7 @@ def test_clip_ratios_hold_for_scales_found_on_the_way() -> None:
     """The first group worked on sees original weights: its scale is the ratio times the plain one."""
     weight, gram = problem()
     ratio = np.full((24, 3), 0.75, dtype=np.float32)
-    _, plain, _ = quantise_weight(weight, bits=4, group_size=64, symmetric=True, scale_dtype="float32")
+    _, plain, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     result = gptq.quantise(weight, gram, policy(), scale_dtype="float32", clip_ratio=ratio)
     np.testing.assert_allclose(result.scale[:, 0], 0.75 * plain[:, 0], rtol=1e-6)
 
@@ -290,7 +291,7 @@ def test_a_channel_that_was_never_active_is_rounded_to_nearest() -> None:
     gram[:, [7, 80]] = 0.0
     used = policy(static_groups=True, damp_percent=0.0)
     result = gptq.quantise(weight, gram, used, scale_dtype="float32")
-    codes, _, _ = quantise_weight(weight, bits=4, group_size=64, symmetric=True, scale_dtype="float32")
+    codes, _, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes[:, [7, 80]], codes[:, [7, 80]])
     assert "2 input channels were never active" in result.notes[0]
     assert result.damp_percent_used == 0.0
@@ -315,7 +316,7 @@ def test_a_matrix_that_no_damping_mends_ends_in_plain_rounding() -> None:
     gram = (np.ones((128, 128)) - 40 * np.eye(128)[::-1]).astype(np.float32)
     np.fill_diagonal(gram, 1.0)
     result = gptq.quantise(weight, gram, policy(damp_percent=0.05), scale_dtype="float32")
-    codes, scale, _ = quantise_weight(weight, bits=4, group_size=64, symmetric=True, scale_dtype="float32")
+    codes, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes, codes)
     np.testing.assert_array_equal(result.scale, scale)
     assert result.damp_percent_used is None
@@ -332,7 +333,7 @@ def test_a_gram_matrix_that_says_nothing_ends_in_plain_rounding(fill: float) -> 
     weight = np.random.default_rng(5).standard_normal((8, 128)).astype(np.float32)
     gram = np.full((128, 128), fill, dtype=np.float32)
     result = gptq.quantise(weight, gram, policy(), scale_dtype="float32")
-    codes, _, _ = quantise_weight(weight, bits=4, group_size=64, symmetric=True, scale_dtype="float32")
+    codes, _, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes, codes)
     assert result.damp_percent_used is None
     assert "plain rounding" in result.notes[-1]

@@ -54,6 +54,7 @@ from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.dtypes import FLOATS
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -71,6 +72,7 @@ class AscendCodec:
     """Writes and reads vLLM-Ascend's ModelSlim layout; see the module's page for the tensors."""
 
     name = "ascend"
+    number_formats = (INT8, INT4)
     makes_biases = True
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
@@ -239,7 +241,7 @@ def _unloadable(policy: QuantPolicy | None) -> list[str]:
     if policy is None or not policy.quantises_linear:
         return []
     label = label_of(policy)
-    if policy.weight_bits == 4:
+    if policy.weight_format is INT4:
         return [
             f"vLLM-Ascend loads {label} for mixture-of-experts layers only, not for dense linears: set "
             "weight_quant_dtype: int8 (with act_quant_dtype: null for W8A16), or format: [compressed-tensors] "

@@ -30,6 +30,7 @@ from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.model.dtypes import FLOATS
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
@@ -44,6 +45,7 @@ class CompressedTensorsCodec:
     """Writes and reads back compressed-tensors checkpoints."""
 
     name = "compressed-tensors"
+    number_formats = (INT8, INT4)
     makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
@@ -184,7 +186,7 @@ def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
 
 
 def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str, StoredTensor]:
-    rows, columns, bits = linear.out_features, linear.in_features, policy.weight_bits
+    rows, columns, bits = linear.out_features, linear.in_features, policy.weight_format.bits
     groups = columns // policy.group_size if policy.group_size else 1
     parts = {"weight_scale": StoredTensor(dtype=dtype, shape=(rows, groups))}
     if policy.act_quant_dtype is None:
@@ -213,10 +215,10 @@ def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any
     parts: dict[str, Array] = {"weight_scale": scale}
     zero_point = linear.zero_point if linear.zero_point is not None else np.zeros(linear.scale.shape, dtype=np.int8)
     if policy.act_quant_dtype is None:
-        parts["weight_packed"] = pack_int32(codes, policy.weight_bits)
+        parts["weight_packed"] = pack_int32(codes, policy.weight_format.bits)
         parts["weight_shape"] = np.array(codes.shape, dtype=np.int64)
         zero_point_stored: Array = np.ascontiguousarray(
-            pack_int32(np.ascontiguousarray(zero_point.T), policy.weight_bits).T
+            pack_int32(np.ascontiguousarray(zero_point.T), policy.weight_format.bits).T
         )
     else:
         parts["weight"] = codes
@@ -250,7 +252,7 @@ def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: d
             raise CheckpointError(
                 f"{name}.{part}: {stored.dtype or 'a scale'} {stored.shape} is called for, found {found}"
             )
-    bits, rows, columns = policy.weight_bits, linear.out_features, linear.in_features
+    bits, rows, columns = policy.weight_format.bits, linear.out_features, linear.in_features
     packed = policy.act_quant_dtype is None
     zero_point = parts.get("weight_zero_point")
     if zero_point is not None and packed:

@@ -13,6 +13,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.schemes import actorder, lay
 from gs_dist.checkpoint.dialects.description import fused_members, input_settings
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["engine_notes"]
@@ -60,16 +61,16 @@ _RULES: tuple[tuple[Holds, str], ...] = (
         "compressed-tensors 0.20) only with quantization_config=CompressedTensorsConfig(dequantize=True)",
     ),
     (
-        lambda policy: _asymmetric(policy, activations=False) and policy.weight_bits == 8,
+        lambda policy: _asymmetric(policy, activations=False) and policy.weight_format is INT8,
         "vLLM has a kernel for int8 weights with zero points on Hopper cards only: set weight_symmetric: true",
     ),
     (
-        lambda policy: _asymmetric(policy, activations=True) and policy.weight_bits == 8,
+        lambda policy: _asymmetric(policy, activations=True) and policy.weight_format is INT8,
         "weight_symmetric: false with act_quant_dtype: int8 loads in transformers, while vLLM and vLLM-Ascend take "
         "symmetric weights there: set weight_symmetric: true",
     ),
     (
-        lambda policy: policy.weight_bits == 4 and policy.act_quant_dtype is not None,
+        lambda policy: policy.weight_format is INT4 and policy.act_quant_dtype is not None,
         "qint4x2 weights with act_quant_dtype: int8 load in transformers, while vLLM runs them on CPUs and Intel XPUs "
         "alone: set act_quant_dtype: null (W4A16) or weight_quant_dtype: int8 (W8A8) for other cards",
     ),
@@ -88,7 +89,9 @@ def _names(quantised: Mapping[str, QuantPolicy], holds: Holds) -> str:
 
 
 def _packed(policy: QuantPolicy) -> PackedWeights:
-    return PackedWeights(num_bits=policy.weight_bits, group_size=policy.group_size, symmetric=policy.weight_symmetric)
+    return PackedWeights(
+        num_bits=policy.weight_format.bits, group_size=policy.group_size, symmetric=policy.weight_symmetric
+    )
 
 
 def _has_kernel(policy: QuantPolicy, architecture: DecoderArchitecture) -> bool:

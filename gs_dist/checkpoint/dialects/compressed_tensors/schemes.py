@@ -54,7 +54,9 @@ def quantization_args(bits: int, *, strategy: str, symmetric: bool = True, **oth
 def _scheme(policy: QuantPolicy) -> dict[str, Any]:
     """The group's entry without its targets (compressed_tensors `QuantizationScheme`)."""
     weights = quantization_args(
-        policy.weight_bits, strategy="group" if policy.group_size else "channel", symmetric=policy.weight_symmetric
+        policy.weight_format.bits,
+        strategy="group" if policy.group_size else "channel",
+        symmetric=policy.weight_symmetric,
     )
     if policy.group_size:
         weights["group_size"] = policy.group_size

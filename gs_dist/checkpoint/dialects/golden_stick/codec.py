@@ -49,6 +49,7 @@ from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.integers import pack_int4, unpack_int4
@@ -64,6 +65,7 @@ class GoldenStickCodec:
     """Writes and reads Golden Stick's layout; see the module's page for the tensors."""
 
     name = "golden-stick"
+    number_formats = (INT8, INT4)
     makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class GoldenStickCodec:
             groups = columns // policy.group_size if policy.group_size else 1
             scales = (groups, rows) if groups > 1 else (rows,)
             leaves: dict[str, tuple[str, tuple[int, ...]]] = {
-                "weight": ("int8", (columns, rows // 2) if policy.weight_bits == 4 else (rows, columns)),
+                "weight": ("int8", (columns, rows // 2) if policy.weight_format is INT4 else (rows, columns)),
                 "weight_scale": (model_dtype, scales),
                 "weight_offset": ("int32", scales),
             }
@@ -193,18 +195,18 @@ def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
     if policy is None or not policy.quantises_linear:
         return []
     reasons = []
-    if policy.weight_bits == 4 and policy.act_quant_dtype is not None:
+    if policy.weight_format is INT4 and policy.act_quant_dtype is not None:
         reasons.append(
             "Golden Stick writes W4A8 for mixture-of-experts networks only: set act_quant_dtype: null (W4A16), or "
             "format: [compressed-tensors]"
         )
     if not policy.weight_symmetric:
         reasons.append("Golden Stick's readers take weights without zero points: set weight_symmetric: true")
-    if policy.weight_bits == 4 and out_features % 2:
+    if policy.weight_format is INT4 and out_features % 2:
         reasons.append(
             f"two output channels share a byte and this linear has {out_features}: set weight_quant_dtype: int8 for it"
         )
-    if policy.weight_bits == 8 and policy.weight_quant_granularity != "per_channel":
+    if policy.weight_format is INT8 and policy.weight_quant_granularity != "per_channel":
         reasons.append("Golden Stick's W8A16 files are per channel: set weight_quant_granularity: per_channel")
     if policy.column_order == "group":
         reasons.append(
@@ -217,7 +219,7 @@ def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
 def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str) -> dict[str, Array]:
     scale = cast_scale(linear.scale, dtype, where + " weight_scale")
     scale = np.ascontiguousarray(scale.T) if scale.shape[1] > 1 else scale.reshape(-1)
-    packs = linear.policy.weight_bits == 4
+    packs = linear.policy.weight_format is INT4
     tensors: dict[str, Array] = {
         "weight": pack_int4(linear.codes) if packs else np.ascontiguousarray(linear.codes),
         "weight_scale": scale,
