@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import code_range, range_parameters
 from gs_dist.solvers.number_format import RoundedRows, Rounder
 
 __all__ = ["IntegerFormat"]
@@ -53,7 +53,8 @@ class _IntegerRounder:
         self._form = form
         self._scale_dtype = scale_dtype
         self._size = form.group_size or columns
-        self._limits = code_range(form.bits)
+        self._numbers = {8: INT8, 4: INT4}[form.bits]
+        self._limits = self._numbers.limits
         self._codes = np.empty((block_rows, columns), dtype=np.int8)
         self._reach = 0.0  # the largest code that the block calls for
 
@@ -63,8 +64,8 @@ class _IntegerRounder:
         low, high = grouped.min(axis=1), grouped.max(axis=1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError("a value is not finite")
-        scale, zero_point = range_parameters(
-            low, high, bits=self._form.bits, symmetric=self._form.symmetric, scale_dtype=self._scale_dtype
+        scale, zero_point = self._numbers.range_parameters(
+            low, high, symmetric=self._form.symmetric, scale_dtype=self._scale_dtype
         )
         self._reach = float(np.rint(np.maximum(-low, high) / scale).max(initial=0.0))
         np.divide(grouped, scale[:, None], out=grouped)
