@@ -1,35 +1,38 @@
-"""Calibration samples from Arrow data (see `arrow_files`): joined and cut, or one a row with the rest masked.
+"""Calibration samples: rows of files, as token ids, joined and cut, or one a row with the rest masked.
 
 A sample is `sequence_length` token ids and is known by its index: whoever reads micro-batch 7 gets the same
-ids. Rows are streamed a record batch at a time, so memory does not grow with the data.
+ids. Rows are streamed a batch at a time, so memory does not grow with the data.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from gs_dist.data.arrow_files import ArrowFile, Rows, WantedRows, find_files, without_secrets
+from gs_dist.data.choice import Choice
+from gs_dist.data.content import Content, RowBatch
+from gs_dist.data.data_file import DataFile
+from gs_dist.data.files import open_file
+from gs_dist.data.locations import find_files, without_secrets
+from gs_dist.data.order import SeededOrder
+from gs_dist.data.packing import Ids, pack
+from gs_dist.data.rows import Rows, WantedRows
+from gs_dist.data.tally import Tally
 from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
+from gs_dist.wording import counted
 
 __all__ = ["CalibrationDataset", "TokenBatch", "open_dataset"]
 
-Ids = NDArray[np.int32]
-
-_ROWS_AT_ONCE = 1024  # rows turned into tokens together
-_TEXTS_AT_ONCE = 32  # texts may be whole books
-_KEYS_AT_ONCE = 1 << 20  # row numbers hashed together by a seeded choice
+_FEW_ROWS = 16  # rows of a seed's order that are read together at first, where it is not known how many are wanted
+_MANY_ROWS = 1024  # and at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +65,20 @@ def open_dataset(
     Args:
         config: The recipe's `calibration` section.
         vocab_size: Ids at or above it are refused.
-        tokenizer_file: The model's tokenizer.json, for a column of text.
+        tokenizer_file: The model's tokenizer.json, for a column of text; a chat template is looked for beside it.
         eos_token_id: Ends every text when texts are packed; None where the model has none.
         fewer_samples: Take `config.num_samples` as a limit and count what is there, which reads the data
             once, instead of refusing data that hold fewer.
 
     Raises:
-        DatasetError: no file, a file that is not Arrow data, no such column, a column of the wrong type, text
-            without tokenizer_file.
+        DatasetError: no file, a file of no known format, no such column, a column of the wrong type, text
+            without tokenizer_file, chats without a template.
     """
-    files = find_files(config.data)
-    column, is_text = _choose_column(files[0], config.column)
-    tokenizer = _load_tokenizer(tokenizer_file, files[0], column) if is_text else None
-    dataset = CalibrationDataset(config, files, column, tokenizer, vocab_size, eos_token_id)
+    found = find_files(config.data)
+    files = [open_file(location, sample_by=config.sample_by) for location in found.locations[:1]]
+    choice = Choice(config, files[0], tokenizer_file, eos_token_id)
+    files += [open_file(location, sample_by=config.sample_by) for location in found.locations[1:]]
+    dataset = CalibrationDataset(config, files, choice.content, vocab_size, (*found.notes, *choice.notes))
     if fewer_samples:
         dataset._serve_what_is_there()
     return dataset
@@ -86,19 +90,28 @@ class CalibrationDataset:
     def __init__(
         self,
         config: CalibrationData,
-        files: list[ArrowFile],
-        column: str,
-        tokenizer: Tokenizer | None,
+        files: list[DataFile],
+        content: Content,
         vocab_size: int,
-        eos_token_id: int | None,
+        notes: tuple[str, ...],
     ) -> None:
         self._config = config
         self._files = files
-        self._tokenizer = tokenizer
+        self._content = content
         self._vocab_size = vocab_size
-        self._eos_token_id = eos_token_id if config.packing else None
         self._num_samples = config.num_samples
-        self.column = column
+        self._notes = notes
+        self._tally = Tally()
+
+    @property
+    def column(self) -> str:
+        """The column that is read, or two of them with a plus sign."""
+        return self._content.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told of how the data are read; complete once all of them were, by `fingerprint`."""
+        return (*self._notes, *self._tally.notes(self.column))
 
     @property
     def num_samples(self) -> int:
@@ -132,7 +145,7 @@ class CalibrationDataset:
 
     def _batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
         size, length = self.micro_batch_size, self._config.sequence_length
-        samples = self._samples(start * size, min(stop * size, self._num_samples))
+        samples = self._samples(start * size, min(stop * size, self._num_samples), Tally())
         for index in range(start, stop):
             count = min(size, self._num_samples - index * size)
             ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), np.bool_)
@@ -149,9 +162,11 @@ class CalibrationDataset:
             DatasetError: as `batches`.
         """
         digest = hashlib.sha256(f"{self._num_samples} x {self._config.sequence_length}".encode())
-        for sample in self._samples(0, self._num_samples):
+        tally = Tally()
+        for sample in self._samples(0, self._num_samples, tally):
             digest.update(sample.size.to_bytes(8, "little"))
             digest.update(sample.astype("<i4").tobytes())
+        self._tally = tally
         return digest.hexdigest()
 
     def _serve_what_is_there(self) -> None:
@@ -160,17 +175,19 @@ class CalibrationDataset:
             raise self._too_few(0)
 
     def _count_samples(self) -> int:
-        return sum(1 for _ in self._samples(0, self._config.num_samples, refuse=False))
+        tally = Tally()
+        count = sum(1 for _ in self._samples(0, self._config.num_samples, tally, refuse=False))
+        self._tally = tally
+        return count
 
-    def _samples(self, first: int, last: int, *, refuse: bool = True) -> Iterator[Ids]:
+    def _samples(self, first: int, last: int, tally: Tally, *, refuse: bool = True) -> Iterator[Ids]:
         """Samples `first` to `last` - 1, without padding; refuses data that hold fewer."""
-        length = self._config.sequence_length
         found = first
         if first < last:
             if self._config.packing:
-                samples = _pack(self._rows(0), length, first, last)
+                samples = pack(self._rows(0, None, tally), self._config.sequence_length, first, last)
             else:
-                samples = (row[:length] for row in self._rows(first, last))
+                samples = self._rows(first, last, tally)
             for sample in samples:
                 found += 1
                 yield sample
@@ -185,180 +202,126 @@ class CalibrationDataset:
             cure = (
                 "set a smaller calibration.sequence_length or give more data" if config.packing else "give other data"
             )
-        kind = f"samples of {config.sequence_length} tokens" if config.packing else "rows"
+        kind = f"{_some(found, 'sample')} of {config.sequence_length} tokens" if config.packing else _some(found, "row")
         return DatasetError(
-            f"{names}: {found or 'no'} {kind} in column {self.column}, while calibration.num_samples asks for "
+            f"{names}: {kind} in column {self.column}, while calibration.num_samples asks for "
             f"{config.num_samples}: {cure}"
         )
 
-    def _rows(self, first: int, last: int | None = None) -> Iterator[Ids]:
-        """Token ids of the rows in the order in which samples take them, from the first-th on."""
+    def _rows(self, first: int, last: int | None, tally: Tally) -> Iterator[Ids]:
+        """Token ids of the `first`-th to (`last` - 1)-th row in the order in which samples take them.
+
+        Rows that hold nothing are no rows. Where none of a sample's tokens would be used, they are not even made.
+        """
         if self._config.seed is None:
-            yield from self._rows_in_file_order(first, last)
-            return
-        size = 16 if self._config.packing else _ROWS_AT_ONCE
-        order = _SeededOrder(self._total_rows, self._config.seed)
-        stop = self._total_rows if last is None else min(last, self._total_rows)
-        while first < stop:
-            wanted = order.rows(first, min(first + size, stop))
+            yield from self._rows_in_file_order(first, last, tally)
+        else:
+            yield from self._rows_in_seeds_order(first, last, tally)
+
+    def _rows_in_file_order(self, first: int, last: int | None, tally: Tally) -> Iterator[Ids]:
+        skip, left = first, None if last is None else last - first
+        for file in self._files:
+            wanted = WantedRows()
+            if skip and file.surely_without_nulls(self._content.fields(file).required):
+                count = file.count_rows()  # metadata: what is skipped is not read
+                if skip >= count:
+                    skip -= count
+                    continue
+                wanted, skip = WantedRows(first=skip), 0
+            for batch in self._batches_of(file, wanted):
+                kept = np.flatnonzero(~self._empty(batch, tally))
+                part, skip = kept[skip:][:left], max(0, skip - kept.size)
+                yield from self._tokens(batch.at(part), tally)
+                left = None if left is None else left - part.size
+                if left == 0:
+                    return
+
+    def _rows_in_seeds_order(self, first: int, last: int | None, tally: Tally) -> Iterator[Ids]:
+        sure = all(file.surely_without_nulls(self._content.fields(file).required) for file in self._files)
+        at, skip = (first, 0) if sure else (0, first)
+        left = None if last is None else last - first
+        size = _FEW_ROWS if last is None else _MANY_ROWS
+        order = SeededOrder(self._total_rows, self._config.seed or 0)
+        while at < self._total_rows and left != 0:
+            stop = min(at + size, self._total_rows if left is None or not sure else at + left)
+            wanted = order.rows(at, stop)
             by_number = np.argsort(wanted)
-            ascending = list(self._rows_numbered(wanted[by_number]))
-            yield from (ascending[place] for place in np.argsort(by_number))
-            first, size = first + size, min(2 * size, _ROWS_AT_ONCE)  # few rows may be enough where they are long
+            ascending = list(self._rows_numbered(wanted[by_number], tally))
+            for place in np.argsort(by_number).tolist():
+                row = ascending[place]
+                if row is None or left == 0:
+                    continue
+                if skip:
+                    skip -= 1
+                    continue
+                yield row
+                left = None if left is None else left - 1
+            at, size = at + wanted.size, min(2 * size, _MANY_ROWS)  # few rows may be enough where they are long
 
     @cached_property
     def _total_rows(self) -> int:
-        return sum(file.count_rows(self.column) for file in self._files)
+        return sum(file.count_rows() for file in self._files)
 
-    def _rows_in_file_order(self, first: int, last: int | None) -> Iterator[Ids]:
-        before = 0  # stays 0 where all rows are wanted: counting them would read a remote stream twice
-        for file in self._files:
-            wanted = WantedRows(first=first - before, stop=None if last is None else last - before)
-            for numbers, array in file.read(self.column, wanted):
-                yield from self._tokens(file, numbers, array)
-            if last is not None:
-                before += file.count_rows(self.column)
-                if before >= last:
-                    return
-
-    def _rows_numbered(self, numbers: Rows) -> Iterator[Ids]:
-        """Rows by ascending number over all files."""
+    def _rows_numbered(self, numbers: Rows, tally: Tally) -> Iterator[Ids | None]:
+        """Rows by ascending number over all files; None for those that hold nothing."""
         before = 0
         for file in self._files:
-            count = file.count_rows(self.column)
+            count = file.count_rows()
             low, high = np.searchsorted(numbers, (before, before + count))
             if low < high:
-                for rows, array in file.read(self.column, WantedRows(numbers=numbers[low:high] - before)):
-                    yield from self._tokens(file, rows, array)
+                for batch in self._batches_of(file, WantedRows(numbers=numbers[low:high] - before)):
+                    empty = self._empty(batch, tally)
+                    tokens = self._tokens(batch.at(np.flatnonzero(~empty)), tally)
+                    yield from (None if flag else next(tokens) for flag in empty.tolist())
             before += count
 
-    def _tokens(self, file: ArrowFile, rows: Rows, array: pa.Array) -> Iterator[Ids]:
-        step = _ROWS_AT_ONCE if self._tokenizer is None else _TEXTS_AT_ONCE
-        for start in range(0, len(array), step):
-            part, numbers = array.slice(start, step), rows[start : start + step]
-            if file.column_is_text(self.column) is (self._tokenizer is None):
-                raise DatasetError(f"{file}: column {self.column} is {array.type}, unlike in other files of the data")
-            if pa.types.is_dictionary(part.type):
-                part = part.dictionary_decode()
-            if part.null_count:
-                raise DatasetError(f"{file}, row {numbers[_first_true(part.is_null())]}: {self.column} is null")
-            lengths, ids = self._encode(part) if self._tokenizer is not None else self._ids(file, numbers, part)
-            self._check_ids(file, numbers, lengths, ids)
+    def _batches_of(self, file: DataFile, wanted: WantedRows) -> Iterator[RowBatch]:
+        fields = self._content.fields(file)
+        count = len(fields.required)
+        for numbers, arrays in file.read(fields.paths, wanted):
+            yield RowBatch(
+                file=file,
+                numbers=numbers,
+                columns=tuple(arrays[:count]),
+                beside=dict(zip(fields.beside, arrays[count:], strict=True)),
+            )
+
+    def _empty(self, batch: RowBatch, tally: Tally) -> NDArray[np.bool_]:
+        """Which rows hold nothing; refuses them where the recipe is strict."""
+        empty = self._content.empty(batch)
+        if empty.any() and self._config.strict:
+            raise DatasetError(
+                f"{batch.where(np.argmax(empty))}: {self.column} is null or empty; remove the row, or set "
+                "calibration.strict: false to pass over such rows"
+            )
+        tally.null_rows += int(empty.sum())
+        return empty
+
+    def _tokens(self, batch: RowBatch, tally: Tally) -> Iterator[Ids]:
+        step = self._content.rows_at_once
+        for start in range(0, len(batch), step):
+            part = batch.at(np.arange(start, min(start + step, len(batch))))
+            lengths, ids = self._content.tokens(part, tally)
+            self._check_ids(part, lengths, ids)
+            tally.rows += len(part)
             if not self._config.packing and not lengths.all():
-                row = numbers[int(np.argmin(lengths != 0))]
                 raise DatasetError(
-                    f"{file}, row {row}: no token in {self.column}; remove the row or set calibration.packing: true"
+                    f"{part.where(np.argmin(lengths != 0))}: no token in {self.column}; remove the row or set "
+                    "calibration.packing: true"
                 )
             ends = np.cumsum(lengths)
             small = ids.astype(np.int32)
-            yield from (small[end - size : end] for end, size in zip(ends, lengths, strict=True))
+            cut = lengths if self._config.packing else np.minimum(lengths, self._config.sequence_length)
+            begins = ends - lengths
+            yield from (small[begin : begin + size].copy() for begin, size in zip(begins, cut, strict=True))
 
-    def _ids(self, file: ArrowFile, rows: Rows, array: pa.Array) -> tuple[Rows, NDArray[Any]]:
-        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
-        values = pc.list_flatten(array)
-        if values.null_count:
-            row = rows[np.searchsorted(np.cumsum(lengths), _first_true(values.is_null()), side="right")]
-            raise DatasetError(f"{file}, row {row}: {self.column} holds a null")
-        return lengths, values.to_numpy(zero_copy_only=False)
-
-    def _encode(self, array: pa.Array) -> tuple[Rows, NDArray[Any]]:
-        """Tokens of texts as the tokenizer gives them, special ones included, and an end where texts are packed."""
-        assert self._tokenizer is not None
-        encoded = self._tokenizer.encode_batch(array.to_pylist())
-        eos = self._eos_token_id
-        pieces = [np.asarray(text.ids, np.int64) for text in encoded]
-        if eos is not None:
-            pieces = [np.append(ids, eos) if ids.size and ids[-1] != eos else ids for ids in pieces]
-        return np.asarray([ids.size for ids in pieces], np.int64), np.concatenate(pieces)
-
-    def _check_ids(self, file: ArrowFile, rows: Rows, lengths: Rows, ids: NDArray[Any]) -> None:
+    def _check_ids(self, rows: RowBatch, lengths: Rows, ids: NDArray[Any]) -> None:
         if ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < self._vocab_size):
             return
         place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
-        row = rows[np.searchsorted(np.cumsum(lengths), place, side="right")]
-        raise DatasetError(
-            f"{file}, row {row}: token id {ids[place]} is outside the model's vocabulary of {self._vocab_size}; "
-            f"tokenise the data with this model's tokenizer, or set calibration.column to a column of text"
-        )
+        row = np.searchsorted(np.cumsum(lengths), place, side="right")
+        raise DatasetError(f"{rows.where(row)}: {self._content.outside(int(ids[place]), self._vocab_size)}")
 
 
-def _pack(rows: Iterable[Ids], length: int, first: int, last: int) -> Iterator[Ids]:
-    """Cuts the joined rows into pieces of `length` and yields pieces `first` to `last` - 1; a rest is dropped."""
-    skip, left = first * length, last - first
-    held: list[Ids] = []
-    size = 0
-    for row in rows:
-        if skip >= row.size:
-            skip -= row.size
-            continue
-        held.append(row[skip:])
-        size += row.size - skip
-        skip = 0
-        if size < length:
-            continue
-        joined = np.concatenate(held)
-        for start in range(0, size - length + 1, length):
-            yield joined[start : start + length]
-            left -= 1
-            if left == 0:
-                return
-        size %= length
-        held = [joined[joined.size - size :]]
-
-
-class _SeededOrder:
-    """Row numbers by a hash of seed and number: an order of the whole dataset that need not be held.
-
-    The hash is splitmix64 (Steele, Lea and Flood, 2014), spelt out so that no library release changes it.
-    """
-
-    def __init__(self, total: int, seed: int) -> None:
-        self._total = total
-        self._seed = np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
-        self._known: Rows = np.zeros(0, np.int64)
-
-    def rows(self, start: int, stop: int) -> Rows:
-        """The start-th to (stop - 1)-th row numbers of the order."""
-        if stop > self._known.size:
-            self._known = self._first(min(max(2 * stop, _ROWS_AT_ONCE), self._total))
-        return self._known[start:stop]
-
-    def _first(self, count: int) -> Rows:
-        keys, numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-        for start in range(0, self._total, _KEYS_AT_ONCE):
-            more = np.arange(start, min(start + _KEYS_AT_ONCE, self._total), dtype=np.int64)
-            keys, numbers = np.append(keys, self._keys(more)), np.append(numbers, more)
-            best = np.lexsort((numbers, keys))[:count]
-            keys, numbers = keys[best], numbers[best]
-        return numbers
-
-    def _keys(self, numbers: Rows) -> NDArray[np.uint64]:
-        z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + self._seed
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def _choose_column(file: ArrowFile, column: str) -> tuple[str, bool]:
-    if column == "auto":
-        column = next((name for name in ("input_ids", "text") if name in file.schema.names), "input_ids")
-    return column, file.column_is_text(column)
-
-
-def _load_tokenizer(path: Path | None, file: ArrowFile, column: str) -> Tokenizer:
-    if path is None or not path.is_file():
-        raise DatasetError(
-            f"{file}: column {column} is text, and the model has no tokenizer.json to tokenise it with; put one "
-            f"beside its config.json, or set calibration.column to a column of token ids"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise DatasetError(f"{path} cannot be read as a tokenizer.json: {error}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _first_true(flags: pa.Array) -> int:
-    return int(np.argmax(flags.to_numpy(zero_copy_only=False)))
+def _some(count: int, noun: str) -> str:
+    return counted(count, noun) if count else f"no {noun}s"

@@ -139,13 +139,19 @@ class CalibrationData(_Section):
     """What the statistics are taken from. `data` holds files, directories, glob patterns or URIs."""
 
     data: Texts
-    """Files, directories, patterns or URIs: Parquet, Arrow IPC, or what datasets' save_to_disk wrote."""
+    """Files, directories, patterns or URIs: Parquet, Arrow, JSON lines, JSON, CSV, text, or what save_to_disk wrote."""
     num_samples: Count = 128
     """How many samples statistics are taken from."""
     sequence_length: Count = 2048
     """Tokens of a sample."""
     column: Text = "auto"
-    """Column to read: input_ids, text, or another's name; auto takes input_ids where there is such a column."""
+    """Column of token ids, text or chats, field in structs (doc.text), or pair (prompt+response); auto: a usual one."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a plain text file is: a line, the lines up to an empty one, or the file."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its own, such as BOS, to text; chats have those that the chat template writes."""
+    strict: bool = False
+    """Refuses rows that are null or hold an empty chat; otherwise they are passed over and counted."""
     seed: int | None = None
     """Takes rows from all over the data by this seed; with null, the first ones."""
     packing: bool = True
@@ -404,7 +410,7 @@ class CalibrationConfig(_Section):
         Where data, model and output lie, how the job is spread and how the result is probed is left out; `auto`
         is resolved, and the order of layer policies does not count.
         """
-        data = self.calibration.model_dump(mode="json", exclude={"data", "micro_batch_size"})
+        data = self.calibration.model_dump(mode="json", exclude={"data", "micro_batch_size", "strict"})
         policies = {
             pattern: None if policy is None else policy.model_dump(mode="json")
             for pattern, policy in self.resolved_layer_policies.items()

@@ -48,6 +48,8 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
         fingerprints = Fingerprints(
             recipe=recipe_fingerprint(config), source=reader.fingerprint(), data=dataset.fingerprint()
         )
+        for note in dataset.notes:
+            progress.message(note)
         return _run_on_ray(config, reader, fingerprints, address, planned, progress)
 
 

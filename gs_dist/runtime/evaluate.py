@@ -73,6 +73,8 @@ def evaluate(
         fewer_samples=True,
     )
     fingerprint = dataset.fingerprint()
+    for note in dataset.notes:
+        progress.message(note)
     threads = len(os.sched_getaffinity(0))
     num_stages = pipeline_parallel_size or min(2, threads, num_layers)
     edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]

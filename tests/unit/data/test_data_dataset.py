@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from gs_dist.data import dataset as dataset_module
+from gs_dist.data import order as order_module
+from gs_dist.data import packing as packing_module
+from gs_dist.data.content import Texts
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
@@ -142,7 +144,7 @@ def test_packing_cuts_the_joined_rows(sizes: list[int], length: int, bounds: tup
     tokens = iter(range(sum(sizes)))
     rows = [[next(tokens) for _ in range(size)] for size in sizes]
     first, last = min(bounds), max(bounds) + 1
-    got = dataset_module._pack((np.array(row, np.int32) for row in rows), length, first, last)
+    got = packing_module.pack((np.array(row, np.int32) for row in rows), length, first, last)
     assert [piece.tolist() for piece in got] == cut(rows, length)[first:last]
 
 
@@ -217,9 +219,9 @@ def test_seeded_packing_joins_rows_in_the_seeds_order(tmp_path: Path) -> None:
 
 def test_seeded_order_is_the_smallest_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order is that of splitmix64 over row numbers, however much of it is asked for at a time."""
-    monkeypatch.setattr(dataset_module, "_KEYS_AT_ONCE", 7)
-    monkeypatch.setattr(dataset_module, "_ROWS_AT_ONCE", 4)
-    order = dataset_module._SeededOrder(50, seed=11)
+    monkeypatch.setattr(order_module, "_KEYS_AT_ONCE", 7)
+    monkeypatch.setattr(order_module, "_ROWS_AT_ONCE", 4)
+    order = order_module.SeededOrder(50, seed=11)
     start, mask = int(order._seed), 2**64 - 1
 
     def key(number: int) -> int:
@@ -255,8 +257,8 @@ def test_replica_tokenises_only_its_rows(tmp_path: Path, tokenizer_file: Path, m
     """A replica that reads micro-batches 10 to 12 of unpacked texts tokenises those rows alone."""
     path = write_rows(tmp_path / "calib", [f"a {chr(98 + i % 25)}" for i in range(400)], name="text")
     seen: list[int] = []
-    encode = CalibrationDataset._encode
-    monkeypatch.setattr(CalibrationDataset, "_encode", lambda s, part: seen.append(len(part)) or encode(s, part))
+    texts = Texts.texts
+    monkeypatch.setattr(Texts, "texts", lambda self, rows: seen.append(len(rows)) or texts(self, rows))
     for seed in (None, 4):
         seen.clear()
         dataset = opened(path, tokenizer=tokenizer_file, packing=False, num_samples=400, seed=seed)
@@ -418,13 +420,14 @@ def test_too_few_samples_tell_how_many_there_are(tmp_path: Path, seed: int | Non
 
 
 def test_missing_column_lists_the_columns(tmp_path: Path) -> None:
-    """A missing column, and one that is no text and no list of integers, list what there is."""
+    """A missing column, and one that samples cannot be made of, offer those that they can be made of, and no other."""
     path = write_rows(tmp_path / "calib", some_rows(9), name="tokens")
-    assert "has no column input_ids" in (text := refusal(path))
-    assert "other (int8), tokens (list<element: int64>)" in text
-    assert "column other is int8, neither text nor lists of integers" in refusal(path, column="other")
+    for text in (refusal(path), refusal(path, column="input_ids")):
+        assert text.endswith("set calibration.column to one that can be read: tokens (lists of integers)")
+    assert "has no column input_ids" in text
+    assert "column other is int8, neither text nor lists of integers nor chats" in refusal(path, column="other")
     floats = write_rows(tmp_path / "floats", [[0.5]] * 9)
-    assert "neither text nor lists of integers" in refusal(floats)
+    assert "it has no column of text, token ids or chats, but other (int8), input_ids (list<" in refusal(floats)
 
 
 def test_later_file_with_another_column_is_named(tmp_path: Path) -> None:
@@ -449,16 +452,16 @@ def test_later_file_with_another_kind_of_column_is_named(tmp_path: Path, tokeniz
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (None, "row 5: input_ids is null"),
+        (None, "row 5: input_ids is null or empty; remove the row, or set calibration.strict: false"),
         ([None, 4], "row 5: input_ids holds a null"),
         ([-7, 3], "row 5: token id -7 is outside the model's vocabulary of 100"),
         ([100, 3], "row 5: token id 100 is outside the model's vocabulary of 100"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, bad: Any, message: str, seed: int | None, writer: str) -> None:
-    """Nulls and ids outside the vocabulary are refused with file and row."""
+    """Nulls where the recipe is strict, and ids outside the vocabulary, are refused with file and row."""
     rows: list[Any] = [[1, 2], [], [3], [4, 5, 6], [7], bad, [8], [9] * 20]
-    text = refusal(write_rows(tmp_path / "calib", rows, pa.list_(pa.int64()), WRITERS[writer]), seed=seed)
+    text = refusal(write_rows(tmp_path / "calib", rows, pa.list_(pa.int64()), WRITERS[writer]), seed=seed, strict=True)
     assert f"{tmp_path}/calib, {message}" in text
 
 
@@ -471,10 +474,26 @@ def test_row_of_no_token_is_named_without_packing(tmp_path: Path) -> None:
     assert samples_of(opened(path, num_samples=1, sequence_length=4)) == [[1, 2, 3, 4]]
 
 
-def test_null_text_is_named(tmp_path: Path, tokenizer_file: Path) -> None:
-    """A null text is refused with file and row."""
-    path = write_rows(tmp_path / "calib", ["a b c", None], name="text")
-    assert "row 1: text is null" in refusal(path, tokenizer=tokenizer_file)
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("seed", [None, 2])
+@pytest.mark.parametrize("packing", [True, False])
+def test_null_rows_are_passed_over_and_counted(tmp_path: Path, packing: bool, seed: int | None, writer: str) -> None:
+    """Data with null rows give the samples of data without them, from any micro-batch on, and count them."""
+    rows = some_rows(30)
+    holes: list[Any] = [row for i, row in enumerate(rows) for row in ([None] * (i % 4 == 1) + [row])]
+    kind = pa.list_(pa.int64())
+    settings = {"packing": packing, "num_samples": 24, "sequence_length": 4, "seed": None}
+    whole = opened(write_rows(tmp_path / "whole", rows, kind), **settings)
+    dataset = opened(write_rows(tmp_path / "holes", holes, kind, WRITERS[writer]), **{**settings, "seed": seed})
+    if seed is None:
+        assert samples_of(dataset) == samples_of(whole)
+    assert len(samples_of(dataset)) == 24
+    singly = [batch.input_ids.tolist() for i in range(12) for batch in dataset.batches(i, i + 1)]
+    assert singly == [batch.input_ids.tolist() for batch in dataset.batches()]
+    dataset.fingerprint()
+    found = [note for note in dataset.notes if "null or empty passed over (calibration.strict: true" in note]
+    assert len(found) == 1
+    assert int(found[0].split()[0]) >= 4
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
@@ -488,7 +507,9 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_file_of_another_kind_is_named(tmp_path: Path) -> None:
     """Something that is no Arrow data is shown by how it begins."""
     (tmp_path / "calib.parquet").write_text('{"text": "hello"}')
-    assert "neither Parquet nor an Arrow file or stream: it begins with b'{\"te'" in refusal(str(tmp_path))
+    assert "neither Parquet nor an Arrow file or stream, as its name says: it begins with b'{\"te" in refusal(
+        str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("writer", WRITERS)
