@@ -517,7 +517,7 @@ CASES = [
             _text,
             lambda p: (shutil.rmtree(p.model), tiny_checkpoint(p.model, vocab_size=48), save_tokenizer(p.model, 128)),
         ),
-        "outside the model's vocabulary of 48",
+        "the model has embeddings for 48 tokens",
     ),
     # The cluster.
     Case("cluster", "no NPU", _set("parallel.device", "ascend"), "NPU|ascend"),
