@@ -129,13 +129,18 @@ class _IpcFile(_BatchFile):
         with self._source() as (source, mapping):
             # A batch without columns has no rows, so the first one stands in where none is asked for.
             indices = [self.schema.names.index(name) for name in columns] or ([0] if len(self.schema) else [])
-            options = ipc.IpcReadOptions(included_fields=sorted(indices), use_threads=False)
+            some = ipc.IpcReadOptions(included_fields=sorted(indices), use_threads=False)
             start = 0
-            for batch in self._all(self._reader(source, options)):
-                yield start, batch
+            for batch in self._all(self._reader(source, None if self._views_only(source, mapping) else some)):
+                for at in range(0, batch.num_rows, _BATCH):  # polars writes whole files as one batch
+                    yield start + at, batch.slice(at, _BATCH)
+                    if mapping is not None:
+                        mapping.madvise(mmap.MADV_DONTNEED)  # what was read of it counts as this process's memory
                 start += batch.num_rows
-                if mapping is not None:
-                    mapping.madvise(mmap.MADV_DONTNEED)  # what was read of the file counts as this process's memory
+
+    def _views_only(self, source: Any, mapping: mmap.mmap | None) -> bool:
+        """Whether all columns are to be asked for, since that costs nothing, and asking for some does."""
+        return False
 
     @abstractmethod
     def _reader(self, source: Any, options: ipc.IpcReadOptions | None) -> Any: ...
@@ -149,6 +154,17 @@ class ArrowFile(_IpcFile):
 
     def _reader(self, source: Any, options: ipc.IpcReadOptions | None) -> Any:
         return ipc.open_file(source, options=options)
+
+    def _views_only(self, source: Any, mapping: mmap.mmap | None) -> bool:
+        """Of this form Arrow copies columns that are asked for, and gives views where all are (unless compressed)."""
+        if mapping is None:
+            return False
+        reader = ipc.open_file(source, options=ipc.IpcReadOptions(use_threads=False))
+        if reader.num_record_batches == 0:
+            return False
+        whole = pa.py_buffer(mapping)
+        buffers = [found for column in reader.get_batch(0).columns for found in column.buffers() if found is not None]
+        return all(whole.address <= found.address < whole.address + whole.size for found in buffers if found.size)
 
     def _all(self, reader: Any) -> Iterator[pa.RecordBatch]:
         return (reader.get_batch(index) for index in range(reader.num_record_batches))
