@@ -20,11 +20,11 @@ class LinearSummary:
 
     `strategy` is spelt as the Golden Stick reference page does (`W8-perchannel-A8-pertensor`, `NA`).
     `relative_error` is |Q(W)x - Wx|^2 / |Wx|^2 over all calibration tokens, None for a linear that stays
-    as it is; `error_source` says whether it came from the Gram matrix (exact for the weights) or from
-    its diagonal alone (channels taken as uncorrelated). `activation_error` estimates, on the same scale,
-    what rounding x adds (None where activations stay). `scheme_errors` says, on that scale too, what plainly
-    rounding the weight to W8 and to W4 would cost, where the recipe asked for it. `notes` records fallbacks
-    and gates.
+    as it is and for one whose input was zero throughout; `error_source` says whether it came from the Gram
+    matrix (exact for the weights) or from its diagonal alone (channels taken as uncorrelated).
+    `activation_error` estimates, on the same scale, what rounding x adds (None where activations stay).
+    `scheme_errors` says, on that scale too, what plainly rounding the weight to W8 and to W4 would cost, where
+    the recipe asked for it. `notes` records fallbacks and gates.
     """
 
     layer: int

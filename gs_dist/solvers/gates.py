@@ -8,7 +8,7 @@ from gs_dist.model.statistics import InputStatistics
 from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers.rescaling import Rescaling
 
-__all__ = ["lost_channels_notes", "overflow_notes"]
+__all__ = ["dead_input_notes", "is_dead", "lost_channels_notes", "overflow_notes"]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _NOTED_SHARE = 0.5  # of the channels
@@ -25,13 +25,32 @@ def overflow_notes(statistics: InputStatistics, dtype: str) -> tuple[str, ...]:
     return (f"the input reaches {largest:.3g}, beyond float16's {_FLOAT16_MAX:.0f}: serve the model in bfloat16",)
 
 
+def is_dead(statistics: InputStatistics) -> bool:
+    """Whether an input was zero in every token: nothing that is relative to its output can be told."""
+    return statistics.num_tokens > 0 and not statistics.max_abs.any()
+
+
+def dead_input_notes(statistics: InputStatistics, solved: QuantizedLinear) -> tuple[str, ...]:
+    """A note where the input was zero in every token, and what that means for a static step."""
+    if not is_dead(statistics):
+        return ()
+    told = "the input was zero in every calibration token, so no error can be told"
+    if solved.input_scale is None:
+        return (told,)
+    return (
+        f"{told} and no range was seen: the step {solved.input_scale:.3g} is a makeshift, and whatever else a server "
+        "sees is cut off. If the layer is not dead by intent, calibrate with other samples, or set "
+        "act_quant_granularity: per_token",
+    )
+
+
 def lost_channels_notes(statistics: InputStatistics, rescaling: Rescaling, solved: QuantizedLinear) -> tuple[str, ...]:
     """A note where a static step is so wide that most channels are rounded to zero nearly always.
 
     One enormous value does that. The relative output error can stay small all the same, because it is
     relative to an energy that the same value makes up.
     """
-    if solved.input_scale is None or not statistics.num_tokens:
+    if solved.input_scale is None or not statistics.num_tokens or is_dead(statistics):
         return ()
     seen = rescaling.ranges_of(statistics)
     typical = np.sqrt(seen.sum_squares / seen.num_tokens)

@@ -21,7 +21,7 @@ from gs_dist.results.quantized import Float32, LinearSummary, QuantizedKVCache, 
 from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
-from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
+from gs_dist.solvers.gates import dead_input_notes, is_dead, lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
@@ -290,14 +290,15 @@ def _solve_linear(
         weight, statistics.gram, statistics.sum_squares, rescaling.inverse, threads=threads
     )
     error = rescaling.weight_error(restored, statistics, threads=threads)
+    unknown = is_dead(statistics)  # a share of nothing
     row = LinearSummary(
         layer=problem.layer,
         name=problem.prefix + name,
         strategy=strategy(policy),
-        relative_error=_ratio(error, energy),
-        error_source="diagonal" if statistics.gram is None else "gram",
+        relative_error=None if unknown else _ratio(error, energy),
+        error_source="none" if unknown else "diagonal" if statistics.gram is None else "gram",
         activation_error=None
-        if columns is None or rounding is None
+        if unknown or columns is None or rounding is None
         else _ratio(output_error.activation_term(columns, rounding), energy),
         scale_min=float(solved.scale.min()),
         scale_max=float(solved.scale.max()),
@@ -306,6 +307,7 @@ def _solve_linear(
             *rescaling.notes,
             *notes,
             *overflow_notes(statistics, problem.scale_dtype),
+            *dead_input_notes(statistics, solved),
             *lost_channels_notes(statistics, rescaling, solved),
         ),
     )

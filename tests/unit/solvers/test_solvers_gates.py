@@ -8,7 +8,7 @@ from observed import statistics_of
 
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
-from gs_dist.solvers.gates import lost_channels_notes, overflow_notes
+from gs_dist.solvers.gates import dead_input_notes, lost_channels_notes, overflow_notes
 from gs_dist.solvers.rescaling import Rescaling
 
 
@@ -52,3 +52,16 @@ def test_ordinary_ranges_get_no_note() -> None:
     scale = np.ones(16, np.float32)
     scale[3] = 5e3
     assert lost_channels_notes(statistics_of(tokens(1e4)), Rescaling(scale=scale), static(4 / 127.5)) == ()
+
+
+def test_a_dead_input_is_named_as_one() -> None:
+    """No sample can be left out to mend an input that was zero in all of them; a makeshift step is called that."""
+    dead = statistics_of(np.zeros((256, 16), np.float32))
+    assert lost_channels_notes(dead, Rescaling(), static(2.0**-23)) == ()
+    (note,) = dead_input_notes(dead, static(2.0**-23))
+    assert note.startswith("the input was zero in every calibration token, so no error can be told")
+    assert "the step 1.19e-07 is a makeshift" in note
+    assert "leave out" not in note
+    (weights_alone,) = dead_input_notes(dead, static(None))
+    assert "step" not in weights_alone
+    assert dead_input_notes(statistics_of(tokens()), static(1.0)) == ()

@@ -592,3 +592,16 @@ def test_threads_end_with_a_layer_that_cannot_be_solved():
         messages.add(str(caught.value))
     assert len(messages) == 1
     assert threading.active_count() == before
+
+
+def test_a_dead_input_has_no_error_rather_than_none():
+    """0 of 0 is not a perfect score: the row tells no error, and the note why."""
+    problem = make_problem(STATIC)
+    width = SHAPES["mlp.down_proj"][1]
+    dead = statistics_of(np.zeros((TOKENS, width), np.float32), gram=True, weighted=True, histogram=True)
+    solved = solve_layer(replace(problem, statistics={**problem.statistics, "mlp_activation": dead}))
+    rows = {row.name.removeprefix(PREFIX): row for row in solved.rows}
+    row = rows.pop("mlp.down_proj")
+    assert (row.relative_error, row.activation_error, row.error_source) == (None, None, "none")
+    assert any(note.startswith("the input was zero in every calibration token") for note in row.notes)
+    assert all(other.relative_error is not None for other in rows.values())
