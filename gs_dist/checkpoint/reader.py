@@ -19,9 +19,9 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantised
 from gs_dist.checkpoint.source_tensors import settle_tensors
-from gs_dist.checkpoint.weight_files import WeightFiles, fingerprint_of
+from gs_dist.checkpoint.weight_files import WeightFiles, fingerprint_of, some
 from gs_dist.errors import CheckpointError
-from gs_dist.model.families import read_architecture
+from gs_dist.model.families import read_architecture, unknown_keys
 from gs_dist.recipe.dialects import description_files
 
 __all__ = ["CheckpointReader"]
@@ -91,7 +91,8 @@ class CheckpointReader:
 
     def _settle(self, files: WeightFiles) -> None:
         settled = settle_tensors(files, self.architecture)
-        self.tensors, self.ignored, self.notes = settled.tensors, settled.ignored, settled.notes
+        self.tensors, self.ignored = settled.tensors, settled.ignored
+        self.notes = (*_config_notes(self.config), *settled.notes)
         if settled.tied is not self.architecture.tie_word_embeddings:
             self.config = {**self.config, "tie_word_embeddings": settled.tied}
             self.architecture = dataclasses.replace(self.architecture, tie_word_embeddings=settled.tied)
@@ -189,6 +190,22 @@ def _view(mapped: mmap.mmap, info: TensorInfo) -> Array:
         view = view.copy()
         view.flags.writeable = False
     return view
+
+
+def _config_notes(config: Mapping[str, Any]) -> list[str]:
+    notes = []
+    unknown = unknown_keys(config)
+    if unknown:
+        notes.append(
+            f"{CONFIG_FILE}: {some(list(unknown))} decide nothing in transformers' class of {config['model_type']} "
+            "models: carried over, and not heeded"
+        )
+    if config.get("auto_map"):
+        notes.append(
+            f"{CONFIG_FILE}: auto_map names code of the model's own, which is not run: what transformers itself makes "
+            f"of {config['model_type']} models is computed, and published without that code"
+        )
+    return notes
 
 
 def _refuse_unwritable(config: Mapping[str, Any]) -> None:

@@ -55,17 +55,58 @@ def num_layers(keys: ConfigKeys) -> int:
 
 
 def rotary(keys: ConfigKeys, head_dim: int) -> Rotary:
-    """The rotary embedding of all layers; transformers 5 keeps base and scaling in `rope_parameters`."""
-    table = keys.table("rope_parameters") or keys.table("rope_scaling")
-    theta_keys = table if table is not None and table.get("rope_theta", None) is not None else keys
-    theta = theta_keys.positive("rope_theta", default=10000.0)
-    for place in (keys, table):
-        if place is not None and place.get("partial_rotary_factor", 1.0) != 1.0:
+    """The rotary embedding of all layers, as transformers 5 reads it; what version 4 would read otherwise is refused.
+
+    Version 5 takes `rope_scaling` where `rope_parameters` stands beside it, and version 4 knows that alone. Of two
+    bases, or two original lengths, one takes what stands in the table, the other what stands beside it.
+    """
+    table = _rope_table(keys)
+    places = [keys, *([] if table is None else [table])]
+    for place in places:
+        if place.get("partial_rotary_factor", 1.0) != 1.0:
             raise place.wrong("partial_rotary_factor", "1.0 or absent: partial rotary embedding is not served")
-    return Rotary(theta=theta, channels=head_dim, scaling=None if table is None else _scaling(table))
+    theta = next((place for place in places if place.get("rope_theta", None) is not None), keys)
+    scaling = None if table is None else _scaling(table, keys)
+    return Rotary(theta=theta.positive("rope_theta", default=10000.0), channels=head_dim, scaling=scaling)
 
 
-def _scaling(table: ConfigKeys) -> RopeScaling | None:
+def _rope_table(keys: ConfigKeys) -> ConfigKeys | None:
+    """The table that counts; where several places say one thing, they must say the same."""
+    older, newer = keys.table("rope_scaling"), keys.table("rope_parameters")
+    stated = [table for table in (older, newer) if table is not None and table.values]
+    if not stated:
+        return None
+    if len(stated) > 1 and _rope_values(stated[0]) != _rope_values(stated[1]):
+        raise CheckpointError(
+            f"config.json: rope_scaling is {dict(stated[0].values)!r:.200} and rope_parameters is "
+            f"{dict(stated[1].values)!r:.200}, which are two embeddings, and engines differ on which of them counts: "
+            "remove the one that the model was not trained with"
+        )
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        said = [
+            (f"{place.where}{key}", place.get(key)) for place in (keys, *stated) if place.get(key, None) is not None
+        ]
+        if any(value != said[0][1] for _, value in said):
+            listed = " and ".join(f"{name} is {value!r:.50}" for name, value in said)
+            raise CheckpointError(
+                f"config.json: {listed}: engines differ on which of them counts; remove what is not of this model"
+            )
+        if len(stated) > 1 and [name for name, _ in said] == [f"rope_parameters.{key}"]:
+            raise CheckpointError(
+                f"config.json: {key} stands in rope_parameters, which does not count beside rope_scaling: write it "
+                "into rope_scaling, or remove rope_scaling"
+            )
+    return stated[0]
+
+
+def _rope_values(table: ConfigKeys) -> dict[str, object]:
+    """How a table stretches positions, in one spelling and without what is null."""
+    apart = ("rope_theta", "original_max_position_embeddings", "type", "rope_type")
+    values = {key: value for key, value in table.values.items() if value is not None and key not in apart}
+    return {**values, "rope_type": table.get("rope_type", table.get("type", "default"))}
+
+
+def _scaling(table: ConfigKeys, keys: ConfigKeys) -> RopeScaling | None:
     nested = [key for key, value in table.values.items() if isinstance(value, Mapping)]
     if nested:
         raise CheckpointError(
@@ -74,6 +115,8 @@ def _scaling(table: ConfigKeys) -> RopeScaling | None:
         )
     spelling = "rope_type" if table.get("rope_type", None) is not None else "type"  # `type` is the older spelling
     rope_type = table.choice(spelling, ("default", "linear", "llama3"), default="default")
+    if table.get("type", rope_type) != rope_type:
+        raise table.wrong("type", f"what rope_type is, {rope_type!r}")
     if rope_type == "default":
         return None
     factor = table.positive("factor")
@@ -82,12 +125,15 @@ def _scaling(table: ConfigKeys) -> RopeScaling | None:
     low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
     if low >= high:
         raise table.wrong("low_freq_factor", f"below high_freq_factor, which is {high}")
+    # As transformers 5 does where no place states the length.
+    length = "original_max_position_embeddings"
+    place = table if table.get(length, None) is not None else keys
     return RopeScaling(
         rope_type=rope_type,
         factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position_embeddings=table.size("original_max_position_embeddings"),
+        original_max_position_embeddings=place.size(length if place.get(length, None) else "max_position_embeddings"),
     )
 
 
@@ -110,15 +156,17 @@ def windows(keys: ConfigKeys) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds[:count]]
 
 
-def decoder(keys: ConfigKeys, layers: Sequence[LayerSpec], *, max_position_embeddings: int) -> DecoderArchitecture:
-    """What stands around `layers`; `max_position_embeddings` is the family's where the key is absent."""
+def decoder(
+    keys: ConfigKeys, layers: Sequence[LayerSpec], *, max_position_embeddings: int, rms_norm_eps: float = 1e-6
+) -> DecoderArchitecture:
+    """What stands around `layers`; the sizes given here are the family's where the keys are absent."""
     shared: dict[LayerSpec, LayerSpec] = {}
     return DecoderArchitecture(
         model_type=str(keys.get("model_type")),
         vocab_size=keys.size("vocab_size"),
         hidden_size=keys.size("hidden_size"),
         layers=tuple(shared.setdefault(layer, layer) for layer in layers),
-        rms_norm_eps=keys.positive("rms_norm_eps", default=1e-6),
+        rms_norm_eps=keys.positive("rms_norm_eps", default=rms_norm_eps),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         max_position_embeddings=keys.size("max_position_embeddings", default=max_position_embeddings),
         dtype=_dtype(keys),
@@ -127,9 +175,14 @@ def decoder(keys: ConfigKeys, layers: Sequence[LayerSpec], *, max_position_embed
 
 
 def _dtype(keys: ConfigKeys) -> str:
-    key = "dtype" if keys.get("dtype", None) is not None else "torch_dtype"
-    value = keys.get(key, "float32")
-    name = value.removeprefix("torch.") if isinstance(value, str) else ""
-    if name not in FLOATS:
-        raise keys.wrong(key, " or ".join(FLOATS))
-    return name
+    stated = {key: keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key, None) is not None}
+    values = [value.removeprefix("torch.") if isinstance(value, str) else value for value in stated.values()]
+    if any(value != values[0] for value in values):
+        raise CheckpointError(
+            f"config.json: dtype is {stated['dtype']!r:.50} and torch_dtype is {stated['torch_dtype']!r:.50}: versions "
+            "of transformers differ on which of them counts; remove the wrong one"
+        )
+    value = next(iter(values), "float32")
+    if not isinstance(value, str) or value not in FLOATS:
+        raise keys.wrong(next(iter(stated)), " or ".join(FLOATS))
+    return value

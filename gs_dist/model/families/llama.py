@@ -5,8 +5,14 @@ from __future__ import annotations
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.config_parts import decoder, heads, num_layers, rotary
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+from gs_dist.model.known_keys import KnownKeys
 
 MODEL_TYPES = ("llama",)
+KEYS = KnownKeys(
+    classes=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    read=frozenset({"attention_bias", "mlp_bias"}),
+    told=frozenset({"sliding_window"}),  # converted Mistral models state one
+)
 
 
 def read(keys: ConfigKeys) -> DecoderArchitecture:

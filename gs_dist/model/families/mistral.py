@@ -5,8 +5,10 @@ from __future__ import annotations
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.config_parts import decoder, heads, num_layers, rotary
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+from gs_dist.model.known_keys import KnownKeys
 
 MODEL_TYPES = ("mistral",)
+KEYS = KnownKeys(classes=("MistralForCausalLM",), read=frozenset({"sliding_window"}))
 
 
 def read(keys: ConfigKeys) -> DecoderArchitecture:

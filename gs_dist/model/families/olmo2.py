@@ -7,8 +7,10 @@ from __future__ import annotations
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.config_parts import decoder, heads, num_layers, rotary
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+from gs_dist.model.known_keys import KnownKeys
 
 MODEL_TYPES = ("olmo2",)
+KEYS = KnownKeys(classes=("Olmo2ForCausalLM",), read=frozenset({"attention_bias"}))
 
 
 def read(keys: ConfigKeys) -> DecoderArchitecture:
@@ -28,4 +30,4 @@ def read(keys: ConfigKeys) -> DecoderArchitecture:
         norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         norms_after=True,
     )
-    return decoder(keys, [layer] * count, max_position_embeddings=2048)
+    return decoder(keys, [layer] * count, max_position_embeddings=2048, rms_norm_eps=1e-5)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.config_parts import decoder, heads, rotary, windows
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+from gs_dist.model.known_keys import KnownKeys
 
 MODEL_TYPES = ("qwen2",)
+KEYS = KnownKeys(
+    classes=("Qwen2ForCausalLM",),
+    read=frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}),
+    # Its class has biases of queries, keys and values whatever these say.
+    ignored=frozenset({"attention_bias", "qkv_bias"}),
+)
 
 
 def read(keys: ConfigKeys) -> DecoderArchitecture:

@@ -8,8 +8,14 @@ from __future__ import annotations
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.config_parts import decoder, heads, rotary, windows
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
+from gs_dist.model.known_keys import KnownKeys
 
 MODEL_TYPES = ("qwen3",)
+KEYS = KnownKeys(
+    classes=("Qwen3ForCausalLM",),
+    read=frozenset({"attention_bias", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}),
+    fixed={"qk_norm": (True,), "use_qk_norm": (True,)},
+)
 
 
 def read(keys: ConfigKeys) -> DecoderArchitecture:
