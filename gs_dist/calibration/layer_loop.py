@@ -7,6 +7,7 @@ of other workers come from: nowhere in one process, from the replicas of a stage
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from gs_dist.model.statistics import (
     TreeNode,
     merge_nodes,
 )
+from gs_dist.model.token_sample import token_ids
 from gs_dist.solvers.blas import one_thread
 
 __all__ = ["LayerLoop", "ObservableLayer"]
@@ -110,13 +112,22 @@ class LayerLoop:
             shown = sorted(
                 ((observers[name], captured[name]) for name in observers), key=lambda pair: -int(pair[1].shape[-1])
             )
-            with one_thread():
-                if self._pool is None:
-                    for observer, activation in shown:
-                        observer.observe(activation, mask)
-                else:
-                    list(self._pool.map(lambda pair: pair[0].observe(pair[1], mask), shown))
+            self._show(micro_batch, shown, mask)
         return state
+
+    def _show(
+        self, micro_batch: int, shown: Sequence[tuple[InputObserver, Any]], mask: npt.NDArray[np.bool_] | None
+    ) -> None:
+        def observe(pair: tuple[InputObserver, Any]) -> None:
+            observer, activation = pair
+            observer.observe(activation, mask, token_ids(micro_batch, math.prod(activation.shape[:-1])))
+
+        with one_thread():
+            if self._pool is None:
+                for pair in shown:
+                    observe(pair)
+            else:
+                list(self._pool.map(observe, shown))
 
     def _enter_block(self, micro_batch: int) -> None:
         block = next(i for i, (start, stop) in enumerate(self._blocks) if start <= micro_batch < stop)

@@ -7,6 +7,7 @@ the order they are shown, so a block's statistics depend on its samples alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mindspore as ms
@@ -22,6 +23,7 @@ from gs_dist.model.statistics import (
     InputStatistics,
     StatisticsSettings,
 )
+from gs_dist.model.token_sample import SAMPLE_TOKENS, merge_samples, token_keys
 from gs_dist.solvers.blas import one_thread
 
 __all__ = ["CardObserver", "HostObserver", "InputObserver", "observe"]
@@ -39,8 +41,14 @@ _MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cac
 class InputObserver(Protocol):
     """Accumulates the statistics of one input."""
 
-    def observe(self, activation: Any, mask: Array | None) -> None:
-        """Adds an activation (..., channels); `mask` (...) False leaves a token out."""
+    def observe(self, activation: Any, mask: Array | None, ids: Array | None = None) -> None:
+        """Adds an activation (..., channels).
+
+        Args:
+            activation: of a micro-batch.
+            mask: (...) False leaves a token out.
+            ids: (tokens,) place of each token among all of the job; None numbers them as they come.
+        """
 
     def take(self) -> InputStatistics:
         """The statistics of everything shown since the last call; starts anew."""
@@ -57,6 +65,7 @@ class HostObserver:
     def __init__(self, channels: int, settings: StatisticsSettings) -> None:
         self._channels = channels
         self._settings = settings
+        self._places = _Places()
         self._allocated = False
 
     def _allocate(self) -> None:
@@ -72,20 +81,25 @@ class HostObserver:
         self._gram = np.zeros((channels, channels), np.float32, order="F") if settings.gram else None
         self._weighted_gram = np.zeros((channels, channels), np.float32, order="F") if settings.weighted_gram else None
         self._histogram = np.zeros((channels, 2, HISTOGRAM_BINS), np.int32) if settings.histogram else None
+        self._sampler = _Sampler(channels) if settings.sample else None
 
-    def observe(self, activation: Any, mask: Array | None) -> None:
+    def observe(self, activation: Any, mask: Array | None, ids: Array | None = None) -> None:
         """Adds an activation, a float32 NumPy array or a MindSpore tensor on the CPU."""
         array = activation.asnumpy() if isinstance(activation, ms.Tensor) else np.asarray(activation)
         tokens = np.ascontiguousarray(array.reshape(-1, self._channels), dtype=np.float32)
+        places = self._places.of(len(tokens), ids) if self._settings.sample else None
         if mask is not None and not mask.all():
-            tokens = tokens[mask.reshape(-1)]
+            kept = mask.reshape(-1)
+            tokens, places = tokens[kept], None if places is None else places[kept]
         if tokens.shape[0] == 0:
             return
-        self._add(tokens)
+        self._add(tokens, places)
 
-    def _add(self, tokens: Array) -> None:
+    def _add(self, tokens: Array, places: Array | None) -> None:
         if not self._allocated:
             self._allocate()
+        if self._sampler is not None and places is not None:
+            self._sampler.add(places, lambda rows: tokens[rows])
         self._num_tokens += tokens.shape[0]
         np.minimum(self._minimum, tokens.min(axis=0), out=self._minimum)
         np.maximum(self._maximum, tokens.max(axis=0), out=self._maximum)
@@ -117,10 +131,49 @@ class HostObserver:
             gram=_mirror(self._gram),
             weighted_gram=_mirror(self._weighted_gram),
             histogram=self._histogram,
+            **({} if self._sampler is None else self._sampler.take()),
         )
         self._allocated = False
         del self._gram, self._weighted_gram
         return statistics
+
+
+class _Places:
+    """Places of tokens among all of the job: those given, or numbers in the order they come."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def of(self, count: int, ids: Array | None) -> Array:
+        self._next += count
+        return np.arange(self._next - count, self._next, dtype=np.int64) if ids is None else ids
+
+
+class _Sampler:
+    """The sample of the tokens shown since the last `take`."""
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
+        self._start()
+
+    def _start(self) -> None:
+        self._keys = np.empty(0, np.uint64)
+        self._tokens = np.empty((0, self._channels), np.float32)
+
+    def add(self, places: Array, rows_of: Callable[[Array], Array]) -> None:
+        """Adds tokens by their places; `rows_of` gives the rows (k, channels) float32 of those with these indices."""
+        keys = token_keys(places)
+        small = np.argsort(keys, kind="stable")[:SAMPLE_TOKENS]
+        if len(self._keys) == SAMPLE_TOKENS:
+            small = small[keys[small] < self._keys[-1]]
+        if small.size:
+            self._keys, self._tokens = merge_samples(self._keys, self._tokens, keys[small], rows_of(small))
+
+    def take(self) -> dict[str, Array]:
+        """Fields of the statistics; starts anew."""
+        taken: dict[str, Array] = {"sample_keys": self._keys, "sample_tokens": self._tokens}
+        self._start()
+        return taken
 
 
 def _mirror(upper: Array | None) -> Array | None:
@@ -174,6 +227,8 @@ class CardObserver:
     def __init__(self, channels: int, settings: StatisticsSettings) -> None:
         self._channels = channels
         self._settings = settings
+        self._places = _Places()
+        self._sampler = _Sampler(channels) if settings.sample else None
         self._start()
 
     def _start(self) -> None:
@@ -184,14 +239,18 @@ class CardObserver:
         shape = (self._channels, 2, HISTOGRAM_BINS)
         self._histogram = np.zeros(shape, np.int32) if self._settings.histogram else None
 
-    def observe(self, activation: Any, mask: Array | None) -> None:
+    def observe(self, activation: Any, mask: Array | None, ids: Array | None = None) -> None:
         """Adds an activation, a MindSpore tensor of any float dtype."""
         tokens = activation.reshape(-1, self._channels).astype(ms.float32)
+        places = self._places.of(int(tokens.shape[0]), ids) if self._settings.sample else None
         if mask is not None and not mask.all():
             kept = np.flatnonzero(mask.reshape(-1)).astype(np.int32)
             if kept.size == 0:
                 return
             tokens = ops.gather(tokens, ms.Tensor(kept), 0)
+            places = None if places is None else places[kept]
+        if self._sampler is not None and places is not None:
+            self._sampler.add(places, lambda rows: _rows(tokens, rows))
         self._num_tokens += int(tokens.shape[0])
         minimum, maximum = mint.amin(tokens, 0), mint.amax(tokens, 0)
         self._minimum = minimum if self._minimum is None else mint.minimum(self._minimum, minimum)
@@ -226,9 +285,15 @@ class CardObserver:
             gram=sums.get("gram"),
             weighted_gram=sums.get("weighted_gram"),
             histogram=self._histogram,
+            **({} if self._sampler is None else self._sampler.take()),
         )
         self._start()
         return statistics
+
+
+def _rows(tokens: Any, rows: Array) -> Array:
+    """Those rows of a tensor (tokens, channels), on the host."""
+    return np.array(ops.gather(tokens, ms.Tensor(rows.astype(np.int32)), 0).asnumpy())
 
 
 def observe(tokens: Array, settings: StatisticsSettings, mask: Array | None = None) -> InputStatistics:

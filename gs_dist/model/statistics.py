@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.model.token_sample import merge_samples
+
 __all__ = [
     "HISTOGRAM_BINS",
     "HISTOGRAM_BYTES_PER_CHANNEL",
@@ -57,6 +59,7 @@ class StatisticsSettings:
     gram: bool = True
     weighted_gram: bool = False
     histogram: bool = False
+    sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class InputStatistics:
         weighted_gram: sum of x xT / (x . x), tokens of no energy left out, likewise.
         histogram: counts (channels, 2, HISTOGRAM_BINS) int32 (SUM); index 0 of axis 1 counts negative
             values by magnitude, index 1 the others. Or None.
+        sample_keys, sample_tokens: keys (k,) uint64, ascending, and rows (k, channels) float32 of some tokens,
+            SAMPLE_TOKENS at most (their union, less those of the larger keys). Or None.
     """
 
     num_tokens: int
@@ -81,6 +86,8 @@ class InputStatistics:
     gram: Array | None = None
     weighted_gram: Array | None = None
     histogram: Array | None = None
+    sample_keys: Array | None = None
+    sample_tokens: Array | None = None
 
     @property
     def channels(self) -> int:
@@ -114,7 +121,17 @@ class InputStatistics:
                 merged[name] = None
                 continue
             merged[name] = operation(mine, theirs, out=mine) if in_place else operation(mine, theirs)
-        return InputStatistics(**merged)
+        return InputStatistics(**(merged | self._merged_sample(other)))
+
+    def _merged_sample(self, other: InputStatistics) -> dict[str, Array]:
+        if (self.sample_tokens is None) != (other.sample_tokens is None):
+            raise ValueError("one of two statistics lacks sample_tokens: they come from different settings")
+        if self.sample_tokens is None or self.sample_keys is None:
+            return {}
+        assert other.sample_keys is not None
+        assert other.sample_tokens is not None
+        keys, tokens = merge_samples(self.sample_keys, self.sample_tokens, other.sample_keys, other.sample_tokens)
+        return {"sample_keys": keys, "sample_tokens": tokens}
 
     def scaled(self, scale: Array) -> InputStatistics:
         """Statistics of x / scale (`scale` > 0 per channel); the histogram is left out, see `histogram`.
@@ -136,6 +153,7 @@ class InputStatistics:
             gram=both_sides(self.gram),
             weighted_gram=both_sides(self.weighted_gram),
             histogram=None,
+            sample_tokens=None if self.sample_tokens is None else self.sample_tokens * single,
         )
 
     def to_arrays(self) -> dict[str, Array]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from gs_dist.methods.method import Work
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
+from gs_dist.model.token_sample import SAMPLE_TOKENS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import GIB
 
@@ -170,6 +171,7 @@ def layer_set_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]
         channels = layer.channels[name]
         total += channels * VECTOR_BYTES_PER_CHANNEL + 4 * _gram_entries(taken, channels)
         total += channels * HISTOGRAM_BYTES_PER_CHANNEL if taken.histogram else 0
+        total += SAMPLE_TOKENS * (4 * channels + 8) if taken.sample else 0
     return total
 
 

@@ -144,7 +144,7 @@ def layer_settings(
     matrices of linears that stay in float, too.
     """
     if everything:
-        full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True)
+        full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True, sample=True)
         kept = {layer_input.name: full for layer_input in layer.inputs}
         return kept | dict.fromkeys(layer.attention.cached, StatisticsSettings(gram=False))
     settings = required_statistics(layer.inputs, policies, gram=gram)

@@ -283,8 +283,10 @@ class CalibrationConfig(_Section):
     """What a layer's input is: outputs of the original layers before it, or of the quantised ones."""
     max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
     """Relative output error from which a linear counts as destroyed (1: it might as well return zeros)."""
+    max_token_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
+    """The same for the median token of a sample: errors over all tokens may belong to a few of enormous energy."""
     on_bad_layer: Literal["fail", "keep_float"] = "fail"
-    """What becomes of a linear past max_relative_error: the job fails, or it stays in float."""
+    """What becomes of a linear past max_relative_error or max_token_error: the job fails, or it stays in float."""
     max_perplexity_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Runs the published model beside the float one and fails past this increase (0.05: 5 %)."""
     probe: ProbeConfig = ProbeConfig()
@@ -424,6 +426,7 @@ class CalibrationConfig(_Section):
             "gram": self.takes_gram,
             "propagation": self.propagation,
             "max_relative_error": self.max_relative_error,
+            "max_token_error": self.max_token_error,
             "on_bad_layer": self.on_bad_layer,
             **({"bits": "auto", "size_budget": self.size_budget} if self.bits == "auto" else {}),
         }

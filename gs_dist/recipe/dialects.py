@@ -27,6 +27,7 @@ class Dialect:
         quant_method: value of that key of config.json's `quantization_config` by which a directory is known; None
             where a description file tells.
         elsewhere: what a model card says where an engine does not serve the directory and something else reads it.
+        one_cache_scale: whether keys, and values, of a KV cache have one stored scale for all their channels.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Dialect:
     description_file: str | None = None
     quant_method: str | None = None
     elsewhere: str = ""
+    one_cache_scale: bool = False
 
     @property
     def describing_file(self) -> str:
@@ -50,6 +52,7 @@ DIALECTS: Mapping[str, Dialect] = {
             title="compressed-tensors",
             home=f"{_ROOM}.compressed_tensors",
             quant_method="compressed-tensors",
+            one_cache_scale=True,
         ),
         Dialect(
             name="ascend",

@@ -242,5 +242,6 @@ def required_statistics(
             gram=bool(readers) and (gram or any(taken.gram for taken in needed)),
             weighted_gram=any(taken.weighted_gram for taken in needed),
             histogram=any(p.is_static and p.act_range == "mse" for p in readers),
+            sample=bool(readers),
         )
     return settings

@@ -23,8 +23,10 @@ class LinearSummary:
     as it is and for one whose input was zero throughout; `error_source` says whether it came from the Gram
     matrix (exact for the weights) or from its diagonal alone (channels taken as uncorrelated).
     `activation_error` estimates, on the same scale, what rounding x adds (None where activations stay).
-    `scheme_errors` says, on that scale too, what plainly rounding the weight to W8 and to W4 would cost, where
-    the recipe asked for it. `notes` records fallbacks and gates.
+    `token_error` is |z - y|^2 / |y|^2 of the median token of a sample, y being the linear's output and z that of
+    the rounded weight on the rounded input, computed as an engine does: the sums over all tokens may belong to a
+    few. `scheme_errors` says, on the scale of `relative_error`, what plainly rounding the weight to W8 and to W4
+    would cost, where the recipe asked for it. `notes` records fallbacks and gates.
     """
 
     layer: int
@@ -38,6 +40,18 @@ class LinearSummary:
     notes: tuple[str, ...] = ()
     activation_error: float | None = None
     scheme_errors: Mapping[str, float] | None = None
+    token_error: float | None = None
+
+    @property
+    def energy_error(self) -> float | None:
+        """Relative output error over all tokens, rounded activations included; None for a linear that stays."""
+        return None if self.relative_error is None else self.relative_error + (self.activation_error or 0.0)
+
+    @property
+    def largest_error(self) -> float | None:
+        """The larger of what all tokens and what the median token say; None for a linear that stays."""
+        known = [error for error in (self.energy_error, self.token_error) if error is not None]
+        return max(known, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

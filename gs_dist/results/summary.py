@@ -183,7 +183,8 @@ class CalibrationSummary:
     def sorted_rows(self, order: str = "layer") -> list[LinearSummary]:
         """Rows in model order (`layer`), or the largest number first; rows without one come last.
 
-        `error` sorts by relative error, `sensitivity` by what the costliest scheme would cost.
+        `error` sorts by the larger of the errors over all tokens and of the median one, `sensitivity` by what the
+        costliest scheme would cost.
 
         Raises:
             ValueError: another order.
@@ -192,7 +193,7 @@ class CalibrationSummary:
         if order == "layer":
             return list(self.rows)
         if order == "error":
-            return sorted(self.rows, key=lambda row: math.inf if row.relative_error is None else -row.relative_error)
+            return sorted(self.rows, key=lambda row: math.inf if row.largest_error is None else -row.largest_error)
         if order == "sensitivity":
             if not any(row.scheme_errors for row in self.rows):
                 raise OutputError(
@@ -296,6 +297,7 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("num_tokens", pa.int64(), nullable=False),
             pa.field("notes", pa.list_(pa.string())),
             pa.field("activation_error", pa.float64()),
+            pa.field("token_error", pa.float64()),
             pa.field("scheme_errors", pa.map_(pa.string(), pa.float64())),
         ],
         metadata=_parquet_metadata(summary),

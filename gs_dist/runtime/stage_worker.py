@@ -19,6 +19,7 @@ from gs_dist.checkpoint.manifest import LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import write_solved
 from gs_dist.model.statistics import LayerStatistics
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.layer_statistics import KeptStatistics, Payload, StatisticsSource
@@ -123,6 +124,7 @@ class StageWorker:
                 quantized = solve_layer(
                     problem,
                     max_relative_error=config.max_relative_error,
+                    max_token_error=config.max_token_error,
                     on_bad_layer=config.on_bad_layer,
                     num_threads=self._job.plan.solver_threads,
                 )
@@ -168,6 +170,7 @@ class StageWorker:
             statistics=statistics,
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
+            dialects=tuple(DIALECTS[name] for name in self._job.config.dialects),
             divides_inputs=False,
             makes_biases=all(codec_of(name).makes_biases for name in self._job.config.dialects),
         )

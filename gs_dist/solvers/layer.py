@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from gs_dist.errors import LayerError, UserError
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import InputStatistics, LayerStatistics
+from gs_dist.recipe.dialects import Dialect
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 from gs_dist.solvers import affine, kv_cache, output_error
@@ -27,6 +28,7 @@ from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
 from gs_dist.solvers.threads import Threads
+from gs_dist.solvers.token_error import median_token_error, rounded_input
 
 __all__ = ["LayerProblem", "solve_layer"]
 
@@ -44,6 +46,7 @@ class LayerProblem:
         statistics: of each input by name, and of `key` and `value` for a KV cache.
         policies: by linear name within the layer; None (or no entry) leaves a linear as it is.
         scale_dtype: dtype scales will be stored in: "float32", "float16" or "bfloat16".
+        dialects: what the layer is published as, of which some store one scale for a whole KV cache.
         makes_biases: linears whose policy `makes_bias`, and norms that only such linears read, may be published with
             a bias that the source lacks.
         divides_inputs: whether linears may be handed on with a scale that they divide their input by, where nothing
@@ -60,6 +63,7 @@ class LayerProblem:
     scale_dtype: str
     makes_biases: bool = False
     divides_inputs: bool = True
+    dialects: tuple[Dialect, ...] = ()
 
     def quantised(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
         """Policies of those readers of an input that are quantised."""
@@ -71,6 +75,7 @@ def solve_layer(
     problem: LayerProblem,
     *,
     max_relative_error: float | None = None,
+    max_token_error: float | None = None,
     on_bad_layer: Literal["fail", "keep_float"] = "fail",
     num_threads: int = 1,
 ) -> QuantizedLayer:
@@ -78,8 +83,9 @@ def solve_layer(
 
     Args:
         problem: weights, statistics and policies.
-        max_relative_error: ceiling of a linear's error, rounded activations included; None for no ceiling.
-        on_bad_layer: what to do about a linear above it. `keep_float` leaves it unquantised together with
+        max_relative_error: ceiling of a linear's error over all tokens, rounded activations included; None for none.
+        max_token_error: ceiling of its error on the median token of a sample; None for none.
+        on_bad_layer: what to do about a linear above one. `keep_float` leaves it unquantised together with
             the linears that read the same input, because serving engines fuse those and take one scheme
             for all; the rows say so.
         num_threads: share the work, with the same bytes at any number. The caller holds BLAS to one thread
@@ -100,26 +106,22 @@ def solve_layer(
         except UserError as error:
             raise type(error)(f"layer {problem.layer}: {error}") from error
         quantised = {problem.prefix + name for name in solved.linears}
-        bad = _above([row for row in solved.rows if row.name in quantised], max_relative_error)
+        bad = _above([row for row in solved.rows if row.name in quantised], max_relative_error, max_token_error)
         if not bad:
             rows = tuple(replace(row, notes=row.notes + notes.get(row.name, ())) for row in solved.rows)
             return replace(solved, rows=rows)
         if on_bad_layer == "fail":
-            listed = "; ".join(f"{name} {error:.3g}" for name, error in bad.items())
             raise LayerError(
-                f"layer {problem.layer}: relative output error above max_relative_error {max_relative_error:g}: "
-                f"{listed}; choose another policy for them in layer_policies, set on_bad_layer: keep_float, or "
-                "raise max_relative_error"
+                f"layer {problem.layer}: destroyed by rounding: {'; '.join(f'{n}: {why}' for n, why in bad.items())}; "
+                "choose another policy for them in layer_policies, set on_bad_layer: keep_float, or raise the limit"
             )
         kept = dict(current.policies)
         for layer_input in current.inputs:
             failing = [name for name in layer_input.linears if problem.prefix + name in bad]
             for name in layer_input.linears if failing else ():
                 kept[name] = _without_weight(kept.get(name))
-                worst = ", ".join(f"{problem.prefix + f} {bad[problem.prefix + f]:.3g}" for f in failing)
-                notes[problem.prefix + name] = (
-                    f"kept in float: relative error above max_relative_error {max_relative_error:g} ({worst})",
-                )
+                reasons = "; ".join(f"{problem.prefix + f}: {bad[problem.prefix + f]}" for f in failing)
+                notes[problem.prefix + name] = (f"kept in float: {reasons}",)
         current = replace(current, policies=kept)
 
 
@@ -153,13 +155,23 @@ def _without_weight(policy: QuantPolicy | None) -> QuantPolicy | None:
     )
 
 
-def _above(rows: Sequence[LinearSummary], ceiling: float | None) -> dict[str, float]:
-    if ceiling is None:
-        return {}
-    totals = {
-        row.name: row.relative_error + (row.activation_error or 0.0) for row in rows if row.relative_error is not None
-    }
-    return {name: error for name, error in totals.items() if not error <= ceiling}
+def _above(rows: Sequence[LinearSummary], over_all: float | None, of_token: float | None) -> dict[str, str]:
+    """Linears above a ceiling, and what is above which; an error that is no number is above all."""
+    found: dict[str, str] = {}
+    for row in rows:
+        told = (
+            _beyond(row.energy_error, over_all, "the output's energy", "max_relative_error"),
+            _beyond(row.token_error, of_token, "the median token's output", "max_token_error"),
+        )
+        if any(told):
+            found[row.name] = " and ".join(filter(None, told))
+    return found
+
+
+def _beyond(error: float | None, ceiling: float | None, of_what: str, setting: str) -> str | None:
+    if error is None or ceiling is None or error <= ceiling:
+        return None
+    return f"{error:.3g} of {of_what} is lost ({setting} is {ceiling:g})"
 
 
 def _solve(problem: LayerProblem, threads: Threads) -> QuantizedLayer:
@@ -283,6 +295,7 @@ def _solve_linear(
     )
     if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
         raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
+    token_error = _token_error(weight, restored, folded.bias(name), solved, statistics, rescaling, input_range)
     rounding = rescaling.rounding(policy, statistics, input_range)
     columns = output_error.column_energy(restored) if rounding is not None else None
     restored -= weight  # now the change of the weight
@@ -303,6 +316,7 @@ def _solve_linear(
         scale_min=float(solved.scale.min()),
         scale_max=float(solved.scale.max()),
         num_tokens=statistics.num_tokens,
+        token_error=token_error,
         notes=(
             *rescaling.notes,
             *notes,
@@ -312,6 +326,28 @@ def _solve_linear(
         ),
     )
     return solved, row
+
+
+def _token_error(
+    weight: Float32,
+    restored: Float32,
+    bias: Float32 | None,
+    solved: QuantizedLinear,
+    statistics: InputStatistics,
+    rescaling: Rescaling,
+    input_range: ActivationRange | None,
+) -> float | None:
+    """Of the median token of the sample; None where none was taken."""
+    tokens = statistics.sample_tokens
+    if tokens is None or not len(tokens):
+        return None
+    inverse = np.float32(1.0) if rescaling.inverse is None else rescaling.inverse
+    shifted = tokens if rescaling.shift is None else tokens - rescaling.shift
+    rounded = rounded_input(np.asarray(shifted * inverse), solved.policy, input_range)
+    change = None
+    if solved.bias is not None:
+        change = solved.bias if bias is None else solved.bias - bias
+    return median_token_error(weight, restored, np.asarray(tokens * inverse), rounded, change)
 
 
 def _ratio(error: float, energy: float) -> float:
@@ -371,13 +407,29 @@ def _solve_cache(
         if layer_input.source in owners:
             value = rescalings[layer_input.name].of_source(value, layer_input)
     scales = [kv_cache.cache_scale(s, scale_dtype=problem.scale_dtype) for s in (key, value)]
-    errors = [kv_cache.cache_relative_error(s, scale) for s, scale in zip((key, value), scales, strict=True)]
-    row = replace(
-        row,
-        relative_error=max(errors),
-        error_source="diagonal",
-        scale_min=float(min(s.min() for s in scales)),
-        scale_max=float(max(s.max() for s in scales)),
-        num_tokens=key.num_tokens,
-    )
+    row = replace(row, num_tokens=key.num_tokens, **_cache_figures(problem, scales, key, value))
     return QuantizedKVCache(key_scale=scales[0], value_scale=scales[1]), (row,)
+
+
+def _cache_figures(
+    problem: LayerProblem, scales: Sequence[Float32], key: InputStatistics, value: InputStatistics
+) -> dict[str, Any]:
+    """Error, scales and notes of a cache's row, of the dialect that stores it most coarsely."""
+
+    def error(stored: Sequence[Float32]) -> float:
+        return max(kv_cache.cache_relative_error(seen, s) for seen, s in zip((key, value), stored, strict=True))
+
+    coarse = [dialect.name for dialect in problem.dialects if dialect.one_cache_scale]
+    stored = [np.full_like(scale, scale.max()) for scale in scales] if coarse else scales
+    notes: tuple[str, ...] = ()
+    if coarse:
+        notes = (f"{', '.join(coarse)}: one scale for all channels",)
+        if len(coarse) < len(problem.dialects):
+            notes = (f"{notes[0]}; with a scale for each, as in the other formats, the error is {error(scales):.3g}",)
+    return {
+        "relative_error": error(stored),
+        "error_source": "diagonal",
+        "scale_min": float(min(s.min() for s in stored)),
+        "scale_max": float(max(s.max() for s in stored)),
+        "notes": notes,
+    }

@@ -148,6 +148,7 @@ def _linear_row(row: LinearSummary, *, judged: bool = False) -> list[str]:
         error,
         source,
         _number(row.activation_error),
+        _number(row.token_error),
         scales,
         str(row.num_tokens),
         *([_scheme_errors(row)] if judged else []),
@@ -162,10 +163,30 @@ def _scheme_errors(row: LinearSummary) -> str:
 # On a narrow terminal columns are left out, two always and then as many as must, so that what remains can be read.
 NARROW = 100
 _ALWAYS_DROPPED = ("from", "tokens")
-_DROPPED = (*_ALWAYS_DROPPED, "scales", "activations", "with notes", "idle", "peak planned", "notes", "median error")
+_DROPPED = (
+    *_ALWAYS_DROPPED,
+    "scales",
+    "activations",
+    "median token",
+    "with notes",
+    "idle",
+    "peak planned",
+    "notes",
+    "median error",
+)
 _GAP = 2  # between columns
 _SHARED = "model.layers."
-_LINEAR_COLUMNS = ("linear", "strategy", "notes", "relative error", "from", "activations", "scales", "tokens")
+_LINEAR_COLUMNS = (
+    "linear",
+    "strategy",
+    "notes",
+    "relative error",
+    "from",
+    "activations",
+    "median token",
+    "scales",
+    "tokens",
+)
 
 
 def _linear_table(title: str, rows: Sequence[LinearSummary], width: int) -> Table:
@@ -226,7 +247,7 @@ def _role_rows(rows: Sequence[LinearSummary]) -> list[list[str]]:
         groups.setdefault((_role(row), row.strategy), []).append(row)
     lines = []
     for (role, strategy), members in groups.items():
-        measured = [(row.relative_error, row.layer) for row in members if row.relative_error is not None]
+        measured = [(row.largest_error, row.layer) for row in members if row.largest_error is not None]
         worst = max(measured, default=None)
         median = statistics.median(error for error, _ in measured) if measured else None
         noted = sum(bool(row.notes) for row in members)

@@ -10,6 +10,7 @@ from observed import statistics_of
 
 from gs_dist.errors import LayerError, UserError
 from gs_dist.model.decoder import LayerInput, Linear
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results import integers
 from gs_dist.solvers import awq, clip, gptq
@@ -440,6 +441,26 @@ def test_keys_and_values_must_agree_on_the_cache():
     problem, _, _ = make_problem(W8A16, k_proj=QuantPolicy(kvcache_quant_dtype="int8"))
     with pytest.raises(UserError, match=r"k_proj and .*v_proj differ in kvcache_quant_dtype"):
         solve_layer(problem)
+
+
+def test_the_cache_row_tells_the_error_of_the_scales_that_the_dialect_stores():
+    """compressed-tensors stores the largest scale for all channels: the row has that error, and notes the finer one."""
+    problem, _, _ = make_problem(QuantPolicy(kvcache_quant_dtype="int8"))
+    finer = solve_layer(replace(problem, dialects=(DIALECTS["ascend"],))).rows[-1]
+    coarse = solve_layer(replace(problem, dialects=(DIALECTS["compressed-tensors"],))).rows[-1]
+    both = solve_layer(replace(problem, dialects=tuple(DIALECTS.values()))).rows[-1]
+
+    def expected(name: str) -> float:
+        statistics = problem.statistics[name]
+        step = np.float64(statistics.max_abs.max()) / 127.5
+        lost = np.minimum(statistics.num_tokens * step**2 / 12, statistics.sum_squares)
+        return float(lost.sum() / statistics.sum_squares.sum())
+
+    assert coarse.relative_error == pytest.approx(max(expected("key"), expected("value")), rel=1e-5)
+    assert coarse.relative_error > finer.relative_error
+    assert coarse.scale_min == pytest.approx(min(problem.statistics[n].max_abs.max() for n in ("key", "value")) / 127.5)
+    assert both.relative_error == coarse.relative_error
+    assert f"the error is {finer.relative_error:.3g}" in both.notes[0]
 
 
 def test_the_kv_cache_is_scaled_as_the_folded_layer_fills_it():
