@@ -65,6 +65,7 @@ def assign(
             "linears in layer_policies, such as {'.*_proj': W8A8_DYNAMIC}"
         )
     _refuse_mixed(schemes)
+    _refuse_conflicts([scheme for scheme in schemes.values() if scheme is not None], formats)
     _refuse_misfits(catalogue.weights, schemes, catalogue.dtype, formats)
     return Assignment(schemes=schemes, kept=kept)
 
@@ -81,6 +82,13 @@ def _refuse_mixed(schemes: Mapping[str, Scheme | None]) -> None:
                 f"{first} is {one} and {name} is {other}, and engines fuse the two into one: let one entry of "
                 "layer_policies cover both"
             )
+
+
+def _refuse_conflicts(schemes: Sequence[Scheme], formats: Sequence[str]) -> None:
+    for name in formats:
+        reason = WRITERS[name].conflict(schemes)
+        if reason is not None:
+            raise UserError(f"the schemes do not go together: {reason}")
 
 
 def _refuse_misfits(

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from gs_dist.errors import UserError
-from gs_dist.solvers.integer_format import IntegerFormat
-from gs_dist.solvers.number_format import NumberFormat
+from gs_dist.numbers.small_float import MXFP4, MXFP8
+from gs_dist.solvers.float_rounding import Fp8BlockRounding, Fp8ChannelRounding, MicroscalingRounding
+from gs_dist.solvers.integer_rounding import IntegerRounding
+from gs_dist.solvers.weight_rounding import WeightRounding
 
 __all__ = ["FLOAT", "SCHEMES", "Scheme", "find_scheme"]
 
@@ -35,7 +37,7 @@ class Scheme:
     """
 
     name: str
-    weights: NumberFormat
+    weights: WeightRounding
     activations: str = ""
     dense: str = ""
     about: str = ""
@@ -48,19 +50,50 @@ def _schemes(*schemes: Scheme) -> Mapping[str, Scheme]:
 SCHEMES: Mapping[str, Scheme] = _schemes(
     Scheme(
         name="W8A8_DYNAMIC",
-        weights=IntegerFormat(bits=8),
+        weights=IntegerRounding(bits=8),
         activations="int8",
         about="int8 a channel, activations int8 a token",
     ),
-    Scheme(name="W8A16", weights=IntegerFormat(bits=8), about="int8 a channel, weights alone"),
-    Scheme(name="W4A16", weights=IntegerFormat(bits=4, group_size=128), about="int4 in groups, weights alone"),
+    Scheme(name="W8A16", weights=IntegerRounding(bits=8), about="int8 a channel, weights alone"),
+    Scheme(name="W4A16", weights=IntegerRounding(bits=4, group_size=128), about="int4 in groups, weights alone"),
     Scheme(
         name="W4A8_DYNAMIC",
-        weights=IntegerFormat(bits=4),
+        weights=IntegerRounding(bits=4),
         activations="int8",
         dense="W8A8_DYNAMIC",
         about="experts int4 a channel, other linears int8, activations int8 a token",
     ),
+    Scheme(
+        name="W8A8FP8_DYNAMIC",
+        weights=Fp8ChannelRounding(),
+        activations="fp8",
+        about="FP8 a channel, activations FP8 a token",
+    ),
+    Scheme(
+        name="FP8_BLOCK",
+        weights=Fp8BlockRounding(),
+        activations="fp8-group",
+        about="FP8 in blocks of 128 x 128, activations FP8 in groups of 128",
+    ),
+    Scheme(
+        name="W8A8_MXFP8",
+        weights=MicroscalingRounding(element=MXFP8),
+        activations="mxfp8",
+        about="MXFP8, activations too",
+    ),
+    Scheme(
+        name="W4A8_MXFP",
+        weights=MicroscalingRounding(element=MXFP4),
+        activations="mxfp8",
+        about="MXFP4, activations MXFP8",
+    ),
+    Scheme(
+        name="W4A4_MXFP4",
+        weights=MicroscalingRounding(element=MXFP4),
+        activations="mxfp4",
+        about="MXFP4, activations too",
+    ),
+    Scheme(name="W4A16_MXFP4", weights=MicroscalingRounding(element=MXFP4), about="MXFP4, weights alone"),
 )
 """Name to scheme."""
 
@@ -82,6 +115,6 @@ def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
         meant = f"do you mean {near[0]}? " if near else ""
         raise UserError(f"{where}: {name!r:.60} is no scheme; {meant}Schemes are {', '.join(SCHEMES)}")
     weights = scheme.weights
-    if group_size is not None and isinstance(weights, IntegerFormat) and weights.group_size:
+    if group_size is not None and isinstance(weights, IntegerRounding) and weights.group_size:
         return dataclasses.replace(scheme, weights=dataclasses.replace(weights, group_size=group_size))
     return scheme

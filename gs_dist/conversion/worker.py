@@ -19,7 +19,7 @@ from gs_dist.conversion.dialects.base import LinearShape
 from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
 from gs_dist.conversion.schemes import Scheme
 from gs_dist.errors import CheckpointError
-from gs_dist.solvers.number_format import RoundedRows
+from gs_dist.solvers.weight_rounding import RoundedRows
 
 __all__ = ["ConversionTask", "convert_part"]
 
@@ -177,4 +177,4 @@ def scale_dtype(scheme: Scheme, formats: Sequence[str], dtype: str, weight: Weig
         .dtype
         for name in formats
     }
-    return "float32" if stored == {"float32"} else dtype
+    return "float32" if stored == {"float32"} else dtype  # exponents of two in a byte need no rounding

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -13,9 +14,18 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.conversion.schemes import Scheme
 from gs_dist.errors import JobFailure
-from gs_dist.solvers.number_format import RoundedRows
+from gs_dist.solvers.weight_rounding import RoundedRows
 
-__all__ = ["Array", "Assigned", "DialectWriter", "Encoding", "LinearShape", "stored_scale"]
+__all__ = [
+    "Array",
+    "Assigned",
+    "DialectWriter",
+    "Encoding",
+    "LinearShape",
+    "fp8_codes",
+    "paired_inputs",
+    "stored_scale",
+]
 
 Array = npt.NDArray[Any]
 
@@ -61,6 +71,16 @@ class Encoding(Protocol):
         """Why it cannot be written so, and what to do; None if it can."""
 
 
+def fp8_codes(codes: npt.NDArray[Any]) -> Array:
+    """E4M3 bytes as the dtype of files."""
+    return codes.view(ml_dtypes.float8_e4m3fn)
+
+
+def paired_inputs(codes: npt.NDArray[Any]) -> Array:
+    """Codes of 4 bits, a byte each, in pairs along the inputs: the lower half of a byte is the first."""
+    return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << 4))
+
+
 class DialectWriter(Protocol):
     """A dialect of checkpoints."""
 
@@ -70,6 +90,9 @@ class DialectWriter(Protocol):
 
     def encoding(self, scheme: Scheme, *, expert: bool) -> Encoding | str:
         """How linears of a scheme are written; or why they are not, and what to do."""
+
+    def conflict(self, schemes: Sequence[Scheme]) -> str | None:
+        """Why schemes cannot stand in one checkpoint, and what to do; None if they can."""
 
     def config(self, source: Mapping[str, Any], linears: Sequence[Assigned]) -> dict[str, Any]:
         """Content of config.json, `source` being the source's, without any earlier quantisation."""

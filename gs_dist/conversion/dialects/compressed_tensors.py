@@ -16,10 +16,19 @@ import numpy as np
 
 from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size
 from gs_dist.checkpoint.writer import StoredTensor
-from gs_dist.conversion.dialects.base import Array, Assigned, Encoding, LinearShape, stored_scale
+from gs_dist.conversion.dialects.base import (
+    Array,
+    Assigned,
+    Encoding,
+    LinearShape,
+    fp8_codes,
+    paired_inputs,
+    stored_scale,
+)
 from gs_dist.conversion.schemes import Scheme
-from gs_dist.solvers.integer_format import IntegerFormat
-from gs_dist.solvers.number_format import RoundedRows
+from gs_dist.solvers.float_rounding import Fp8BlockRounding, Fp8ChannelRounding, MicroscalingRounding
+from gs_dist.solvers.integer_rounding import IntegerRounding
+from gs_dist.solvers.weight_rounding import RoundedRows
 
 __all__ = ["CompressedTensorsWriter"]
 
@@ -78,6 +87,60 @@ class _PackedWords:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Fp8Codes:
+    """`float-quantized`: E4M3 codes with scales a channel, or a block of `block` x `block`."""
+
+    block: int
+    row_step: int
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        scales = (linear.rows, 1)
+        if self.block:
+            scales = (-(-linear.rows // self.block), -(-linear.columns // self.block))
+        return {
+            "weight": StoredTensor(dtype="float8_e4m3fn", shape=(linear.rows, linear.columns)),
+            "weight_scale": StoredTensor(dtype=linear.dtype, shape=scales),
+        }
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        scale = stored_scale(rounded.scale, linear.dtype, linear.name)
+        return {"weight": fp8_codes(rounded.codes), "weight_scale": scale}
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Microscaled:
+    """`mxfp8-quantized`, or (`paired`) `mxfp4-pack-quantized`: exponents plus 127 a block of 32 inputs."""
+
+    paired: bool
+    row_step: int = 1
+
+    def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
+        scale = StoredTensor(dtype="uint8", shape=(linear.rows, linear.columns // 32))
+        if self.paired:
+            packed = StoredTensor(dtype="uint8", shape=(linear.rows, linear.columns // 2))
+            return {"weight_packed": packed, "weight_scale": scale}
+        weight = StoredTensor(dtype="float8_e4m3fn", shape=(linear.rows, linear.columns))
+        return {"weight": weight, "weight_scale": scale}
+
+    def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
+        if self.paired:
+            return {"weight_packed": paired_inputs(rounded.codes), "weight_scale": rounded.scale}
+        return {"weight": fp8_codes(rounded.codes), "weight_scale": rounded.scale}
+
+    def constants(self, linear: LinearShape) -> dict[str, Array]:
+        return {}
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        return None
+
+
 class CompressedTensorsWriter:
     """Writes compressed-tensors checkpoints."""
 
@@ -86,11 +149,21 @@ class CompressedTensorsWriter:
     def encoding(self, scheme: Scheme, *, expert: bool) -> Encoding | str:
         """See `DialectWriter.encoding`."""
         weights = scheme.weights
-        if isinstance(weights, IntegerFormat):
+        if isinstance(weights, IntegerRounding):
             if scheme.activations:
                 return _OneByteCodes()
             return _PackedWords(bits=weights.bits, group_size=weights.group_size)
+        if isinstance(weights, Fp8ChannelRounding):
+            return _Fp8Codes(block=0, row_step=1)
+        if isinstance(weights, Fp8BlockRounding):
+            return _Fp8Codes(block=weights.size, row_step=weights.size)
+        if isinstance(weights, MicroscalingRounding) and scheme.name != "W4A8_MXFP":
+            return _Microscaled(paired=weights.element.bits == 4)
         return f"compressed-tensors has no {scheme.name}: choose another scheme, or format: [ascend]"
+
+    def conflict(self, schemes: Sequence[Scheme]) -> str | None:
+        """None: each scheme has a group of its own."""
+        return None
 
     def config(self, source: Mapping[str, Any], linears: Sequence[Assigned]) -> dict[str, Any]:
         """config.json with `quantization_config`."""
@@ -128,32 +201,65 @@ class CompressedTensorsWriter:
         return {}
 
 
+_MICROSCALED: Mapping[str, Any] = {
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
 _ACTIVATIONS: Mapping[str, dict[str, Any] | None] = {
     "": None,
     "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    "fp8-group": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "dynamic": True,
+        "group_size": 128,
+    },
+    "mxfp8": {**_MICROSCALED, "num_bits": 8, "dynamic": True},
+    "mxfp4": {**_MICROSCALED, "num_bits": 4, "dynamic": True},
 }
 
 
 def _group(scheme: Scheme) -> dict[str, Any]:
-    weights = scheme.weights
-    assert isinstance(weights, IntegerFormat)
-    args: dict[str, Any] = {
-        "num_bits": weights.bits,
-        "type": "int",
-        "symmetric": weights.symmetric,
-        "strategy": "group" if weights.group_size else "channel",
-        "dynamic": False,
-    }
-    if weights.group_size:
-        args["group_size"] = weights.group_size
+    args, form = _weights(scheme)
     return {
         "weights": args,
         "input_activations": _ACTIVATIONS[scheme.activations],
         "output_activations": None,
-        "format": "int-quantized" if scheme.activations else "pack-quantized",
+        "format": form,
     }
 
 
+def _weights(scheme: Scheme) -> tuple[dict[str, Any], str]:
+    """Arguments of the weights, and the name of their format."""
+    weights = scheme.weights
+    if isinstance(weights, MicroscalingRounding):
+        bits = weights.element.bits
+        return {**_MICROSCALED, "num_bits": bits, "dynamic": False}, _MICROSCALED_FORMATS[bits]
+    if isinstance(weights, IntegerRounding):
+        args: dict[str, Any] = {
+            "num_bits": weights.bits,
+            "type": "int",
+            "symmetric": weights.symmetric,
+            "strategy": "group" if weights.group_size else "channel",
+            "dynamic": False,
+        }
+        if weights.group_size:
+            args["group_size"] = weights.group_size
+        return args, "int-quantized" if scheme.activations else "pack-quantized"
+    args = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    if isinstance(weights, Fp8BlockRounding):
+        args |= {"strategy": "block", "block_structure": [weights.size, weights.size]}
+    return args, "float-quantized"
+
+
+_MICROSCALED_FORMATS: Mapping[int, str] = {8: "mxfp8-quantized", 4: "mxfp4-pack-quantized"}
 _NUMBER = re.compile(r"\\\.\d+(?=\\\.|$)")
 _LAYERS = re.compile(r"(?:^|.*\.)((?:layers|blocks|h)\.\d+\..*)$")
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.number_format import RoundedRows, Rounder
+from gs_dist.solvers.weight_rounding import RoundedRows, Rounder
 
-__all__ = ["IntegerFormat"]
+__all__ = ["IntegerRounding"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegerFormat:
+class IntegerRounding:
     """Signed integers of `bits` (8 or 4); `group_size` input channels share a scale, all of a channel with 0."""
 
     bits: int
@@ -35,7 +35,7 @@ class IntegerFormat:
         return 1
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        """See `NumberFormat.misfit`."""
+        """See `WeightRounding.misfit`."""
         if self.group_size and columns % self.group_size:
             return (
                 f"has {columns} input channels, which do not divide into groups of {self.group_size}: choose another "
@@ -44,12 +44,12 @@ class IntegerFormat:
         return None
 
     def rounder(self, block_rows: int, columns: int, scale_dtype: str) -> Rounder:
-        """See `NumberFormat.rounder`."""
+        """See `WeightRounding.rounder`."""
         return _IntegerRounder(self, block_rows, columns, scale_dtype)
 
 
 class _IntegerRounder:
-    def __init__(self, form: IntegerFormat, block_rows: int, columns: int, scale_dtype: str) -> None:
+    def __init__(self, form: IntegerRounding, block_rows: int, columns: int, scale_dtype: str) -> None:
         self._form = form
         self._scale_dtype = scale_dtype
         self._size = form.group_size or columns

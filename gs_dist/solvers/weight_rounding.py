@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gs_dist.results.quantized import Float32, Int8
 
-__all__ = ["NumberFormat", "RoundedRows", "Rounder"]
+__all__ = ["WeightRounding", "RoundedRows", "Rounder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Rounder(Protocol):
         """
 
 
-class NumberFormat(Protocol):
+class WeightRounding(Protocol):
     """A format of weights.
 
     Attributes:
