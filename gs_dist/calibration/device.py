@@ -17,9 +17,10 @@ import numpy.typing as npt
 from mindspore import Tensor, ops
 
 from gs_dist.errors import ClusterError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.dtypes import BFLOAT16, FLOATS
 
-__all__ = ["DTYPE_NAMES", "Device", "open_device"]
+__all__ = ["DTYPE_NAMES", "Device", "current_device", "open_device"]
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +33,7 @@ DTYPE_NAMES: Mapping[Any, str] = {dtype: name for name, dtype in _MS_DTYPES.item
 class Device:
     """One device of this process. Made by `open_device`, which also selects it for MindSpore."""
 
-    kind: Literal["cpu", "ascend"]
+    kind: DeviceKind
 
     def compute_dtype(self, checkpoint_dtype: str) -> Any:
         """MindSpore dtype of weights and activations for a checkpoint of that dtype.
@@ -40,7 +41,7 @@ class Device:
         float32 on a CPU, whose matrix products know neither bfloat16 nor a fast float16; the
         checkpoint's own dtype on Ascend.
         """
-        return ms.float32 if self.kind == "cpu" else _MS_DTYPES[checkpoint_dtype]
+        return ms.float32 if self.kind.on_host else _MS_DTYPES[checkpoint_dtype]
 
     def to_tensor(self, array: Array, dtype: Any = None) -> Tensor:
         """The array as a tensor, converted to `dtype` (a MindSpore float dtype) where it differs.
@@ -50,7 +51,7 @@ class Device:
         """
         wanted = array if dtype is None else array.astype(FLOATS[DTYPE_NAMES[dtype]], copy=False)
         ready = np.require(wanted, requirements=("C_CONTIGUOUS", "ALIGNED"))
-        return Tensor.from_numpy(ready) if self.kind == "cpu" else Tensor(ready)
+        return Tensor.from_numpy(ready) if self.kind.on_host else Tensor(ready)
 
     def to_numpy(self, tensor: Tensor) -> Array:
         """The tensor's values; on a CPU they share its memory, bfloat16 comes as `ml_dtypes.bfloat16`."""
@@ -60,20 +61,25 @@ class Device:
 
     def peak_memory(self) -> int:
         """Largest memory use so far in bytes: resident set of the process on a CPU, device memory on Ascend."""
-        if self.kind == "cpu":
+        if self.kind.on_host:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         return int(ms.runtime.max_memory_allocated())  # Ascend only
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated: the host's available memory on a CPU, the card's on Ascend."""
-        if self.kind == "cpu":
+        if self.kind.on_host:
             with open("/proc/meminfo", encoding="ascii") as lines:
                 fields = dict(line.split(":", 1) for line in lines)
             return int(fields["MemAvailable"].split()[0]) * 1024  # the kernel counts in KiB
         return int(ms.hal.get_device_properties(ms.get_current_device().device_id).free_memory)  # Ascend only
 
 
-def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
+def current_device() -> Device:
+    """The one that MindSpore is set to."""
+    return Device(kind=DeviceKind.ASCEND if ms.get_context("device_target") == "Ascend" else DeviceKind.CPU)
+
+
+def open_device(kind: DeviceKind | Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
     """Selects this process's device for MindSpore. Call it before anything else runs there.
 
     Args:
@@ -86,20 +92,21 @@ def open_device(kind: Literal["auto", "cpu", "ascend"] = "auto", *, threads: int
         RuntimeError: `threads` differs from an earlier call in this process.
     """
     # The driver's device nodes are asked first: MindSpore complains on stderr where its Ascend libraries are absent.
-    ascend = kind != "cpu" and any(Path("/dev").glob("davinci[0-9]*")) and bool(ms.hal.is_available("Ascend"))
-    if kind == "ascend" and not ascend:
+    cards = any(Path("/dev").glob("davinci[0-9]*"))
+    ascend = kind != DeviceKind.CPU and cards and bool(ms.hal.is_available("Ascend"))
+    if kind == DeviceKind.ASCEND and not ascend:
         raise ClusterError("parallel.device is ascend, and MindSpore finds no Ascend card here: set it to cpu or auto")
     if ascend:
         ms.set_device("Ascend")  # Ascend only
         ms.set_deterministic(True)  # Ascend only
-        return Device(kind="ascend")  # Ascend only
+        return Device(kind=DeviceKind.ASCEND)  # Ascend only
     # Otherwise the calling thread hands each kernel to another and spins until it is done, which takes a core from
     # the neighbouring worker. MindSpore reads this at its first operation (`AsyncRQueue::Push`, async_r_queue.cc).
     os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     ms.set_device("CPU")
     if threads is not None:
         _limit_threads(threads)
-    return Device(kind="cpu")
+    return Device(kind=DeviceKind.CPU)
 
 
 @ms.jit

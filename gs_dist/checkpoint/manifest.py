@@ -167,6 +167,7 @@ def write_manifest(output: Path, manifest: LayerManifest) -> None:
         "made_with": dataclasses.asdict(manifest.made_with),
         "shards": {name: dataclasses.asdict(record) for name, record in manifest.shards.items()},
         "policies": {name: policy.model_dump(mode="json") for name, policy in manifest.policies.items()},
+        "effective_policies": {name: policy.effective() for name, policy in manifest.policies.items()},
         "kv_cache": manifest.kv_cache,
         "rows": [dataclasses.asdict(row) for row in manifest.rows],
     }

@@ -34,6 +34,10 @@ class Clip(Method[ClipArguments]):
         """Blocks along the diagonal."""
         return SEARCHED
 
+    def settled(self, policy: Policy[ClipArguments]) -> dict[str, object]:
+        """The ratios."""
+        return {"weight_clip_ratio": policy.clip_ratios}
+
     def workspace(self, policy: Policy[ClipArguments], work: Work) -> Workspace:
         """A copy of the Gram matrix; the tiles are what every thread holds anyway."""
         return Workspace(shared=work.channels**2 * SEARCH_GRAM_BYTES)

@@ -151,6 +151,10 @@ class Method(Generic[Asked]):
         """What it does not go together with."""
         return ()
 
+    def settled(self, policy: Policy[Asked]) -> dict[str, object]:
+        """Its arguments with their values, and for those left open what it takes."""
+        return {name: getattr(policy.algo_args, name) for name in self.arguments}
+
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
         """Bytes of a solve."""
         return Workspace()
@@ -177,6 +181,11 @@ class SuppressionMethod(Method[Asked]):
     def exponents(self, policy: Policy[Asked]) -> float | tuple[float, ...]:
         """Strength of the rescaling, or those it is searched among."""
         return ()
+
+    def settled(self, policy: Policy[Asked]) -> dict[str, object]:
+        """What is left open is the strength."""
+        found = super().settled(policy)
+        return {name: self.exponents(policy) if value is None else value for name, value in found.items()}
 
     def clips_by_default(self, policy: Policy[Asked]) -> bool:
         """Whether weight ranges are searched where the recipe leaves that open and static ranges are of least error."""

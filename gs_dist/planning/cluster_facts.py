@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.errors import UserError
+from gs_dist.model.device_kind import DeviceKind
 
 __all__ = ["ClusterFacts"]
 
@@ -56,7 +57,7 @@ class ClusterFacts:
         """
         if num_nodes is npus is cpus is memory is None:
             return None
-        needed = {"--npus-per-node": npus} if device == "ascend" else {}
+        needed = {"--npus-per-node": npus} if device == DeviceKind.ASCEND else {}
         needed |= {"--cpus-per-node": cpus, "--memory-per-node": memory}
         missing = [option for option, value in needed.items() if value is None]
         if missing:
@@ -64,7 +65,7 @@ class ClusterFacts:
                 f"the description of the cluster lacks {' and '.join(missing)}: waves and threads depend on all of "
                 f"{', '.join(needed)}, and on --nodes, which is 1 where left out"
             )
-        if device == "ascend" and not npus:
+        if device == DeviceKind.ASCEND and not npus:
             raise UserError(
                 "parallel.device is ascend and --npus-per-node is 0: give the cards of a node, or set parallel.device "
                 "to cpu"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from gs_dist.methods.method import Work
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
 from gs_dist.model.token_sample import SAMPLE_TOKENS
 from gs_dist.recipe.policy import QuantPolicy
@@ -121,7 +122,7 @@ class JobShape:
     """
 
     architecture: DecoderArchitecture
-    device: str
+    device: DeviceKind
     micro_batch_size: int
     sequence_length: int
     max_in_flight: int
@@ -241,7 +242,7 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     kept = stage.kept_micro_batches * shape.hidden_bytes
     solver = max((shape.solver_bytes[i] for i in stage.wave), default=0)
     written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)
-    if shape.device == "cpu":
+    if shape.device.on_host:
         # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
         values = (CPU_RUNTIME_BYTES, weights, activations + kept, one_set * stage.live_sets, solver, written)
         return MemoryPlan(items=dict(zip(ITEMS, values, strict=True)))

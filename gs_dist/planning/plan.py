@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from gs_dist.errors import PlanError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import StatisticsSettings, block_bounds
 from gs_dist.planning.bits import least_bytes, override_of
 from gs_dist.planning.cluster_facts import ClusterFacts
@@ -70,7 +71,7 @@ class CalibrationPlan:
     architecture: DecoderArchitecture
     stages: tuple[StagePlan, ...]
     data_parallel_size: int
-    device: str  # "cpu" or "ascend"
+    device: DeviceKind
     threads_per_worker: int
     solver_threads: int  # of those, at work on one layer's solve: fewer where their workspace would not fit
     memory_per_worker: int
@@ -108,7 +109,7 @@ class CalibrationPlan:
     @property
     def nodes_known(self) -> bool:
         """Whether it was planned for nodes of known memory and cores."""
-        return self.device == "cpu" or self.host_memory is not None
+        return self.device.on_host or self.host_memory is not None
 
     @property
     def host_peak(self) -> int:
@@ -272,7 +273,7 @@ def _budget_notes(workload: Workload) -> tuple[str, ...]:
     )
 
 
-def _bytes_moved(config: CalibrationConfig, workload: Workload, device: str, spread: Spread) -> int:
+def _bytes_moved(config: CalibrationConfig, workload: Workload, device: DeviceKind, spread: Spread) -> int:
     """Hidden states over every boundary of stages once, and partial sums from each replica to a layer's owner."""
     data, architecture = config.calibration, workload.architecture
     states = data.num_micro_batches * data.samples_per_micro_batch * data.sequence_length * architecture.hidden_size

@@ -9,6 +9,7 @@ from typing import Any
 
 from gs_dist.errors import PlanError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import JobShape, MemoryPlan, probe_memory
 from gs_dist.planning.spread import Spread, choose_spread, device_of
@@ -37,13 +38,18 @@ class LayerGroups:
 
 
 def evaluation_shape(
-    architecture: DecoderArchitecture, device: str, data: CalibrationData, *, max_in_flight: int, longest: int = 0
+    architecture: DecoderArchitecture,
+    device: DeviceKind,
+    data: CalibrationData,
+    *,
+    max_in_flight: int,
+    longest: int = 0,
 ) -> JobShape:
     """What the memory of an evaluation depends on: as a job's, but nothing is observed, solved or written.
 
     Args:
         architecture: of both models.
-        device: `cpu` or `ascend`.
+        device: what it runs on.
         data: what perplexity is taken on.
         max_in_flight: micro-batches between the first and the last stage.
         longest: tokens of another sample that runs by itself and may be longer than those of `data`.
@@ -249,6 +255,6 @@ def _would_fit(
     except PlanError:
         return False
     asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
-    if device_of(changed, available) == "cpu" and asked > available.memory_bytes:
+    if device_of(changed, available).on_host and asked > available.memory_bytes:
         return False
     return all(groups.fits for groups in _stages(changed, workload, available, spread))

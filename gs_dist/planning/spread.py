@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_dist.errors import PlanError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import block_bounds
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
@@ -116,16 +117,16 @@ def choose_spread(config: CalibrationConfig, workload: Workload, available: Clus
     return spread
 
 
-def device_of(config: CalibrationConfig, available: ClusterFacts) -> str:
-    """`cpu` or `ascend`: as the recipe says, else cards where there are any."""
+def device_of(config: CalibrationConfig, available: ClusterFacts) -> DeviceKind:
+    """As the recipe says, else cards where there are any."""
     if config.parallel.device != "auto":
-        return config.parallel.device
-    return "ascend" if available.num_npus > 0 else "cpu"
+        return DeviceKind(config.parallel.device)
+    return DeviceKind.ASCEND if available.num_npus > 0 else DeviceKind.CPU
 
 
 def _num_slots(config: CalibrationConfig, available: ClusterFacts) -> int | None:
     """How many workers the cluster has room for, or None where it is not known."""
-    if device_of(config, available) == "cpu":
+    if device_of(config, available).on_host:
         return available.num_cpus
     return available.num_npus or None
 
@@ -216,11 +217,11 @@ def _try(
     threads = available.threads_share(num_workers)
     if parallel.threads_per_worker != "auto":
         threads = min(threads, parallel.threads_per_worker)  # more is refused, by `threads_of`
-    on_host = host_share(available, num_workers, threads=threads, npus=1 if device == "ascend" else 0)
+    on_host = host_share(available, num_workers, threads=threads, npus=device.npus)
     limit = parallel.memory_per_worker
     if limit == "auto":
-        limit = on_host if device == "cpu" else ASCEND_MEMORY_PER_WORKER
-    host_limit = on_host if device == "ascend" and available.num_npus else None
+        limit = on_host if device.on_host else ASCEND_MEMORY_PER_WORKER
+    host_limit = on_host if not device.on_host and available.num_npus else None
     shape = workload.shape(
         device=device,
         micro_batch_size=data.samples_per_micro_batch,
@@ -291,7 +292,7 @@ def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: 
     share, asked = available.threads_share(num_workers), config.parallel.threads_per_worker
     if asked == "auto":
         return share
-    known = device_of(config, available) == "cpu" or available.num_npus > 0
+    known = device_of(config, available).on_host or available.num_npus > 0
     if known and asked > share:
         raise PlanError(
             f"parallel.threads_per_worker is {asked}, and {available.num_cpus} cores over {num_workers} workers give "
@@ -384,6 +385,6 @@ def _would_fit(config: CalibrationConfig, workload: Workload, available: Cluster
         spread = _best(config, workload, available)
     except PlanError:
         return False
-    on_host = device_of(config, available) == "cpu"
+    on_host = device_of(config, available).on_host
     asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
     return spread.fits and not (on_host and asked > available.memory_bytes)

@@ -10,7 +10,9 @@ from typing import Protocol
 
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import StatisticsSettings
+from gs_dist.numbers.groups import num_groups
 from gs_dist.planning.bits import budget_bytes, schemes_of
 from gs_dist.planning.memory import JobShape, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.planning.solver_operations import solver_operations
@@ -82,9 +84,9 @@ class Workload:
     schemes: Mapping[str, Mapping[str, QuantPolicy]]  # by name within the layer, where schemes are judged
     size_budget: int | None  # bytes of all linears, where they are chosen
 
-    def shape(self, *, device: str, micro_batch_size: int, sequence_length: int, max_in_flight: int) -> JobShape:
+    def shape(self, *, device: DeviceKind, micro_batch_size: int, sequence_length: int, max_in_flight: int) -> JobShape:
         """What memory depends on. The CPU has no bfloat16 product and computes in float32."""
-        cpu = device == "cpu"
+        cpu = device.on_host
         return JobShape(
             architecture=self.architecture,
             device=device,
@@ -125,9 +127,9 @@ class Workload:
         return tuple(zip(*sizes, self._solver_bytes, self._largest_gram_bytes, strict=True))
 
 
-def compute_bytes(architecture: DecoderArchitecture, device: str) -> int:
+def compute_bytes(architecture: DecoderArchitecture, device: DeviceKind) -> int:
     """Bytes of an element of hidden states."""
-    return 4 if device == "cpu" or architecture.dtype == "float32" else 2
+    return device.compute_bytes(architecture.dtype)
 
 
 def layer_settings(
@@ -186,14 +188,12 @@ def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, Quan
         for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = resolved[name]
-            if policy is None or policy.group_size == 0 or linear.in_features % policy.group_size == 0:
+            if policy is None or not policy.quantises_linear:
                 continue
-            sizes = [str(size) for size in (64, 128, 256) if linear.in_features % size == 0]
-            write = f"group_size: {' or '.join(sizes)}" if sizes else "weight_quant_granularity: per_channel"
-            raise PlanError(
-                f"{name} has {linear.in_features} input channels, which groups of {policy.group_size} do not divide: "
-                f"set {write} for it under layer_policies, or in ptq"
-            )
+            try:
+                num_groups(linear.in_features, policy.group_size, policy.weight_format.group_sizes)
+            except UserError as error:
+                raise PlanError(f"{name}: {error}, for it under layer_policies or in ptq") from None
 
 
 def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mapping[str, QuantPolicy | None]) -> None:

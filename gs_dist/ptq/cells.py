@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import mint, nn, ops
 
+from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.numbers.scales import EPSILON
 from gs_dist.ptq.int8_matmul import int8_kernel, scale_bits, written_out
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.integers import pack_int4
 from gs_dist.results.quantized import QuantizedLinear
-from gs_dist.solvers.affine import num_groups
 
 __all__ = ["FakeQuantDense", "LinearForm", "QuantDense", "linear_form", "token_scale"]
 

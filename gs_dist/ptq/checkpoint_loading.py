@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore as ms
 
-from gs_dist.calibration.device import Device
+from gs_dist.calibration.device import current_device
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.errors import CheckpointError
 from gs_dist.ptq.published import load_published
@@ -30,7 +30,7 @@ def load_parameters(network: Any, path: str) -> None:
     """
     if Path(path).name == INDEX_FILE:
         # Whatever device the caller chose for MindSpore.
-        device = Device(kind="ascend" if ms.get_context("device_target") == "Ascend" else "cpu")
+        device = current_device()
         load_published(network, Path(path).parent, device)
         return
     kind = "safetensors" if path.endswith(".safetensors") else "ckpt"

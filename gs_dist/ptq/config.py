@@ -17,13 +17,42 @@ from pydantic import ValidationError
 
 from gs_dist.errors import UserError
 from gs_dist.ptq.algorithm_config import AWQConfig, GPTQQuantConfig
-from gs_dist.recipe.policy import AlgoArgs, OutliersSuppressionType, PrecisionRecovery, QuantPolicy
+from gs_dist.recipe.policy import (
+    AlgoArgs,
+    OutliersSuppressionType,
+    PrecisionRecovery,
+    QuantPolicy,
+    contradictions,
+)
 
 __all__ = ["BackendTarget", "PTQConfig", "PTQMode", "QuantGranularity"]
 
 logger = logging.getLogger(__name__)
 
-_GROUP_SIZES = (64, 128, 256)
+# What Golden Stick refuses when a config is made; what no algorithm serves it refuses where the config is used.
+_GRANULARITY = {
+    "act_quant_granularity",
+    "weight_quant_granularity",
+    "kvcache_quant_granularity",
+    "group_size",
+}
+
+
+class _Python:
+    """Settings as users of this interface write them: members of enumerations by name."""
+
+    def value(self, value: object) -> str:
+        """`PER_TOKEN`, `None`, `int8`."""
+        if isinstance(value, Enum):
+            return value.name
+        return value.upper() if isinstance(value, str) and not value.endswith(("int8", "int4x2")) else str(value)
+
+    def setting(self, name: str, value: object) -> str:
+        """`act_quant_granularity to PER_TOKEN`."""
+        return f"{name} to {self.value(value)}"
+
+
+_PYTHON = _Python()
 
 
 class PTQMode(Enum):
@@ -150,27 +179,11 @@ class PTQConfig:
         _require_one_of("act_quant_granularity", act, (per.PER_TENSOR, per.PER_TOKEN))
         _require_one_of("weight_quant_granularity", weight, (per.PER_CHANNEL, per.PER_GROUP))
         _require_one_of("kvcache_quant_granularity", kvcache, (per.PER_CHANNEL, per.PER_TOKEN))
-        if act is per.PER_TOKEN and (self.act_quant_dtype is None or self.weight_quant_dtype is None):
-            raise ValueError(
-                "act_quant_granularity is PER_TOKEN: set act_quant_dtype to int8 and weight_quant_dtype to int8 or "
-                f"qint4x2 (they are {self.act_quant_dtype} and {self.weight_quant_dtype})"
-            )
-        w8a8 = self.weight_quant_dtype == ms.int8 and self.act_quant_dtype is not None
-        if w8a8 and weight is not per.PER_CHANNEL:
-            raise ValueError(
-                "weights and activations are int8: set weight_quant_granularity to PER_CHANNEL (it is PER_GROUP)"
-            )
-        if kvcache is per.PER_TOKEN and self.kvcache_quant_dtype is None:
-            raise ValueError("kvcache_quant_granularity is PER_TOKEN: set kvcache_quant_dtype to int8 (it is None)")
         if kvcache is per.PER_TOKEN and self.mode is PTQMode.QUANTIZE:
             logger.warning("kvcache_quant_granularity is PER_TOKEN: nothing is calibrated for the KV cache")
-        if weight is not per.PER_GROUP and self.group_size != 0:
-            raise ValueError(
-                f"group_size is {self.group_size} while weight_quant_granularity is PER_CHANNEL: set group_size to 0, "
-                "or weight_quant_granularity to PER_GROUP"
-            )
-        if weight is per.PER_GROUP and self.group_size not in _GROUP_SIZES:
-            raise ValueError(f"group_size is {self.group_size}: PER_GROUP weights take 64, 128 or 256")
+        for found in contradictions(QuantPolicy.model_construct(**self._settings())):
+            if found.field in _GRANULARITY:
+                raise ValueError(found.text(_PYTHON))
 
     def _check_precision_recovery(self) -> None:
         gptq = self.precision_recovery is PrecisionRecovery.GPTQ
@@ -189,8 +202,6 @@ class PTQConfig:
                 raise ValueError(
                     "qint4x2 weights with int8 activations: set desc_act and static_groups of GPTQQuantConfig to True"
                 )
-            if self.act_quant_granularity is not QuantGranularity.PER_TOKEN:
-                raise ValueError("qint4x2 weights with int8 activations: set act_quant_granularity to PER_TOKEN")
         _require_type("precision_recovery", self.precision_recovery, PrecisionRecovery)
 
     @property
@@ -201,7 +212,14 @@ class PTQConfig:
             UserError: settings that contradict each other, or `algo_args` with a key or value unknown to
                 every algorithm (Golden Stick ignores such keys).
         """
-        settings = {
+        try:
+            return QuantPolicy.model_validate({**self._settings(), "algo_args": _algo_args(self.algo_args)})
+        except ValidationError as error:
+            raise UserError("; ".join(_problem(detail) for detail in error.errors())) from None
+
+    def _settings(self) -> dict[str, Any]:
+        """As the solvers name them, without `algo_args`."""
+        return {
             "weight_quant_dtype": _dtype_name(self.weight_quant_dtype),
             "act_quant_dtype": _dtype_name(self.act_quant_dtype),
             "kvcache_quant_dtype": _dtype_name(self.kvcache_quant_dtype),
@@ -216,10 +234,6 @@ class PTQConfig:
             "weight_clip": self.weight_clip,
             "act_range": self.act_range,
         }
-        try:
-            return QuantPolicy.model_validate({**settings, "algo_args": _algo_args(self.algo_args)})
-        except ValidationError as error:
-            raise UserError("; ".join(_problem(detail) for detail in error.errors())) from None
 
 
 def config_from_fields(values: dict[str, Any]) -> PTQConfig:
@@ -242,23 +256,10 @@ def check_schemes(config: PTQConfig, where: str) -> None:
         ValueError: int8 activations without weights; W8A8 with AWQ or GPTQ; Outlier Suppression Lite on
             anything but W8A8; qint4x2 weights with an int8 KV cache.
     """
-    w8 = config.weight_quant_dtype == ms.int8
-    a8 = config.act_quant_dtype is not None
-    c8 = config.kvcache_quant_dtype is not None
-    if a8 and config.weight_quant_dtype is None:
-        raise ValueError(f"{where}: act_quant_dtype is int8 while weight_quant_dtype is None: set weight_quant_dtype")
-    if w8 and a8 and config.outliers_suppression is OutliersSuppressionType.AWQ:
-        raise ValueError(f"{where}: AWQ does not serve W8A8: set outliers_suppression to SMOOTH")
-    if w8 and a8 and config.precision_recovery is PrecisionRecovery.GPTQ:
-        raise ValueError(f"{where}: GPTQ does not serve W8A8: set precision_recovery to NONE")
-    lite = config.outliers_suppression is OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE
-    if lite and not (w8 and a8 and not c8):
-        raise ValueError(
-            f"{where}: OUTLIER_SUPPRESSION_LITE serves W8A8 alone: set weight_quant_dtype and act_quant_dtype to int8 "
-            "and kvcache_quant_dtype to None"
-        )
-    if c8 and config.weight_quant_dtype == ms.qint4x2:
-        raise ValueError(f"{where}: qint4x2 weights exclude an int8 KV cache: set one of them to None")
+    policy = QuantPolicy.model_construct(**config._settings(), algo_args=_algo_args(config.algo_args))
+    found = contradictions(policy)
+    if found:
+        raise ValueError(f"{where}: " + "; ".join(problem.text(_PYTHON) for problem in found))
 
 
 def _require_member(name: str, value: object, kind: type[Enum]) -> None:

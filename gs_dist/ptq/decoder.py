@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mindspore import mint, nn, ops
 from tokenizers import Tokenizer
 
-from gs_dist.calibration.device import Device
+from gs_dist.calibration.device import current_device
 from gs_dist.calibration.network import rotary_tables  # one source of the frequencies
 from gs_dist.checkpoint.dialects import published_dialect
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -202,7 +202,7 @@ class _Source:
         self.architecture = architecture
         self._tensors = tensors
         # Whatever device the caller chose for MindSpore: choosing one is not this network's business.
-        self._device = Device(kind="ascend" if ms.get_context("device_target") == "Ascend" else "cpu")
+        self._device = current_device()
         self._dtype = self._device.compute_dtype(architecture.dtype)
 
     def tensor(self, name: str) -> ms.Tensor:

@@ -7,7 +7,7 @@ that this module needs no framework. Enum members compare equal to their values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,6 +34,7 @@ __all__ = [
     "OutliersSuppressionType",
     "PrecisionRecovery",
     "QuantPolicy",
+    "contradictions",
     "required_statistics",
 ]
 
@@ -153,6 +154,27 @@ class QuantPolicy(BaseModel):
         """Whether columns are rounded in an order of their own, and whose groups follow."""
         return self.rounding.column_order(self)
 
+    @property
+    def label(self) -> str:
+        """`SmoothQuant-W8-perchannel-A8-pertensor`, `AWQ-wclip-W4-pergroup`, `NA` for a linear that stays.
+
+        As golden-stick's reference page spells it.
+        """
+        if not self.quantises_linear:
+            return "NA"
+        parts = [method.label for method in self.methods if method.label]
+        parts.append(f"{self.weight_format.label}-{self.weight_quant_granularity.replace('_', '')}")
+        if self.act_quant_dtype is not None:
+            parts.append(f"A8-{self.act_quant_granularity.replace('_', '')}")
+        return "-".join(parts)
+
+    def effective(self) -> dict[str, Any]:
+        """Every setting as it comes out, as a recipe writes it: nulls filled, arguments that nothing reads left out."""
+        settled = {name: value for method in self.methods for name, value in method.settled(self).items()}
+        written = self.model_dump(mode="json", exclude={"algo_args"}) | {"weight_clip": self.clips_weights}
+        args = {name: list(value) if isinstance(value, tuple) else value for name, value in settled.items()}
+        return {**written, "algo_args": args}
+
     def unread_arguments(self, arguments: AlgoArgs) -> dict[str, str]:
         """Fields of `arguments` that are not left at their defaults and that no algorithm of this policy reads.
 
@@ -172,10 +194,15 @@ class QuantPolicy(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> QuantPolicy:
-        problems = [*_contradictions(self), *(found for m in self.methods for found in m.contradictions(self))]
+        problems = contradictions(self)
         if problems:
-            raise ValueError("; ".join(str(problem) for problem in problems))
+            raise ValueError("; ".join(problem.text() for problem in problems))
         return self
+
+
+def contradictions(policy: QuantPolicy) -> list[Contradiction]:
+    """Everything in a policy, be it made without checks, that does not go together."""
+    return [*_contradictions(policy), *(found for m in policy.methods for found in m.contradictions(policy))]
 
 
 def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
@@ -185,8 +212,9 @@ def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
     act_per, weight_per = policy.act_quant_granularity, policy.weight_quant_granularity
     if act is not None and weight is None:
         yield _either({"act_quant_dtype": act, "weight_quant_dtype": weight}, {"weight_quant_dtype": "int8"})
-    if act is None and act_per == "per_token":
-        yield _either({"act_quant_granularity": act_per, "act_quant_dtype": act}, {"act_quant_dtype": "int8"})
+    for name, dtype in (("act_quant_dtype", act), ("weight_quant_dtype", weight)):
+        if act_per == "per_token" and dtype is None:
+            yield _either({"act_quant_granularity": act_per, name: dtype}, {name: "int8"})
     if w8a8 and weight_per != "per_channel":
         yield Contradiction(
             field="weight_quant_granularity",

@@ -110,7 +110,7 @@ def _run_on_ray(
         for note in notes:
             progress.message(note)
         lacking = facts.lacking(
-            cpus=plan.num_workers * plan.threads_per_worker, npus=plan.num_workers if plan.device == "ascend" else 0
+            cpus=plan.num_workers * plan.threads_per_worker, npus=plan.num_workers * plan.device.npus
         )
         if lacking:
             progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")

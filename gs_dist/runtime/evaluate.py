@@ -7,12 +7,12 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, PlanError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.probe import choose_groups, evaluation_shape
 from gs_dist.planning.spread import ASCEND_MEMORY_PER_WORKER, host_share
@@ -119,11 +119,11 @@ def _fitted(
     memory_per_worker: int | None,
 ) -> Evaluation:
     """The same on the cluster's device and cores, with as many of a stage's layers at a time as fit."""
-    device: Literal["cpu", "ascend"] = "ascend" if facts.num_npus else "cpu"
+    device = DeviceKind.ASCEND if facts.num_npus else DeviceKind.CPU
     num_stages = len(evaluation.stages)
     threads = facts.threads_share(num_stages)
-    share = host_share(facts, num_stages, threads=threads, npus=1 if device == "ascend" else 0)
-    limit = memory_per_worker or (share if device == "cpu" else ASCEND_MEMORY_PER_WORKER)
+    share = host_share(facts, num_stages, threads=threads, npus=device.npus)
+    limit = memory_per_worker or (share if device.on_host else ASCEND_MEMORY_PER_WORKER)
     in_flight = min(evaluation.max_in_flight, num_micro_batches)
     shape = evaluation_shape(reader.architecture, device, evaluation.data, max_in_flight=in_flight)
     stages = []
@@ -135,7 +135,7 @@ def _fitted(
             last=stage == num_stages - 1,
             num_micro_batches=num_micro_batches,
             limit=limit,
-            host_limit=None if device == "cpu" else share,
+            host_limit=None if device.on_host else share,
         )
         if not groups.fits:
             needed = groups.memory

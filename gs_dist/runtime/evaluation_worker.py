@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeigh
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.recipe.config import CalibrationData
 
 __all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]
@@ -39,7 +40,7 @@ class Evaluation:
         data: what perplexity is taken on.
         stages: of each stage the bounds of the layers that it holds at a time: one pair where all of them fit.
         max_in_flight: micro-batches between the first and the last stage.
-        device, threads_per_worker: as in the recipe.
+        device, threads_per_worker: as planned.
     """
 
     model: str | None
@@ -47,7 +48,7 @@ class Evaluation:
     data: CalibrationData
     stages: tuple[tuple[tuple[int, int], ...], ...]
     max_in_flight: int
-    device: Literal["auto", "cpu", "ascend"] = "auto"
+    device: DeviceKind = DeviceKind.CPU
     threads_per_worker: int = 1
 
     @property

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from gs_dist.checkpoint.dialects import check_policies
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import ClusterError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import MemoryPlan, layer_set_bytes
 from gs_dist.planning.plan import CalibrationPlan, StagePlan, make_plan
@@ -32,7 +33,7 @@ def plan_here(config: CalibrationConfig, reader: CheckpointReader, *, solves_onl
     """
     facts = ClusterFacts.of_this_machine()
     runs_model = not solves_only or config.max_perplexity_increase is not None
-    if config.parallel.device == "ascend" and not facts.num_npus and runs_model:
+    if config.parallel.device == DeviceKind.ASCEND.value and not facts.num_npus and runs_model:
         raise ClusterError(
             "parallel.device is ascend, and this machine has no Ascend card: set it to cpu or auto, or join a "
             "cluster that has some with --address"

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,14 +60,13 @@ class Probe:
         self._limit = config.max_perplexity_increase
         self._config = config
         self._dataset = dataset
-        device: Literal["cpu", "ascend"] = "ascend" if plan.device == "ascend" else "cpu"
         self._evaluation = Evaluation(
             model=config.model,
             published={name: str(Path(config.output) / name) for name in config.dialects},
             data=config.probe_data,
             stages=plan.probe_stages,
             max_in_flight=plan.max_in_flight,
-            device=device,
+            device=plan.device,
             threads_per_worker=plan.threads_per_worker,
         )
 

@@ -25,7 +25,7 @@ def stage_workers(job: Job, min_replicas: int) -> WorkerGroup[StageWorker]:
         num_replicas=job.plan.data_parallel_size,
         min_replicas=min_replicas,
         num_threads=job.plan.threads_per_worker,
-        npus=1 if job.plan.device == "ascend" else 0,
+        npus=job.plan.device.npus,
         timeout=job.config.parallel.timeout,
     )
 
@@ -42,6 +42,6 @@ def evaluation_workers(evaluation: Evaluation, timeout: float) -> WorkerGroup[Ev
         num_replicas=1,
         min_replicas=1,
         num_threads=evaluation.threads_per_worker,
-        npus=1 if evaluation.device == "ascend" else 0,
+        npus=evaluation.device.npus,
         timeout=timeout,
     )

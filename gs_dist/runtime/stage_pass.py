@@ -98,7 +98,7 @@ class StagePass:
             settings={index: plan.layer_settings(index) for index in wave.observed if index in layers},
             channels={index: self._reader.architecture.layers[index].channels for index in wave.observed},
             blocks=plan.blocks,
-            observer=HostObserver if self._device.kind == "cpu" else CardObserver,
+            observer=HostObserver if self._device.kind.on_host else CardObserver,
             num_threads=plan.threads_per_worker,
         )
 

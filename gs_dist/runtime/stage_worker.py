@@ -57,7 +57,7 @@ class StageWorker:
         self._job = job
         self._stage = plan.stages[stage]
         self._replica = replica
-        self._device = open_device("ascend" if plan.device == "ascend" else "cpu", threads=plan.threads_per_worker)
+        self._device = open_device(plan.device, threads=plan.threads_per_worker)
         self._reader = CheckpointReader(Path(job.config.model))
         self._output = Path(job.config.output)
         self._statistics: StatisticsSource

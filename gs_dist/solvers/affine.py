@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.errors import UserError
+from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.numbers.scales import EPSILON
 from gs_dist.results.integers import Float32, Int8, dequantise, row_blocks
@@ -21,29 +21,12 @@ __all__ = [
     "dequantise",
     "fake_quantise_per_token",
     "fake_quantise_static",
-    "num_groups",
     "quantise_weight",
     "quantise_with",
     "row_blocks",
 ]
 
 Float = npt.NDArray[np.floating[Any]]
-
-
-def num_groups(columns: int, group_size: int) -> int:
-    """Groups along a weight's input axis; 1 for `group_size` 0 (per channel).
-
-    Raises:
-        UserError: the columns do not divide into groups.
-    """
-    if group_size == 0:
-        return 1
-    if columns % group_size:
-        raise UserError(
-            f"{columns} input channels do not divide into groups of {group_size}: choose another group_size, "
-            "or weight_quant_granularity: per_channel"
-        )
-    return columns // group_size
 
 
 def quantise_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, form: NumberFormat) -> Int8:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from gs_dist.methods.awq import TILE_ROWS
 from gs_dist.model.statistics import InputStatistics
+from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import num_groups
 from gs_dist.solvers.objective import row_errors
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 

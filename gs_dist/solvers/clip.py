@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.affine import num_groups
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["ClipResult", "clip_weight"]

@@ -24,10 +24,11 @@ import numpy.typing as npt
 from scipy.linalg import lapack
 
 from gs_dist.methods.gptq import TILE_ROWS
+from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
-from gs_dist.solvers.affine import dequantise, num_groups, quantise_weight
+from gs_dist.solvers.affine import dequantise, quantise_weight
 from gs_dist.solvers.objective import output_error
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 

@@ -1,4 +1,4 @@
-"""How a policy is spelt in a summary, as golden-stick's reference page spells it."""
+"""How a linear is spelt in a summary."""
 
 from __future__ import annotations
 
@@ -8,11 +8,5 @@ __all__ = ["strategy"]
 
 
 def strategy(policy: QuantPolicy | None) -> str:
-    """`SmoothQuant-W8-perchannel-A8-pertensor`, `AWQ-wclip-W4-pergroup`, `NA` for a linear that stays."""
-    if policy is None or not policy.quantises_linear:
-        return "NA"
-    parts = [method.label for method in policy.methods if method.label]
-    parts.append(f"{policy.weight_format.label}-{policy.weight_quant_granularity.replace('_', '')}")
-    if policy.act_quant_dtype is not None:
-        parts.append(f"A8-{policy.act_quant_granularity.replace('_', '')}")
-    return "-".join(parts)
+    """The policy's label, `NA` for a linear that stays."""
+    return "NA" if policy is None else policy.label

@@ -29,7 +29,7 @@ from gs_dist.recipe.sizes import parse_size
 from gs_dist.recipe.text import problems_of
 from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.terminal.console import show_progress
-from gs_dist.terminal.tables import print_plan, print_summary
+from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 
 __all__ = ["app", "main"]
 
@@ -142,6 +142,7 @@ def plan(
     overrides: Overrides = None,
     *,
     address: Annotated[str | None, typer.Option(help="Ray cluster that runs, to plan for what it holds.")] = None,
+    policies: Annotated[bool, typer.Option("--policies", help="Each linear's policy, every null filled.")] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a cluster that need not run yet; 1.")] = None,
     npus: Annotated[int | None, typer.Option("--npus-per-node", min=0, help="Ascend cards of each.")] = None,
     cpus: Annotated[int | None, typer.Option("--cpus-per-node", min=1, help="Cores of each.")] = None,
@@ -179,6 +180,8 @@ def plan(
         notes += _lacking(config, made, facts, waits=described is None)
     console = _console()
     print_plan(console, made, Path(config.model).name)
+    if policies:
+        print_policies(console, made)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
@@ -199,7 +202,7 @@ def _facts_of(address: str) -> ClusterFacts:
 
 def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFacts, *, waits: bool) -> list[str]:
     """What a cluster too small for the plan has room for; one that is only described must hold what suffices."""
-    room = facts.room(threads=made.threads_per_worker, npus=1 if made.device == "ascend" else 0)
+    room = facts.room(threads=made.threads_per_worker, npus=made.device.npus)
     if room >= made.num_workers:
         return []
     least = made.pipeline_parallel_size * min(config.parallel.min_data_parallel_size, made.data_parallel_size)

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +16,13 @@ from rich.text import Text
 from gs_dist.planning.memory import ITEMS
 from gs_dist.planning.plan import CalibrationPlan, StagePlan
 from gs_dist.planning.spread import pass_operations
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import format_bytes
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, StageSummary
 from gs_dist.wording import counted
 
-__all__ = ["print_plan", "print_summary"]
+__all__ = ["print_plan", "print_policies", "print_summary"]
 
 ROWS_WITHOUT_GROUPING = 60  # more than fits a tall terminal; past it, linears of one role share a line
 WORST_ROWS = 10
@@ -84,7 +86,7 @@ def _busiest_worker(plan: CalibrationPlan) -> str:
         for stage in plan.stages
     )
     owned = max(-(-len(stage.layers) // plan.data_parallel_size) for stage in plan.stages)
-    where = "threads" if plan.device == "cpu" else "card"
+    where = "threads" if plan.device.on_host else "card"
     return (
         f"the busiest worker: {passes / plan.data_parallel_size:.3g} in passes on its {where}, "
         f"{plan.operations.solve * owned / num_layers:.3g} in solves on its host's cores; no rate is assumed, "
@@ -108,9 +110,9 @@ def _unknown_nodes(plan: CalibrationPlan) -> list[str]:
 def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     """Stages with layers, waves and peak memory by item; then totals."""
     columns = ["stage", "layers", "waves", "peak", *ITEMS]
-    where = "a worker" if plan.device == "cpu" else "an Ascend card"
+    where = "a worker" if plan.device.on_host else "an Ascend card"
     console.print(_table(f"Memory of {where}", columns, _stage_rows(plan, host=False), left=3))
-    if plan.device != "cpu":
+    if not plan.device.on_host:
         console.print(_table("Memory of a worker's host", columns, _stage_rows(plan, host=True), left=3))
     a, operations = plan.architecture, plan.operations
     quantised = sum(policy is not None for policy in plan.policies.values())
@@ -131,6 +133,38 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_policies(console: Console, plan: CalibrationPlan) -> None:
+    """The effective policy of each kind of linear, every null filled, as YAML; kinds of one policy together."""
+    kinds: dict[str, dict[str, list[int]]] = {}
+    for layer in range(plan.architecture.num_layers):
+        for name, policy in plan.layer_policies(layer).items():
+            kept = policy is None or not (policy.quantises_linear or policy.kvcache_quant_dtype)
+            written = "as they are" if policy is None or kept else _policy_text(policy)
+            kinds.setdefault(written, {}).setdefault(name, []).append(layer)
+    for written, linears in kinds.items():
+        told = [f"{name} ({_layers(layers, plan.architecture.num_layers)})" for name, layers in linears.items()]
+        for line in (f"{', '.join(told)}:", *(f"  {part}" for part in written.splitlines())):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _policy_text(policy: QuantPolicy) -> str:
+    return f"# {policy.label}\n" + yaml.safe_dump(policy.effective(), sort_keys=False, width=110)
+
+
+def _layers(layers: Sequence[int], num_layers: int) -> str:
+    """`every layer`, `layer 3`, `layers 0 to 5, 8`."""
+    if len(layers) == num_layers:
+        return "every layer"
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    parts = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(parts)}"
 
 
 def _number(value: float | None, *, digits: int = 3) -> str:

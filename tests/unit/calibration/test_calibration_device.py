@@ -14,6 +14,7 @@ import pytest
 
 from gs_dist.calibration.device import Device, open_device
 from gs_dist.errors import ClusterError
+from gs_dist.model.device_kind import DeviceKind
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_without_a_card_auto_is_the_cpu(device: Device) -> None:
     """On a host without an Ascend card the automatic choice is the CPU."""
     if any(Path("/dev").glob("davinci[0-9]*")):
         pytest.skip("this host has an Ascend card")
-    assert open_device("auto") == device == Device(kind="cpu")
+    assert open_device("auto") == device == Device(kind=DeviceKind.CPU)
 
 
 def test_asking_for_a_missing_card_names_the_setting() -> None:
@@ -40,7 +41,7 @@ def test_compute_dtype_is_float32_on_cpu_and_the_checkpoints_on_ascend(device: D
     """A CPU computes in float32 whatever the checkpoint holds; a card computes in the checkpoint's dtype."""
     for name, dtype in {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}.items():
         assert device.compute_dtype(name) == ms.float32
-        assert Device(kind="ascend").compute_dtype(name) == dtype
+        assert Device(kind=DeviceKind.ASCEND).compute_dtype(name) == dtype
 
 
 def test_float32_arrays_are_shared_both_ways(device: Device) -> None:

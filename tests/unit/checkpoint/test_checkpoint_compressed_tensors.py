@@ -292,7 +292,7 @@ REFUSED: list[tuple[str, dict[str, QuantPolicy | None], str]] = [
     (
         "group size",
         uniform(QuantPolicy(weight_quant_granularity="per_group", group_size=256)),
-        r"^model\.layers\.0\.self_attn\.q_proj: group_size is 256 and the linear has 128",
+        r"^model\.layers\.0\.self_attn\.q_proj: 128 input channels do not divide into groups of 256",
     ),
     (
         "cache per token",

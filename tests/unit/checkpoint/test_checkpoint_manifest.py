@@ -59,6 +59,9 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
     assert manifest.policies["model.layers.1.mlp.up_proj"].algo_args == args
     assert "model.layers.1.mlp.down_proj" not in manifest.policies
     assert (manifest.kv_cache, manifest.rows) == ("per_channel", (ROW,))
+    content = json.loads(next(output.rglob("layer-00001.json")).read_text())
+    told = content["effective_policies"]["model.layers.1.mlp.up_proj"]
+    assert (told["weight_clip"], told["algo_args"]) == (False, {"alpha": 0.5}), "what came out, and not what was open"
     assert sorted(path.name for path in output.rglob("*")) == [
         "compressed-tensors",
         "layer-00001.json",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import InputStatistics, StatisticsSettings, TreeAccumulator
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import HISTOGRAM_BYTES_PER_CHANNEL, layer_set_bytes
@@ -21,6 +22,7 @@ from gs_dist.planning.plan import CalibrationPlan, make_plan
 from gs_dist.planning.probe import choose_groups, evaluation_shape
 from gs_dist.planning.spread import threads_of
 from gs_dist.planning.waves import count_partial_sums, split_evenly, split_stages
+from gs_dist.planning.workload import make_workload
 from gs_dist.recipe.config import CalibrationConfig, load_recipe
 from gs_dist.recipe.sizes import format_bytes
 
@@ -435,7 +437,7 @@ def test_quantised_propagation_solves_layer_by_layer(tiny: CheckpointReader) -> 
         ({"threads_per_worker": 2, "pipeline_parallel_size": 2}, r"threads_per_worker is 2, .* set it to 1"),
         ({"propagation": "quantized", "layers_per_wave": 2}, r"layers_per_wave is 2 and propagation is quantized"),
         ({"ptq": {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 256}},
-         r"layers.0.self_attn.q_proj has 64 input channels, which groups of 256 do not divide: set group_size: 64"),
+         r"layers.0.self_attn.q_proj: 64 input channels do not divide into groups of 256: set group_size: 64"),
         ({"ptq": {}, "layer_policies": {"lm_head": {"act_quant_dtype": "int8"}}}, r"lm_head, which is always carried"),
         ({"layer_policies": {".*v_proj": None}}, r"layers.0.self_attn.q_proj, .*read one activation, which smooth"),
         (
@@ -635,8 +637,8 @@ def test_a_probe_takes_as_many_layers_at_a_time_as_fit(large: CheckpointReader) 
     assert planned(large, probing(**settings, max_perplexity_increase=None)).probe_stages == ()
 
 
-@pytest.mark.parametrize("device", ["cpu", "ascend"])
-def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointReader, device: str) -> None:
+@pytest.mark.parametrize("device", DeviceKind)
+def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointReader, device: DeviceKind) -> None:
     """Of every micro-batch, in host memory and to the byte; none where a stage holds all its layers."""
     shape = evaluation_shape(large.architecture, device, probing().probe_data, max_in_flight=2)
 
@@ -653,7 +655,7 @@ def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointRead
         assert groups.most_layers == (1 if limit == 1 else 10)
         return groups.memory.host_peak
 
-    assert peak(64, 1) - peak(16, 1) == 48 * 2048 * 8192 * (4 if device == "cpu" else 2)
+    assert peak(64, 1) - peak(16, 1) == 48 * 2048 * 8192 * (4 if device.on_host else 2)
     assert peak(64, 1 << 50) == peak(16, 1 << 50)
 
 
@@ -671,3 +673,15 @@ def test_a_probe_of_which_no_layer_fits_is_refused_before_a_weight_is_read(large
     planned(large, probing(**{**settings, "memory_per_worker": size}))
     planned(large, probing(**{**settings, "pipeline_parallel_size": int(stages)}))
     assert "max_perplexity_increase: null" in text
+
+
+def test_a_searched_strength_of_smoothquant_is_planned_with_its_gram_matrix(large: CheckpointReader) -> None:
+    """The search takes a copy of the matrix whether weights are clipped or not; one given strength takes none."""
+
+    def solver(**changes: Any) -> int:
+        ptq = {"act_quant_dtype": "int8", "outliers_suppression": "smooth", "weight_clip": False, **changes}
+        return max(make_workload(recipe(ptq=ptq), large.architecture, large.tensors).solver_bytes(1))
+
+    copy = 8 * max(channels.channels for channels in large.architecture.inputs(0)) ** 2
+    assert solver() == solver(weight_clip=True)
+    assert solver() - solver(algo_args={"alpha": 0.5}) >= copy

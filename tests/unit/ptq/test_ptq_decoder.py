@@ -11,6 +11,7 @@ from checkpoints import tiny_checkpoint
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.ptq import (
     PTQ,
     CausalDecoder,
@@ -37,7 +38,7 @@ def token_ids(num: int = 3, seed: int = 0) -> list[np.ndarray]:
 def reference(directory: Path, ids: np.ndarray) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
     """Logits, and each layer's captured activations, by the decoder of the distributed job."""
     reader = CheckpointReader(directory)
-    network = DecoderNetwork(reader.architecture, Device(kind="cpu"))
+    network = DecoderNetwork(reader.architecture, Device(kind=DeviceKind.CPU))
     outer = network.outer_weights(reader.read_outer())
     hidden = network.embed(outer, ids)
     captured = []

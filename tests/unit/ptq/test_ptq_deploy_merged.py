@@ -17,6 +17,7 @@ from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.ptq import (
     PTQ,
     DecoderHelper,
@@ -114,7 +115,7 @@ def fake_quantised(model: Path, name: str) -> Any:
 def evaluated(model: Path, name: str, ids: np.ndarray) -> np.ndarray:
     """Logits by the network that measures perplexity."""
     reader = CheckpointReader(model, quantized=True)
-    network = DecoderNetwork(reader.architecture, Device(kind="cpu"))
+    network = DecoderNetwork(reader.architecture, Device(kind=DeviceKind.CPU))
     outer = network.outer_weights(reader.read_outer())
     hidden = network.embed(outer, ids)
     for layer in range(reader.architecture.num_layers):

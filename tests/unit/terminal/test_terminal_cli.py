@@ -15,6 +15,7 @@ from typing import Any
 
 import dialects
 import pytest
+import yaml
 from checkpoints import header_only_checkpoint, tiny_checkpoint
 from pydantic import BaseModel
 from typer.testing import CliRunner, Result
@@ -27,6 +28,7 @@ from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import ClusterError, LayerError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.recipe.config import CalibrationConfig, CalibrationData, ParallelConfig
+from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.terminal.cli import app
@@ -139,6 +141,33 @@ def test_plan_shows_stages_memory_and_totals(recipe: Path) -> None:
     assert "model model: llama, 2 layers, float32; 14 of 15 linears are quantised" in result.stdout
     assert "workers: 2 stages x 1 replica on cpu" in result.stdout
     assert "samples: 8 x 32 tokens in 1 micro-batch of 8, 8 reduction blocks" in result.stdout
+
+
+def test_plan_prints_the_effective_policy_of_each_kind_of_linear(recipe: Path) -> None:
+    """Nulls are filled by what they come out as, linears of one policy stand together, and the text is a recipe's."""
+    result = run(
+        "plan",
+        recipe,
+        "--policies",
+        "ptq={act_quant_dtype: int8, outliers_suppression: smooth}",
+        "layer_policies={'.*layers\\.1\\.mlp\\.down_proj': null, '.*layers\\.0\\.mlp\\.down_proj': "
+        "{act_quant_granularity: per_token}}",
+    )
+    assert result.exit_code == 0, result.output
+    blocks = [part.strip("\n") for part in re.split(r"(?m)^(?=self_attn|mlp)", result.stdout)[1:]]
+    heads = [block.partition("\n")[0] for block in blocks]
+    assert heads[0].endswith("mlp.gate_proj (every layer), mlp.up_proj (every layer):")
+    assert heads[1:] == ["mlp.down_proj (layer 0):", "mlp.down_proj (layer 1):"]
+    static, dynamic = (yaml.safe_load(block.partition("\n")[2]) for block in blocks[:2])
+    assert "# SmoothQuant-wclip-W8-perchannel-A8-pertensor" in blocks[0]
+    assert static["algo_args"] == {
+        "alpha": [0.5, 0.65, 0.8, 0.9],
+        "weight_clip_ratio": pytest.approx([1 - i / 20 for i in range(10)]),
+    }
+    assert (static["weight_clip"], dynamic["weight_clip"]) == (True, False)
+    assert dynamic["algo_args"] == {"alpha": 0.5}
+    assert QuantPolicy.model_validate(static).effective() == static
+    assert blocks[2].startswith("mlp.down_proj (layer 1):\n  as they are\n")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.model.dtypes import FLOATS
+from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
@@ -51,13 +52,10 @@ class CompressedTensorsCodec:
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
         """See `Codec.check_policies`."""
         for linear_name, policy, linear in layer_policies(policies, architecture):
-            size = policy.group_size
-            if size and linear.in_features % size:
-                raise UserError(
-                    f"{linear_name}: group_size is {size} and the linear has {linear.in_features} input channels, "
-                    "which it must divide; set another group_size, or weight_quant_granularity: per_channel, "
-                    f"for {linear.name} in layer_policies"
-                )
+            try:
+                num_groups(linear.in_features, policy.group_size, policy.weight_format.group_sizes)
+            except UserError as error:
+                raise UserError(f"{linear_name}: {error}, for {linear.name} in layer_policies") from None
         _check_kv(policies, architecture)
         return (*shift_notes(self.name, policies), *engine_notes(policies, architecture))
 
