@@ -18,7 +18,7 @@ from gs_dist.checkpoint.dialects import Codec
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.families import read_architecture
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
-from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.results.quantized import LinearSummary, QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
 Array = npt.NDArray[Any]
 
@@ -82,7 +82,24 @@ def round_layer(
     rng = np.random.default_rng(layer)
     scales = rng.uniform(0.01, 0.1, (2, architecture.kv_size)).astype(DTYPES[architecture.dtype]).astype(np.float32)
     cache = QuantizedKVCache(key_scale=scales[0], value_scale=scales[1]) if kv_cache else None
-    return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=cache)
+    rows = tuple(
+        summary_row(layer, prefix + linear.name, linears.get(linear.name)) for linear in architecture.linears(layer)
+    )
+    return QuantizedLayer(layer=layer, linears=linears, tensors=rest, kv_cache=cache, rows=rows)
+
+
+def summary_row(layer: int, name: str, linear: QuantizedLinear | None) -> LinearSummary:
+    """The row that a solver gives, as far as a directory is compared with it."""
+    return LinearSummary(
+        layer=layer,
+        name=name,
+        strategy="NA" if linear is None else "W8-perchannel",
+        relative_error=None,
+        error_source="none",
+        scale_min=None if linear is None else float(linear.scale.min()),
+        scale_max=None if linear is None else float(linear.scale.max()),
+        num_tokens=0,
+    )
 
 
 def uniform_policies(architecture: DecoderArchitecture, policy: QuantPolicy | None) -> dict[str, QuantPolicy | None]:
@@ -114,10 +131,10 @@ def save_model(
     tensors = random_tensors(content, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     layers = {}
-    files = {"outer.safetensors": {n: a for n, a in tensors.items() if not n.startswith("model.layers.")}}
+    files = {"model-outer.safetensors": {n: a for n, a in tensors.items() if not n.startswith("model.layers.")}}
     for layer in range(architecture.num_layers):
         layers[layer] = round_layer(architecture, tensors, layer, policies, zero_point, kv_cache is not None)
-        files[f"layer-{layer:05d}.safetensors"] = dialect.encode_layer(layers[layer], architecture)
+        files[f"model-{layer:05d}.safetensors"] = dialect.encode_layer(layers[layer], architecture)
     for file, held in files.items():
         # The safetensors library orders by item size, so that every tensor lies aligned.
         save_safetensors(directory / file, dict(sorted(held.items(), key=lambda i: (-i[1].dtype.itemsize, i[0]))))

@@ -5,41 +5,42 @@ Nothing is trusted, nothing executed or unpickled; memory is bounded by one tens
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from gs_dist.checkpoint.beside import check_files_beside
 from gs_dist.checkpoint.dialects import layout_of
 from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
-from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
-from gs_dist.checkpoint.part_manifest import finished_parts, read_part
+from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
-from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_hashes
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
+from gs_dist.checkpoint.source_comparison import compare_with_source
 from gs_dist.checkpoint.values import check_tensors
-from gs_dist.errors import OutputError, UserError
+from gs_dist.checkpoint.verification import verify
+from gs_dist.errors import UserError
 from gs_dist.model.decoder import DecoderArchitecture
 
 __all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "judge"]
 
-_CHUNK = 16 << 20  # bytes hashed at a time
 
-
-def check(directory: Path | str, engine: str | None = None) -> CheckReport:
+def check(directory: Path | str, engine: str | None = None, model: Path | str | None = None) -> CheckReport:
     """Checks a model directory against its own dialect, and against an engine's loader if one is named.
 
-    Shards are compared with the hashes that provenance.json holds and, where the directory lies in a job's
-    output, with those of the manifests.
+    Files and scales are compared with what provenance.json notes and, where the directory lies in a job's
+    output, shards with the manifests' hashes too.
 
     Args:
         directory: holds config.json and the weights; or a job's output with one dialect in it.
         engine: "vllm-ascend", "vllm-mindspore", "vllm" or "transformers"; None for the dialect's rules alone.
+        model: the float model's directory; weights are turned back and compared with it. None leaves that out.
 
     Raises:
+        CheckpointError: `model` is no float model.
         UserError: no such directory, several dialects in it, or an unknown engine. Everything else that is
             wrong comes back as a problem.
     """
@@ -49,19 +50,29 @@ def check(directory: Path | str, engine: str | None = None) -> CheckReport:
     dialect = detect_dialect(inventory)
     architecture = inventory.architecture
     layout = Layout(dialect=dialect)
+    verified, compared = None, None
     if dialect and architecture is not None:
         rules = layout_of(dialect)
         layout = build_layout(inventory, dialect, rules, architecture)
-        rules.check_relations(inventory, layout, check_tensors(inventory, layout))
+        sound = check_tensors(inventory, layout)
+        rules.check_relations(inventory, layout, sound)
+        check_files_beside(inventory)
         if engine is not None:
             ENGINES[engine].check(inventory, layout)
-        _check_hashes(inventory, architecture)
+        verified = verify(inventory, layout, sound)
+        if model is not None:
+            compared = compare_with_source(inventory, layout, rules, sound, CheckpointReader(model))
     problems = sorted(set(inventory.problems), key=lambda p: (p.file, p.tensor, p.rule))
     return CheckReport(
         dialect=dialect,
         engine=engine,
         problems=tuple(problems),
-        facts=_facts(inventory, layout, architecture),
+        facts={
+            **_facts(inventory, layout, architecture),
+            "verified": verified or "no: nothing here says what was published",
+            **({} if compared is None else {"source": compared}),
+        },
+        verified=verified is not None,
         notes=tuple(dict.fromkeys(inventory.notes)),
     )
 
@@ -94,7 +105,9 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
     )
 
 
-def check_all(directory: Path | str, engine: str | None = None) -> dict[str, CheckReport]:
+def check_all(
+    directory: Path | str, engine: str | None = None, model: Path | str | None = None
+) -> dict[str, CheckReport]:
     """`check` of a model directory, or of each one that a job's output holds; by dialect.
 
     Where an engine is named, dialects that it does not read are left out, unless it reads none of them.
@@ -103,7 +116,7 @@ def check_all(directory: Path | str, engine: str | None = None) -> dict[str, Che
         UserError: as of `check`; a job that is not finished.
     """
     directories = _model_directories(Path(directory))
-    reports = {path.name: check(path, engine) for path in directories}
+    reports = {path.name: check(path, engine, model) for path in directories}
     read = {
         name: report
         for name, report in reports.items()
@@ -138,77 +151,6 @@ def _model_directory(directory: Path) -> Path:
         names = ", ".join(path.name for path in inner)
         raise UserError(f"{str(directory)!r} holds several formats ({names}): name one of these directories")
     return inner[0]
-
-
-def _check_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> None:
-    """The shards against what was noted when they were written; each is read once."""
-    try:
-        noted = {PROVENANCE_FILE: read_hashes(inventory.directory)}
-    except OutputError as error:
-        inventory.report(PROVENANCE_FILE, "provenance-valid", error, "the file as a job wrote it")
-        noted = {}
-    noted |= _manifest_hashes(inventory, architecture)
-    expected: dict[str, dict[str, str]] = {}
-    for source, hashes in noted.items():
-        for file, sha256 in hashes.items():
-            expected.setdefault(file, {})[source] = sha256
-    for file, sources in expected.items():
-        path = inventory.files.get(file)
-        if path is None:
-            reported = any(p.file == file and p.rule.startswith("file-") for p in inventory.problems)
-            if PROVENANCE_FILE in sources and not reported:
-                inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
-            continue  # of a manifest: another dialect's, or a file that was reported already
-        found = _sha256(path)
-        for source, sha256 in sources.items():
-            if sha256 != found:
-                inventory.report(file, "shard-hash", f"sha256 {found[:12]}...", f"{sha256[:12]}... of {source}")
-
-
-def _manifest_hashes(inventory: Inventory, architecture: DecoderArchitecture) -> dict[str, dict[str, str]]:
-    """Manifest to file and hash of the shard it vouches for here; faults of manifests are reported."""
-    run = inventory.directory.resolve().parent
-    hashes: dict[str, dict[str, str]] = {}
-    if parts := finished_parts(run):
-        return _part_hashes(inventory, run, parts)
-    for layer in (None, *range(architecture.num_layers)) if (run / MANIFESTS).is_dir() else ():
-        label = f"{MANIFESTS}/{'outer' if layer is None else f'layer-{layer:05d}'}.json"
-        try:
-            manifest = read_manifest(run, layer)
-        except OutputError as error:
-            inventory.report(label, "manifest-valid", error, "a manifest")
-            continue
-        if manifest is None:
-            inventory.report(label, "manifest-present", "no such file", "a manifest for every shard")
-            continue
-        record = manifest.shards.get(inventory.directory.resolve().name)
-        if record is not None:
-            hashes[label] = {record.file: record.sha256}
-    return hashes
-
-
-def _part_hashes(inventory: Inventory, run: Path, parts: list[int]) -> dict[str, dict[str, str]]:
-    """The same of a conversion."""
-    hashes: dict[str, dict[str, str]] = {}
-    for number in parts:
-        label = f"{MANIFESTS}/part-{number:05d}.json"
-        try:
-            manifest = read_part(run, number)
-        except OutputError as error:
-            inventory.report(label, "manifest-valid", error, "a manifest")
-            continue
-        record = None if manifest is None else manifest.shards.get(inventory.directory.resolve().name)
-        if record is not None:
-            hashes[label] = {record.file: record.sha256}
-    return hashes
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _facts(inventory: Inventory, layout: Layout, architecture: DecoderArchitecture | None) -> dict[str, str]:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.model.dtypes import FLOATS
@@ -66,6 +69,9 @@ class DialectLayout(Protocol):
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """Reports tensors that contradict each other; `sound` names those whose form and values are right."""
+
+    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """The weight (out, in) that an engine computes with, of a quantised linear whose tensors are sound."""
 
 
 def detect_dialect(inventory: Inventory) -> str:

@@ -39,7 +39,7 @@ class CheckReport:
     """Result of `check`: the dialect, every problem in order of file and tensor, and what the directory holds.
 
     `dialect` is "" where no dialect could be told. `engine` is the engine whose loader's rules were applied too;
-    `notes` are about it.
+    `notes` are about it. `verified` says whether something vouches for what was published.
     """
 
     dialect: str
@@ -47,6 +47,7 @@ class CheckReport:
     problems: tuple[Problem, ...]
     facts: Mapping[str, str]
     notes: tuple[Note, ...] = ()
+    verified: bool = True
 
     @property
     def clean(self) -> bool:
@@ -68,5 +69,6 @@ class CheckReport:
         lines += [str(note) for note in self.notes]
         subject = f"{self.dialect or 'unknown'} checkpoint" + (f" for {self.engine}" if self.engine else "")
         count = len(self.problems)
-        verdict = "no problem found" if self.clean else f"{count} problem{'s' if count > 1 else ''} found"
+        sound = "no problem found" if self.verified else "no rule broken, but not verified: see above"
+        verdict = sound if self.clean else f"{count} problem{'s' if count > 1 else ''} found"
         return "\n".join([*lines, f"{subject}: {verdict}"])

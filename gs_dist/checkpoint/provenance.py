@@ -1,15 +1,18 @@
 """What a model directory was made from, told by a file that travels with it: `provenance.json`.
 
 A run keeps manifests beside its model directories; whoever is handed such a directory alone still finds what
-of the recipe decides the bytes, the software that made each layer, the fingerprints, every linear's row and the hash of
-each shard.
+of the recipe decides the bytes, the software that made each layer, the fingerprints, every linear's row, and the hash
+of each shard and of each other file but the model card, which `gs-dist evaluate` writes anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,37 @@ from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.writer import write_json
 from gs_dist.errors import OutputError
 
-__all__ = ["PROVENANCE_FILE", "read_hashes", "write_provenance"]
+__all__ = ["PROVENANCE_FILE", "Provenance", "ScaleRange", "file_sha256", "read_provenance", "write_provenance"]
 
 PROVENANCE_FILE = "provenance.json"
 _VERSION = 1
+_CHUNK = 16 << 20  # bytes hashed at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleRange:
+    """Smallest and largest weight scale of a linear as the solver gave them; both None where it stayed in float."""
+
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """As much of the file as a directory can be compared with.
+
+    Attributes:
+        shards: weight file to its sha256.
+        files: any other file that was published to its sha256.
+        linears: full name of every linear of the decoder layers to the range of its scales; empty where the model was
+            converted without a solver, which keeps no rows.
+        schemes: of such a model, linear to the name of its scheme, `FLOAT` for none.
+    """
+
+    shards: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    linears: Mapping[str, ScaleRange] = field(default_factory=dict)
+    schemes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_provenance(
@@ -29,24 +59,29 @@ def write_provenance(
     *,
     recipe: Mapping[str, Any],
     versions: Mapping[str, str],
+    files: Iterable[str] = (),
 ) -> None:
     """Writes the file beside the shards.
 
     Args:
-        directory: of the model; its name is that of its format.
+        directory: of the model; its name is that of its dialect.
         parts: manifests of all layers and of the outer part, all made from the same.
         recipe: what of it decides the bytes, so that the file is the same however the job was spread.
         versions: package to version, of the process that made a model of the parts.
+        files: names of everything that was published beside the shards, which are left out where they are named too.
     """
     ordered = sorted(parts, key=lambda part: part.stem)
     records = [part.shards[directory.name] for part in ordered]
+    shards = {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records}
+    others = {name: directory / name for name in sorted(files) if name not in shards}
     content = {
         "version": _VERSION,
         "recipe": recipe,
         "versions": versions,
         "made_with": _made_with(ordered),
         "fingerprints": dataclasses.asdict(ordered[0].fingerprints),
-        "shards": {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records},
+        "shards": shards,
+        "files": {n: {"sha256": file_sha256(path), "nbytes": path.stat().st_size} for n, path in others.items()},
         "linears": [dataclasses.asdict(row) for part in ordered for row in part.rows],
     }
     write_json(directory / PROVENANCE_FILE, content)
@@ -61,8 +96,17 @@ def _made_with(parts: Iterable[LayerManifest]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def read_hashes(directory: Path) -> dict[str, str]:
-    """File name to sha256 of each shard as it was written; empty where the directory has no such file.
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in hex; a few megabytes in memory at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_provenance(directory: Path) -> Provenance | None:
+    """What `write_provenance` wrote; None where the directory has no such file.
 
     Raises:
         OutputError: the file cannot be read or is of another form.
@@ -71,8 +115,26 @@ def read_hashes(directory: Path) -> dict[str, str]:
         content = json.loads((directory / PROVENANCE_FILE).read_bytes())
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']!r}")
-        return {str(file): str(record["sha256"]) for file, record in content["shards"].items()}
+        return Provenance(
+            shards=_hashes(content["shards"]),
+            files=_hashes(content.get("files", {})),
+            linears={str(row["name"]): _scale_range(row) for row in content["linears"]},
+            schemes={str(n): str(scheme) for scheme, names in content.get("schemes", {}).items() for n in names},
+        )
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OutputError(f"{PROVENANCE_FILE} cannot be read: {error!s:.200}") from error
+
+
+def _hashes(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {str(file): str(record["sha256"]) for file, record in records.items()}
+
+
+def _scale_range(row: Mapping[str, Any]) -> ScaleRange:
+    low, high = row["scale_min"], row["scale_max"]
+    if low is None and high is None:
+        return ScaleRange(low=None, high=None)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"scales from {low!r:.40} to {high!r:.40} of {row['name']!r:.100}")
+    return ScaleRange(low=float(low), high=float(high))

@@ -270,8 +270,9 @@ class RunDirectory:
             made_with = self._made_with or MadeWith()
             outer = publish_outer(self.path, reader, self._dialects, self._fingerprints, made_with)
         for name in self._dialects:
-            merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
-            write_provenance(self.path / name, (*finished.values(), outer), recipe=recipe, versions=versions)
+            merged = merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
+            parts = (*finished.values(), outer)
+            write_provenance(self.path / name, parts, recipe=recipe, versions=versions, files=merged.files)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Writes `done`: the job is complete and what it published was checked."""

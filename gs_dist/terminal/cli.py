@@ -418,12 +418,15 @@ def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or output of a finished job.")],
     *,
     engine: Annotated[str | None, typer.Option("--for", help="Engine whose loader's rules are applied too.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The float model: weights are turned back and compared with it.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many problems to show.")] = 50,
 ) -> None:
     """Say what a quantised model directory is, and why an engine would not load it; exit code 2 for a broken one."""
     from gs_dist.checkpoint.check import check_all
 
-    reports = check_all(directory, engine)
+    reports = check_all(directory, engine, model)
     for number, report in enumerate(reports.values()):
         text = report.render(limit)
         typer.echo(f"\n{text}" if number else text, err=not report.clean)

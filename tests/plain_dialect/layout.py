@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, all_linears
 from gs_dist.model.decoder import DecoderArchitecture
@@ -24,6 +27,10 @@ class PlainLayout:
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         pass
+
+    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        codes = inventory.read(f"{name}.weight").astype(np.float32)
+        return codes * inventory.read(f"{name}.weight_scale")[:, None]
 
 
 LAYOUT: DialectLayout = PlainLayout()

@@ -32,7 +32,8 @@ from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 
 INDEX, OTHER_INDEX = "model.safetensors.index.json", "quant_model_weights.safetensors.index.json"
 ASCEND, GOLDEN = "quant_model_description.json", "quantization_description.json"
-LAYER = "layer-00001.safetensors"
+LAYER, RUN_LAYER = "model-00001.safetensors", "layer-00001.safetensors"
+OUTER = "model-outer.safetensors"
 P = "model.layers.1."
 UP = P + "mlp.up_proj."
 
@@ -190,7 +191,7 @@ def labelled(file: str, **labels: str) -> Break:
 def duplicate_tensor(directory: Path) -> None:
     """Puts a tensor of the layer into outer.safetensors as well."""
     norm = CheckpointReader(directory, quantized=True).read([P + "input_layernorm.weight"])
-    edit_tensors(lambda tensors: tensors.update(norm), "outer.safetensors")(directory)
+    edit_tensors(lambda tensors: tensors.update(norm), OUTER)(directory)
 
 
 def scheme(edit: Callable[[dict[str, Any]], object]) -> Break:
@@ -245,7 +246,7 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "ascend",
         None,
         "index-entry",
-        edit_json(INDEX, lambda c: c["weight_map"].update({P + "input_layernorm.weight": "outer.safetensors"})),
+        edit_json(INDEX, lambda c: c["weight_map"].update({P + "input_layernorm.weight": OUTER})),
     ),
     "tensor the index forgets": (
         "ascend",
@@ -294,7 +295,7 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "ascend",
         None,
         "value-finite",
-        put("model.embed_tokens.weight", float("inf"), 1000, "outer.safetensors"),
+        put("model.embed_tokens.weight", float("inf"), 1000, OUTER),
     ),
     "zero scale": ("ascend", None, "scale-positive", put(UP + "weight_scale", 0.0)),
     "negative scale": ("ascend", None, "scale-positive", put(UP + "deq_scale", -1e-3)),
@@ -350,7 +351,7 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "ascend-tied",
         None,
         "tied-weights",
-        edit_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}), "outer.safetensors"),
+        edit_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}), OUTER),
     ),
     # descriptions
     "missing FLOAT entry": ("ascend", None, "description-entry", without_entry(ASCEND, P + "input_layernorm.weight")),
@@ -672,7 +673,7 @@ def test_an_engine_is_asked_about_the_formats_it_reads(run: Path) -> None:
 
 def test_a_changed_code_is_caught_by_the_manifests_hash(run: Path) -> None:
     """Any int8 code is a valid one, so only the hash tells that a byte was flipped after writing."""
-    path = run / "golden-stick" / LAYER
+    path = run / "golden-stick" / RUN_LAYER
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
@@ -695,23 +696,23 @@ def alone(run: Path, tmp_path: Path) -> Path:
 def test_a_directory_on_its_own_is_compared_with_its_provenance(alone: Path) -> None:
     """A model that was copied out of its run still tells a flipped byte and a shard that was left behind."""
     assert check(alone).problems == ()
-    path = alone / LAYER
+    path = alone / RUN_LAYER
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     (problem,) = check(alone).problems
-    assert (problem.file, problem.rule) == (LAYER, "shard-hash")
+    assert (problem.file, problem.rule) == (RUN_LAYER, "shard-hash")
     assert "provenance.json" in problem.expected
     path.unlink()
-    assert {problem.rule for problem in check(alone).problems if problem.file == LAYER} == {"file-present"}
+    assert {problem.rule for problem in check(alone).problems if problem.file == RUN_LAYER} == {"file-present"}
     (alone / "model.safetensors.index.json").unlink()
-    assert {problem.rule for problem in check(alone).problems if problem.file == LAYER} == {"shard-present"}
+    assert {problem.rule for problem in check(alone).problems if problem.file == RUN_LAYER} == {"shard-present"}
 
 
 def test_a_truncated_shard_is_told_once(alone: Path) -> None:
     """It is there, so provenance.json, which names it, has nothing to add."""
-    cut(LAYER, 100)(alone)
-    assert [problem.rule for problem in check(alone).problems if problem.file == LAYER] == ["file-truncated"]
+    cut(RUN_LAYER, 100)(alone)
+    assert [problem.rule for problem in check(alone).problems if problem.file == RUN_LAYER] == ["file-truncated"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "shards": []}', "[" * 100_000])

@@ -459,10 +459,10 @@ def test_check_says_what_a_directory_is(tmp_path: Path) -> None:
 def test_check_says_why_a_directory_would_not_load(tmp_path: Path) -> None:
     """A broken one is the user's turn, and so is an unknown engine."""
     dialects.save_model(tmp_path, CompressedTensorsCodec(), dialects.W8A8)
-    (tmp_path / "layer-00001.safetensors").unlink()
+    (tmp_path / "model-00001.safetensors").unlink()
     result = run("check", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "layer-00001.safetensors" in result.stderr
+    assert "model-00001.safetensors" in result.stderr
     unknown = run("check", tmp_path, "--for", "abacus")
     assert unknown.exit_code == 2
     assert "known engines are" in unknown.stderr

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import (
     FLOAT_NAMES,
@@ -73,6 +76,16 @@ class AscendLayout:
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """See `check_static_linears`; the engine adds quant_bias alone, with the linear's bias in it."""
         check_static_linears(inventory, layout, sound, folds_bias=True)
+
+    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantised`; a static linear has its weight's scale in deq_scale alone."""
+        codes = inventory.read(f"{name}.weight").astype(np.float32)
+        if kind != "W8A8":
+            return np.asarray(codes * inventory.read(f"{name}.weight_scale").astype(np.float32))
+        scale = inventory.read(f"{name}.deq_scale")
+        if scale.dtype == np.int64:
+            scale = scale.astype(np.uint32).view(np.float32)
+        return np.asarray(codes * (scale / inventory.read(f"{name}.input_scale").astype(np.float32))[:, None])
 
 
 LAYOUT: DialectLayout = AscendLayout()

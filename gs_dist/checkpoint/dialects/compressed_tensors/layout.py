@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, all_linears, with_single
 from gs_dist.model.decoder import DecoderArchitecture, Linear
@@ -52,6 +55,26 @@ class CompressedTensorsLayout:
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """None: nothing that is stored follows from something else."""
+
+    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantised`; compressed_tensors forward.py, `dequantize`."""
+        scale = inventory.read(f"{name}.weight_scale").astype(np.float32)
+        packed = f"{name}.weight_packed" in inventory.tensors
+        bits = int(kind[1])
+        zero = np.zeros(scale.shape, np.float32)
+        if packed:
+            rows, columns = inventory.read(f"{name}.weight_shape").tolist()
+            codes = _unpacked(inventory.read(f"{name}.weight_packed"), bits)[:, :columns]
+        else:
+            codes = inventory.read(f"{name}.weight").astype(np.float32)
+            rows, columns = codes.shape
+        if f"{name}.weight_zero_point" in inventory.tensors:
+            stored = inventory.read(f"{name}.weight_zero_point")
+            zero = _unpacked(stored.T, bits)[:, :rows].T if packed else stored.astype(np.float32)
+        groups = np.arange(columns) // (columns // scale.shape[1])
+        if f"{name}.weight_g_idx" in inventory.tensors:
+            groups = inventory.read(f"{name}.weight_g_idx")
+        return np.asarray((codes - zero[:, groups]) * scale[:, groups], dtype=np.float32)
 
 
 LAYOUT: DialectLayout = CompressedTensorsLayout()
@@ -102,6 +125,13 @@ def _scheme_tensors(
             leaves["input_zero_point"] = Expectation(dtypes=("int8",), shape=(1,), values="offset")
     kind = f"W{bits}A16" if inputs is None else f"W{bits}A8" + ("" if static else "_DYNAMIC")
     return leaves, kind
+
+
+def _unpacked(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.float32]:
+    """Values along the last axis of int32 words, the first in the lowest bits, each made unsigned by half the range."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return np.asarray(values.reshape(len(words), -1).astype(np.float32) - np.float32(1 << (bits - 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,9 @@ Sources: golden-stick 1.4.1 `save_quantized(backend=ASCEND)`; vllm_mindspore gol
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, described_linears, with_single
 from gs_dist.checkpoint.values import check_static_linears
@@ -51,6 +54,23 @@ class GoldenStickLayout:
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """See `check_static_linears`; the reader adds a linear's bias beside quant_bias."""
         check_static_linears(inventory, layout, sound, folds_bias=False)
+
+    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantised`. A byte of int4 holds two output channels, the even one in its low half."""
+        stored = inventory.read(f"{name}.weight")
+        if kind == "W8A8":  # a static linear has its weight's scale in deq_scale alone, by channel of the input
+            scale = inventory.read(f"{name}.deq_scale")[:, None] / inventory.read(f"{name}.input_scale").astype(
+                np.float32
+            )
+            return np.asarray(stored.astype(np.float32) * scale)
+        scale = inventory.read(f"{name}.weight_scale").astype(np.float32)
+        if kind != "W4A16":
+            return np.asarray(stored.astype(np.float32) * scale[:, None])
+        halves = np.stack([stored.view(np.uint8) & 15, stored.view(np.uint8) >> 4], axis=2)  # (in, pairs, 2)
+        codes = halves.reshape(len(stored), -1).astype(np.float32)
+        codes = np.where(codes > 7, codes - 16, codes)
+        steps = scale if scale.ndim == 2 else scale[None, :]
+        return np.asarray((codes * np.repeat(steps, len(codes) // len(steps), axis=0)).T)
 
 
 LAYOUT: DialectLayout = GoldenStickLayout()

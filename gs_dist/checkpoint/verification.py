@@ -1,0 +1,184 @@
+"""Whether a directory is what was published: its files and values against provenance.json, and a run's manifests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gs_dist.checkpoint.inventory import INDEX_FILE, Inventory
+from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
+from gs_dist.checkpoint.part_manifest import finished_parts, read_part
+from gs_dist.checkpoint.paths import contained_path
+from gs_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, ScaleRange, file_sha256, read_provenance
+from gs_dist.errors import CheckpointError, OutputError
+from gs_dist.wording import counted
+
+__all__ = ["verify"]
+
+# What a job calls its shards: a directory of such files came with a provenance.json.
+_OURS = re.compile(r"(layer-\d{5}|outer)\.safetensors")
+_CLOSE = 1e-6  # relative; both are the same float32, told in decimals
+
+
+def verify(inventory: Inventory, layout: Layout, sound: set[str]) -> str | None:
+    """Compares what is there with what a job noted; each file is read once.
+
+    Args:
+        inventory: problems go to it.
+        layout: expected tensors and kinds of linears.
+        sound: tensors whose form and values are right.
+
+    Returns:
+        In words what the directory was verified by; None where nothing vouches for it.
+    """
+    provenance = _provenance(inventory)
+    manifests = _manifest_hashes(inventory)
+    noted: dict[str, Mapping[str, str]] = dict(manifests)
+    if provenance is not None:
+        noted[PROVENANCE_FILE] = provenance.shards
+    hashes = _by_file(noted)
+    _compare_shards(inventory, hashes)
+    for file in sorted(inventory.files):
+        if provenance is not None and file not in provenance.shards:
+            inventory.report(file, "shard-noted", "a file of weights", f"one that {PROVENANCE_FILE} names")
+    if provenance is None:
+        return f"weights by the run's {MANIFESTS}, other files by nothing" if hashes else None
+    _compare_files(inventory, provenance)
+    _compare_rows(inventory, layout, provenance, sound)
+    files = counted(len(provenance.shards) + len(provenance.files), "file")
+    return f"{files} and {counted(len(provenance.linears), 'linear')} by {PROVENANCE_FILE}"
+
+
+def _provenance(inventory: Inventory) -> Provenance | None:
+    """What the directory was published with; its absence is a fault where a job wrote the directory."""
+    try:
+        provenance = read_provenance(inventory.directory)
+    except OutputError as error:
+        inventory.report(PROVENANCE_FILE, "provenance-valid", error, "the file as a job wrote it")
+        return None
+    ours = [name for name in inventory.files if _OURS.fullmatch(name)]
+    in_run = (inventory.directory.resolve().parent / MANIFESTS).is_dir()
+    if provenance is None and ours and not in_run:
+        found = f"no such file beside {ours[0]}"
+        inventory.report(PROVENANCE_FILE, "provenance-present", found, "the file that a job writes beside its shards")
+    return provenance
+
+
+def _by_file(noted: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """File to what notes it and the hash that is noted."""
+    found: dict[str, dict[str, str]] = {}
+    for source, hashes in noted.items():
+        for file, sha256 in hashes.items():
+            found.setdefault(file, {})[source] = sha256
+    return found
+
+
+def _compare_shards(inventory: Inventory, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    for file, sources in hashes.items():
+        path = inventory.files.get(file)
+        if path is None:
+            reported = any(p.file == file and p.rule.startswith("file-") for p in inventory.problems)
+            if PROVENANCE_FILE in sources and not reported:
+                inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
+            continue  # of a manifest: another dialect's, or a file that was reported already
+        found = file_sha256(path)
+        for source, sha256 in sources.items():
+            if sha256 != found:
+                inventory.report(file, "shard-hash", f"sha256 {found[:12]}...", f"{sha256[:12]}... of {source}")
+
+
+def _compare_files(inventory: Inventory, provenance: Provenance) -> None:
+    """config.json, index, description, tokenizer and whatever else came with the weights."""
+    for file, sha256 in provenance.files.items():
+        try:
+            path = contained_path(inventory.directory, file)
+        except CheckpointError as error:
+            inventory.report(PROVENANCE_FILE, "provenance-valid", error, "names of files of this directory")
+            continue
+        if not path.is_file():
+            known = file == INDEX_FILE and any(p.file == file for p in inventory.problems)
+            if not known:
+                inventory.report(file, "file-noted", "no such file", f"a file, {PROVENANCE_FILE} names it")
+            continue
+        found = file_sha256(path)
+        if found != sha256:
+            inventory.report(file, "file-hash", f"sha256 {found[:12]}...", f"{sha256[:12]}... of {PROVENANCE_FILE}")
+
+
+def _compare_rows(inventory: Inventory, layout: Layout, provenance: Provenance, sound: set[str]) -> None:
+    """Every linear has a row; one that is in float has no scales in it, and another's scales are those of the row."""
+    if not provenance.linears and not provenance.schemes:
+        expected = "a row for each linear, or its scheme"
+        inventory.report(PROVENANCE_FILE, "provenance-rows", "no linear", expected)
+        return
+    for name, kind in layout.kinds.items():
+        row = provenance.linears.get(name)
+        scheme = provenance.schemes.get(name)
+        if row is None and scheme is None:
+            inventory.report(PROVENANCE_FILE, "provenance-rows", "no row", "a row for each linear", name)
+        elif (row.low is None if row is not None else scheme == "FLOAT") is not (kind == "FLOAT"):
+            told = "float" if kind != "FLOAT" else "quantised"
+            file = _file_of(inventory, name)
+            inventory.report(file, "provenance-rows", kind, f"{told}, by its row in {PROVENANCE_FILE}", name)
+        elif row is not None and row.low is not None and f"{name}.weight_scale" in sound:
+            _compare_scales(inventory, f"{name}.weight_scale", row)
+
+
+def _file_of(inventory: Inventory, name: str) -> str:
+    held = inventory.tensors.get(f"{name}.weight") or inventory.tensors.get(f"{name}.weight_packed")
+    return held.file if held else PROVENANCE_FILE
+
+
+def _compare_scales(inventory: Inventory, name: str, row: ScaleRange) -> None:
+    scales = inventory.read(name).astype(np.float32)
+    found, noted = np.array([scales.min(), scales.max()], np.float64), np.array([row.low, row.high])
+    if (np.abs(found - noted) > _CLOSE * noted).any():
+        expected = f"{row.low:.6g} to {row.high:.6g} by {PROVENANCE_FILE}"
+        inventory.report_tensor(name, "provenance-scale", f"{found[0]:.6g} to {found[1]:.6g}", expected)
+
+
+def _manifest_hashes(inventory: Inventory) -> dict[str, dict[str, str]]:
+    """Manifest to file and hash of the shard it vouches for here; faults of manifests are reported."""
+    run = inventory.directory.resolve().parent
+    hashes: dict[str, dict[str, str]] = {}
+    if parts := finished_parts(run):
+        return _part_hashes(inventory, run, parts)
+    for layer, label in _manifests(inventory) if (run / MANIFESTS).is_dir() else ():
+        try:
+            manifest = read_manifest(run, layer)
+        except OutputError as error:
+            inventory.report(label, "manifest-valid", error, "a manifest")
+            continue
+        if manifest is None:
+            inventory.report(label, "manifest-present", "no such file", "a manifest for every shard")
+            continue
+        record = manifest.shards.get(inventory.directory.resolve().name)
+        if record is not None:
+            hashes[label] = {record.file: record.sha256}
+    return hashes
+
+
+def _part_hashes(inventory: Inventory, run: Path, parts: list[int]) -> dict[str, dict[str, str]]:
+    """The same of a conversion."""
+    hashes: dict[str, dict[str, str]] = {}
+    for number in parts:
+        label = f"{MANIFESTS}/part-{number:05d}.json"
+        try:
+            manifest = read_part(run, number)
+        except OutputError as error:
+            inventory.report(label, "manifest-valid", error, "a manifest")
+            continue
+        record = None if manifest is None else manifest.shards.get(inventory.directory.resolve().name)
+        if record is not None:
+            hashes[label] = {record.file: record.sha256}
+    return hashes
+
+
+def _manifests(inventory: Inventory) -> Iterator[tuple[int | None, str]]:
+    architecture = inventory.architecture
+    for layer in (None, *range(architecture.num_layers if architecture else 0)):
+        yield layer, f"{MANIFESTS}/{'outer' if layer is None else f'layer-{layer:05d}'}.json"
