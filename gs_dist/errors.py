@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "DamagedError",
     "DatasetError",
     "JobFailure",
     "LayerError",
@@ -49,6 +50,10 @@ class DatasetError(UserError):
 
 class OutputError(UserError):
     """The output directory holds another run, is in use, or cannot be written."""
+
+
+class DamagedError(OutputError):
+    """A file that a job wrote for itself is not what was written; what it held is to be found out again."""
 
 
 class ClusterError(UserError):

@@ -15,9 +15,10 @@ from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.data.dataset import open_dataset, samples_fingerprint
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan, make_plan
-from gs_dist.progress import SilentProgress
+from gs_dist.progress import Progress, SilentProgress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.attempt import MakeGroup
@@ -78,10 +79,18 @@ def inline_evaluation_group(evaluation: Evaluation, timeout: float) -> InlineWor
     return InlineWorkerGroup(partial(EvaluationWorker, evaluation), num_stages=len(evaluation.stages), num_replicas=1)
 
 
+def digests_of(config: CalibrationConfig) -> tuple[bytes, ...]:
+    """Of the recipe's samples."""
+    reader = CheckpointReader(Path(config.model))
+    dataset = open_dataset(config.calibration, reader.architecture.vocab_size, reader.tokenizer_file)
+    return dataset.digests()
+
+
 def fingerprints_of(config: CalibrationConfig) -> Fingerprints:
-    """Of a recipe and its model; those of the samples are made up."""
+    """Of a recipe, its model and its samples."""
     source = CheckpointReader(Path(config.model)).fingerprint()
-    return Fingerprints(recipe=recipe_fingerprint(config), source=source, data="data")
+    data = samples_fingerprint(config.calibration.sequence_length, digests_of(config))
+    return Fingerprints(recipe=recipe_fingerprint(config), source=source, data=data)
 
 
 def run_inline(
@@ -89,17 +98,24 @@ def run_inline(
     make_group: MakeGroup = inline_group,
     statistics_from: str | None = None,
     make_evaluation_group: MakeEvaluationGroup = inline_evaluation_group,
+    *,
+    with_samples: bool = False,
+    progress: Progress | None = None,
 ) -> CalibrationSummary:
-    """The whole job with workers in this process."""
+    """The whole job with workers in this process; `with_samples` tells them the digest of each sample."""
     job = Job(
-        config=config, plan=plan_of(config), fingerprints=fingerprints_of(config), statistics_from=statistics_from
+        config=config,
+        plan=plan_of(config),
+        fingerprints=fingerprints_of(config),
+        samples=digests_of(config) if with_samples else (),
+        statistics_from=statistics_from,
     )
     return run_job(
         job,
         CheckpointReader(Path(config.model)),
         make_group=make_group,
         make_evaluation_group=make_evaluation_group,
-        progress=SilentProgress(),
+        progress=progress or SilentProgress(),
     )
 
 

@@ -7,11 +7,15 @@ have 34 GB. The file has no name, so that nothing is left behind however the wor
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
+
+from gs_dist.errors import WorkerLostError
 
 __all__ = ["ActivationStore"]
 
@@ -25,6 +29,7 @@ class ActivationStore:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the store
         self._slots: dict[int, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        self._checksums: dict[int, int] = {}
         self._end = 0
 
     def put(self, index: int, array: npt.NDArray[Any]) -> None:
@@ -40,12 +45,17 @@ class ActivationStore:
             self._end += array.nbytes
             self._slots[index] = slot
         view = _bytes_of(array)
+        self._checksums[index] = xxhash.xxh3_128_intdigest(view)
         written = 0
         while written < len(view):
             written += os.pwrite(self._file.fileno(), view[written:], slot[0] + written)
 
     def get(self, index: int) -> npt.NDArray[Any]:
-        """The array kept under `index`."""
+        """The array kept under `index`.
+
+        Raises:
+            WorkerLostError: the file gives back something else; what was kept is lost like a worker's memory.
+        """
         offset, shape, dtype = self._slots[index]
         array = np.empty(shape, dtype)
         view = _bytes_of(array)
@@ -55,6 +65,11 @@ class ActivationStore:
             if count == 0:
                 raise OSError(f"the store of hidden states ends at byte {offset + read}")
             read += count
+        if xxhash.xxh3_128_intdigest(view) != self._checksums[index]:
+            raise WorkerLostError(
+                f"hidden states of micro-batch {index} are not what was kept in the directory for temporary files "
+                f"({tempfile.gettempdir()} on {platform.node()}): check that disk, or set TMPDIR to another"
+            )
         return array
 
     def clear(self) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_json, write_safetensors
+from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_safetensors
 from gs_dist.errors import OutputError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.policy import QuantPolicy
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 MANIFESTS = "manifests"
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 16 << 20
 
 
@@ -75,6 +77,8 @@ class LayerManifest:
             that is not here stayed in float.
         kv_cache: "per_channel", "per_token" or None.
         rows: the layer's rows of the summary.
+        lineage: the source tensors that it was made from, by their checksums; None where nobody noted them.
+        solved: checksum of the layer's file in `solved/`, where later layers see the quantised ones.
     """
 
     layer: int | None
@@ -84,6 +88,8 @@ class LayerManifest:
     policies: Mapping[str, QuantPolicy] = field(default_factory=dict)
     kv_cache: str | None = None
     rows: tuple[LinearSummary, ...] = ()
+    lineage: Lineage | None = None
+    solved: str | None = None
 
     @property
     def stem(self) -> str:
@@ -103,6 +109,8 @@ def publish_layer(
     dialects: Sequence[str],
     fingerprints: Fingerprints,
     made_with: MadeWith = MadeWith(),
+    lineage: Lineage | None = None,
+    solved: str | None = None,
 ) -> LayerManifest:
     """Writes a layer's shard in every dialect, then its manifest.
 
@@ -113,6 +121,8 @@ def publish_layer(
         dialects: dialects to write.
         fingerprints: what the layer was made from.
         made_with: the software of this process.
+        lineage: the source tensors that the layer was made from.
+        solved: checksum of what `write_solved` wrote of it, if it did.
 
     Raises:
         OutputError: the disk is full, or the directory cannot be written.
@@ -135,6 +145,8 @@ def publish_layer(
         policies={prefix + name: linear.policy for name, linear in layer.linears.items()},
         kv_cache=kv_cache,
         rows=layer.rows,
+        lineage=lineage,
+        solved=solved,
     )
     write_manifest(output, manifest)
     return manifest
@@ -153,7 +165,8 @@ def publish_outer(
         name: write_safetensors(make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors)
         for name in dialects
     }
-    manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints, made_with=made_with)
+    lineage = Lineage(behind="", tensors=checksums(tensors))
+    manifest = LayerManifest(layer=None, shards=shards, fingerprints=fingerprints, made_with=made_with, lineage=lineage)
     write_manifest(output, manifest)
     return manifest
 
@@ -170,25 +183,24 @@ def write_manifest(output: Path, manifest: LayerManifest) -> None:
         "effective_policies": {name: policy.effective() for name, policy in manifest.policies.items()},
         "kv_cache": manifest.kv_cache,
         "rows": [dataclasses.asdict(row) for row in manifest.rows],
+        "lineage": None if manifest.lineage is None else dataclasses.asdict(manifest.lineage),
+        "solved": manifest.solved,
     }
-    write_json(make_directory(output / MANIFESTS) / f"{manifest.stem}.json", content)
+    write_sealed_json(make_directory(output / MANIFESTS) / f"{manifest.stem}.json", content)
 
 
 def read_manifest(output: Path, layer: int | None) -> LayerManifest | None:
     """The manifest of a layer (None: of the outer part), or None where it is not finished.
 
     Raises:
-        OutputError: the file is damaged or of another version.
+        DamagedError: the file does not hold what was written.
+        OutputError: it is of another version.
     """
     label = f"{MANIFESTS}/{part_stem(layer)}.json"
     try:
-        content = json.loads((output / label).read_bytes())
+        content = read_sealed_json(output / label, label)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(
-            f"{label}: cannot be read ({error!s:.200}); delete it to have the layer done again"
-        ) from error
     try:
         manifest = _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -234,13 +246,15 @@ def _from_json(content: Mapping[str, Any]) -> LayerManifest:
     return LayerManifest(
         layer=content["layer"],
         fingerprints=Fingerprints(**content["fingerprints"]),
-        made_with=MadeWith(**content.get("made_with", {})),  # once there was none: of unknown software
+        made_with=MadeWith(**content["made_with"]),
         shards={name: _record(record) for name, record in content["shards"].items()},
         policies={
             name: QuantPolicy.model_validate_json(json.dumps(policy)) for name, policy in content["policies"].items()
         },
         kv_cache=content["kv_cache"],
         rows=tuple(LinearSummary(**{**row, "notes": tuple(row["notes"])}) for row in content["rows"]),
+        lineage=None if content["lineage"] is None else Lineage(**content["lineage"]),
+        solved=content["solved"],
     )
 
 

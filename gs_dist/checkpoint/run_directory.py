@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gs_dist.checkpoint.array_file import read_arrays
+from gs_dist.checkpoint.array_file import read_arrays, read_texts, write_arrays
 from gs_dist.checkpoint.dialects import published_dialect
-from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.layer_costs import SENSITIVITY
+from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
 from gs_dist.checkpoint.manifest import (
     MANIFESTS,
     Fingerprints,
@@ -41,10 +43,11 @@ from gs_dist.checkpoint.run_record import (
     version_differences,
     write_record,
 )
-from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved
+from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
 from gs_dist.checkpoint.weight_files import INDEX_FILE
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json, write_safetensors
-from gs_dist.errors import CheckpointError, OutputError
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, sync_directory, write_json
+from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
@@ -54,12 +57,16 @@ __all__ = [
     "LOCK",
     "RunDirectory",
     "StatisticsOrigin",
+    "StatisticsRecord",
     "find_models",
+    "forget_statistics",
     "holds_statistics",
     "locked",
     "read_origin",
     "read_statistics",
+    "read_statistics_record",
     "remove_statistics",
+    "unjudged",
     "write_origin",
     "write_statistics",
 ]
@@ -67,7 +74,10 @@ __all__ = [
 DONE = "done"
 LOCK = ".lock"
 STATISTICS = "statistics"
+UNJUDGED = ".gs-dist-unjudged"
 LAYER_POLICIES = "layer_policies.yaml"
+_KEEP = "run the job with --keep-statistics first"
+_HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
 _FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
 
 
@@ -170,21 +180,51 @@ class RunDirectory:
         _refuse_foreign(self.path)
         for path in sorted((self.path / MANIFESTS).glob("layer-*.json")):
             number = path.stem.removeprefix("layer-")
-            manifest = read_manifest(self.path, int(number)) if number.isdecimal() else None
-            if manifest is not None:
-                self._refuse_other(manifest)
+            with suppress(DamagedError):  # `prepare` tells of it
+                manifest = read_manifest(self.path, int(number)) if number.isdecimal() else None
+                if manifest is not None:
+                    self._refuse_other(manifest)
         self._refuse_other_statistics()
 
-    def prepare(self, num_layers: int) -> dict[int, LayerManifest]:
+    def prepare(
+        self,
+        num_layers: int,
+        tell: Callable[[str], None] = lambda text: None,
+        reader: CheckpointReader | None = None,
+    ) -> dict[int, LayerManifest]:
         """Clears what dead writers left, and returns the finished layers, their shards verified by hash.
 
-        A layer whose shard is missing or changed counts as unfinished and is done again.
+        A layer whose shard is missing or changed counts as unfinished and is done again; so does one whose quantised
+        form a later layer has yet to see, where that form is missing or changed.
+
+        Args:
+            num_layers: of the model.
+            tell: told of what is done again, and why.
+            reader: of the source checkpoint; if given, the tensors that finished parts were made from are read and
+                compared.
 
         Raises:
             OutputError: the directory holds a run of another recipe, model, data or software, or something else.
         """
         self.refuse_other_run()
+        self.withdraw()
+        finished = {}
+        for layer in range(num_layers):
+            manifest = self._whole_part(layer, tell)
+            if manifest is not None:
+                finished[layer] = manifest
+        if self._recipe is not None and self._recipe.get("propagation") == "quantized":
+            self._forget_unsolved(finished, num_layers, tell)
+        if reader is not None:
+            self._refuse_changed_source(reader, finished)
+        self._begin(num_layers)
+        return finished
+
+    def _begin(self, num_layers: int) -> None:
+        """Nothing here looks finished any more: `done`, configs and indices go, and what dead writers left."""
         (self.path / DONE).unlink(missing_ok=True)
+        for name in self._dialects:
+            _take_entrance(self.path / name)
         for directory in (
             self.path,
             *(self.path / name for name in (*self._dialects, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED)),
@@ -200,15 +240,71 @@ class RunDirectory:
                 made_with=self._made_with,
             )
             write_record(self.path, record)
-        finished = {}
-        for layer in range(num_layers):
+
+    def _whole_part(self, layer: int | None, tell: Callable[[str], None]) -> LayerManifest | None:
+        """The manifest of a layer (None: of the outer part), if its shards are there and as they were written."""
+        again = f"{'the outer tensors are' if layer is None else f'layer {layer} is'} done again"
+        try:
             manifest = read_manifest(self.path, layer)
-            if manifest is None:
-                continue
-            self._refuse_other(manifest)
-            if set(manifest.shards) >= set(self._dialects) and not shard_faults(self.path, manifest):
-                finished[layer] = manifest
-        return finished
+        except DamagedError as error:
+            tell(f"{error}: {again}")
+            return None
+        if manifest is None:
+            return None
+        self._refuse_other(manifest)
+        if not set(manifest.shards) >= set(self._dialects):
+            return None
+        faults = shard_faults(self.path, manifest)
+        if not faults and manifest.lineage is None:
+            faults = [f"{MANIFESTS}/{manifest.stem}.json does not tell which source tensors the layer was made from"]
+        if faults:
+            tell(f"{faults[0]}: {again}")
+            return None
+        return manifest
+
+    def _forget_unsolved(
+        self, finished: dict[int, LayerManifest], num_layers: int, tell: Callable[[str], None]
+    ) -> None:
+        """Takes layers out whose quantised form an unfinished layer has to see and cannot.
+
+        A finished job has none of these forms any more. They are made again from the samples, to the same bytes.
+        """
+        last = max((layer for layer in range(num_layers) if layer not in finished), default=-1)
+        lost = [layer for layer in finished if layer < last and not solved_is_whole(self.path, layer)]
+        for layer in lost:
+            del finished[layer]
+        if lost:
+            layers = f"layer {lost[0]} is" if len(lost) == 1 else f"layers {', '.join(map(str, lost))} are"
+            tell(
+                f"{layers} done again: layer {last} is to see what quantised layers give, and "
+                f"{SOLVED}/{part_stem(lost[0])}.safetensors is gone or was changed"
+            )
+
+    def _refuse_changed_source(self, reader: CheckpointReader, finished: Mapping[int, LayerManifest]) -> None:
+        """Reads the source tensors that finished parts were made from, and compares their checksums.
+
+        Raises:
+            OutputError: the model is not what it was.
+        """
+        parts = [*finished.values()]
+        with suppress(DamagedError):
+            outer = read_manifest(self.path, None)
+            parts += [] if outer is None or not finished else [outer]
+
+        def changed(part: LayerManifest) -> list[str]:
+            tensors = reader.read_outer() if part.layer is None else reader.read_layer(part.layer)
+            return [] if part.lineage is None else part.lineage.changed(checksums(tensors))
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            for part, names in zip(parts, pool.map(changed, parts), strict=True):
+                if names:
+                    prefix = "" if part.layer is None else reader.architecture.layer_prefix(part.layer)
+                    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                    raise OutputError(
+                        f"output {str(self.path)!r} holds a run in which the model differed: {prefix}{names[0]}{more} "
+                        f"is not what {part.stem} was made from. Restore what it was, or set output to another "
+                        "directory"
+                    )
 
     def _refuse_other(self, manifest: LayerManifest) -> None:
         """Refuses to add to a layer that was made from something else, or with other versions."""
@@ -255,6 +351,8 @@ class RunDirectory:
     ) -> None:
         """Makes each dialect's directory a model: carries the outer tensors over, writes config, index and provenance.
 
+        It lies apart, at `unjudged`, until `finish`: nothing that loads models finds one that may yet be refused.
+
         Args:
             reader: the source checkpoint.
             finished: manifests of all layers.
@@ -264,31 +362,136 @@ class RunDirectory:
 
         Raises:
             JobFailure: a tensor of the source is unaccounted for.
+            OutputError: the parts were made from different models.
         """
-        outer = read_manifest(self.path, None)
-        if outer is None or outer.fingerprints != self._fingerprints or shard_faults(self.path, outer):
-            made_with = self._made_with or MadeWith()
-            outer = publish_outer(self.path, reader, self._dialects, self._fingerprints, made_with)
+        outer = self._outer(reader)
+        _refuse_mixture(self.path, finished, outer)
+        make_directory(self.path / UNJUDGED)
         for name in self._dialects:
-            merged = merge_checkpoint(self.path, name, reader, finished.values(), outer, policies)
+            _rename(self.path / name, unjudged(self.path, name))
+            merged = merge_checkpoint(self.path / UNJUDGED, name, reader, finished.values(), outer, policies)
             parts = (*finished.values(), outer)
-            write_provenance(self.path / name, parts, recipe=recipe, versions=versions, files=merged.files)
+            write_provenance(unjudged(self.path, name), parts, recipe=recipe, versions=versions, files=merged.files)
+
+    def _outer(self, reader: CheckpointReader) -> LayerManifest:
+        """The manifest of the outer part, which is published anew unless it is whole and of this job."""
+        with suppress(DamagedError):
+            outer = read_manifest(self.path, None)
+            if (
+                outer is not None
+                and outer.fingerprints == self._fingerprints
+                and not shard_faults(self.path, outer)
+                and outer.lineage is not None
+                and not outer.lineage.changed(checksums(reader.read_outer()))
+            ):
+                return outer
+        return publish_outer(self.path, reader, self._dialects, self._fingerprints, self._made_with or MadeWith())
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Writes `done`: the job is complete and what it published was checked."""
+        """Puts the models into their places and writes `done`: what the job published was checked."""
+        for name in self._dialects:
+            _rename(unjudged(self.path, name), self.path / name)
+        (self.path / UNJUDGED).rmdir()
         remove_solved(self.path)
         write_json(self.path / DONE, facts)
 
+    def withdraw(self) -> None:
+        """Takes back what `merge` made, as far as it is there: shards stay, and there is no model any more."""
+        for name in DIALECTS:
+            directory = unjudged(self.path, name)
+            if directory.is_dir():
+                _take_entrance(directory)
+                _rename(directory, self.path / name)
+        with suppress(FileNotFoundError):
+            (self.path / UNJUDGED).rmdir()
 
-def write_statistics(output: Path, layer: int, statistics: LayerStatistics) -> None:
+
+def unjudged(output: Path, dialect: str) -> Path:
+    """Where a job's model lies between merge and verdict."""
+    return output / UNJUDGED / dialect
+
+
+def _take_entrance(directory: Path) -> None:
+    """Removes the two files without which no loader takes a directory for a model; config.json first."""
+    for name in ("config.json", INDEX_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _rename(before: Path, after: Path) -> None:
+    try:
+        before.rename(after)
+        sync_directory(before.parent)
+        sync_directory(after.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{before.name}: cannot be moved to {after.parent.name}/{after.name} ({error.strerror}); move it by hand, "
+            "and submit the same recipe again"
+        ) from error
+
+
+def _refuse_mixture(output: Path, finished: Mapping[int, LayerManifest], outer: LayerManifest) -> None:
+    """Refuses layers of which one was observed behind other weights than the others were made from."""
+    assert outer.lineage is not None
+    behind = outer.lineage.tensors[EMBEDDING]
+    for layer in sorted(finished):
+        lineage = finished[layer].lineage
+        if lineage is None:
+            return
+        if lineage.behind != behind:
+            before = "the embedding" if layer == 0 else f"the embedding and layers 0 to {layer - 1}"
+            raise OutputError(
+                f"output {str(output)!r} holds layers of two models: layer {layer} was observed behind other weights "
+                f"than {before} have. The model changed during the run: leave it alone, and set output to another "
+                "directory"
+            )
+        behind = lineage.after
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRecord:
+    """What a layer's kept statistics are of: which layer, the fingerprint of the samples, the source tensors."""
+
+    layer: int
+    data: str
+    lineage: Lineage
+
+
+def write_statistics(output: Path, statistics: LayerStatistics, of: StatisticsRecord) -> None:
     """Keeps a layer's merged statistics, `statistics/layer-00017.safetensors`, for another recipe to be solved from."""
     arrays = {f"{name}/{key}": array for name, seen in statistics.items() for key, array in seen.to_arrays().items()}
-    write_safetensors(make_directory(output / STATISTICS) / f"{part_stem(layer)}.safetensors", arrays)
+    make_directory(output / STATISTICS)
+    write_arrays(_statistics_path(output, of.layer), arrays, {"of": json.dumps(dataclasses.asdict(of))})
+
+
+def _statistics_path(output: Path, layer: int) -> Path:
+    return output / STATISTICS / f"{part_stem(layer)}.safetensors"
 
 
 def holds_statistics(output: Path, layer: int) -> bool:
     """Whether a layer's statistics are on disk."""
-    return (output / STATISTICS / f"{part_stem(layer)}.safetensors").is_file()
+    return _statistics_path(output, layer).is_file()
+
+
+def forget_statistics(output: Path, layer: int) -> None:
+    """Deletes those of one layer."""
+    _statistics_path(output, layer).unlink(missing_ok=True)
+
+
+def read_statistics_record(output: Path, layer: int) -> StatisticsRecord:
+    """What kept statistics are of.
+
+    Raises:
+        OutputError: the job kept none of the layer.
+        DamagedError: they do not say so.
+    """
+    texts = read_texts(_statistics_path(output, layer), _KEEP)
+    try:
+        content = json.loads(texts["of"])
+        return StatisticsRecord(**{**content, "lineage": Lineage(**content["lineage"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{STATISTICS}/{part_stem(layer)}.safetensors: does not tell what it is of; {_KEEP}"
+        ) from error
 
 
 def remove_statistics(output: Path) -> None:
@@ -316,7 +519,7 @@ class StatisticsOrigin:
 
 def write_origin(output: Path, origin: StatisticsOrigin) -> None:
     """Writes `statistics/origin.json`, once all layers' statistics are there."""
-    write_json(make_directory(output / STATISTICS) / "origin.json", dataclasses.asdict(origin))
+    write_sealed_json(make_directory(output / STATISTICS) / "origin.json", dataclasses.asdict(origin))
 
 
 def read_origin(output: Path) -> StatisticsOrigin:
@@ -330,11 +533,10 @@ def read_origin(output: Path) -> StatisticsOrigin:
         raise OutputError(
             f"{str(output)!r} holds no kept statistics: run `gs-dist quantize --keep-statistics` to the end first"
         )
-    content = read_json(path, f"{STATISTICS}/origin.json")
     try:
-        return StatisticsOrigin(**content)
-    except TypeError as error:
-        raise OutputError(f"{STATISTICS}/origin.json is damaged ({error}): run the job again") from error
+        return StatisticsOrigin(**read_sealed_json(path, f"{STATISTICS}/origin.json"))
+    except (DamagedError, TypeError) as error:
+        raise DamagedError(f"{STATISTICS}/origin.json is damaged ({error}): run the job again") from error
 
 
 def read_statistics(output: Path, layer: int) -> LayerStatistics:
@@ -342,9 +544,10 @@ def read_statistics(output: Path, layer: int) -> LayerStatistics:
 
     Raises:
         OutputError: the job kept no statistics of the layer, or another version did.
+        DamagedError: the file does not hold what was written.
     """
-    path = output / STATISTICS / f"{part_stem(layer)}.safetensors"
-    arrays, _ = read_arrays(path, "run the job with --keep-statistics first")
+    path = _statistics_path(output, layer)
+    arrays, _ = read_arrays(path, _KEEP)
     fields: dict[str, dict[str, npt.NDArray[Any]]] = {}
     for full_name, array in arrays.items():
         name, key = full_name.split("/")

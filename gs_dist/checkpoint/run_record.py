@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.manifest import MANIFESTS, Fingerprints, MadeWith
-from gs_dist.checkpoint.writer import make_directory, write_json
+from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.writer import make_directory
 from gs_dist.recipe.text import format_path
 
 __all__ = ["RunRecord", "read_record", "recipe_differences", "version_differences", "write_record"]
@@ -41,13 +42,13 @@ class RunRecord:
 
 def write_record(output: Path, record: RunRecord) -> None:
     """Publishes the record."""
-    write_json(make_directory(output / MANIFESTS) / RECORD, {"version": _VERSION, **dataclasses.asdict(record)})
+    write_sealed_json(make_directory(output / MANIFESTS) / RECORD, {"version": _VERSION, **dataclasses.asdict(record)})
 
 
 def read_record(output: Path) -> RunRecord | None:
     """What `write_record` wrote; None where there is none that can be read, since nothing depends on it alone."""
     try:
-        content = json.loads((output / MANIFESTS / RECORD).read_bytes())
+        content = read_sealed_json(output / MANIFESTS / RECORD, RECORD)
         if content.pop("version") != _VERSION:
             return None
         made_with = content["made_with"]

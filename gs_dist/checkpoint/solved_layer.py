@@ -6,6 +6,7 @@ back exactly. It lies in `solved/` of the output while the job runs, and goes wh
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,20 +14,25 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gs_dist.checkpoint.array_file import read_arrays
-from gs_dist.checkpoint.manifest import part_stem
-from gs_dist.checkpoint.writer import make_directory, write_safetensors
+from gs_dist.checkpoint.array_file import read_arrays, read_texts, write_arrays
+from gs_dist.checkpoint.lineage import Lineage
+from gs_dist.checkpoint.manifest import MANIFESTS, part_stem, read_manifest
+from gs_dist.checkpoint.seal import SEAL
+from gs_dist.checkpoint.writer import make_directory
+from gs_dist.errors import DamagedError, OutputError
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
-__all__ = ["SOLVED", "read_solved", "remove_solved", "write_solved"]
+__all__ = ["SOLVED", "read_solved", "remove_solved", "solved_is_whole", "write_solved"]
+
+_AGAIN = "submit the same recipe again to have the layer done again"
 
 SOLVED = "solved"
 _ARRAYS = ("codes", "scale", "zero_point", "group_index", "bias", "smooth_scale", "smooth_shift")
 
 
-def write_solved(output: Path, layer: QuantizedLayer) -> None:
-    """Writes `solved/layer-00017.safetensors`; summary rows are left to the manifest."""
+def write_solved(output: Path, layer: QuantizedLayer, lineage: Lineage) -> str:
+    """Writes `solved/layer-00017.safetensors`; its checksum. Summary rows are left to the manifest."""
     arrays: dict[str, npt.NDArray[Any]] = {f"tensors/{name}": array for name, array in layer.tensors.items()}
     settings: dict[str, Any] = {}
     for name, linear in layer.linears.items():
@@ -40,18 +46,26 @@ def write_solved(output: Path, layer: QuantizedLayer) -> None:
     if layer.kv_cache is not None:
         scales = {"key_scale": layer.kv_cache.key_scale, "value_scale": layer.kv_cache.value_scale}
         arrays |= {f"kv_cache/{key}": scale for key, scale in scales.items() if scale is not None}
-    texts = {"linears": json.dumps(settings), "kv_cache": json.dumps(layer.kv_cache is not None)}
-    write_safetensors(make_directory(output / SOLVED) / f"{part_stem(layer.layer)}.safetensors", arrays, texts)
+    texts = {
+        "linears": json.dumps(settings),
+        "kv_cache": json.dumps(layer.kv_cache is not None),
+        "lineage": json.dumps(dataclasses.asdict(lineage)),
+    }
+    return write_arrays(make_directory(output / SOLVED) / f"{part_stem(layer.layer)}.safetensors", arrays, texts)
 
 
-def read_solved(output: Path, layer: int) -> QuantizedLayer:
+def read_solved(output: Path, layer: int) -> tuple[QuantizedLayer, Lineage]:
     """Inverse of `write_solved`, without rows.
 
     Raises:
         OutputError: the layer was not solved under quantised propagation.
+        DamagedError: it is not what its manifest says was solved.
     """
-    path = output / SOLVED / f"{part_stem(layer)}.safetensors"
-    arrays, texts = read_arrays(path, f"delete manifests/{part_stem(layer)}.json to have the layer done again")
+    path = _path(output, layer)
+    arrays, texts = read_arrays(path, _AGAIN)
+    manifest = read_manifest(output, layer)
+    if manifest is None or manifest.solved != read_texts(path, _AGAIN)[SEAL]:
+        raise DamagedError(f"{SOLVED}/{path.name}: is not what {MANIFESTS}/{part_stem(layer)}.json tells of; {_AGAIN}")
     linears = {
         name: QuantizedLinear(
             policy=QuantPolicy.model_validate_json(json.dumps(found["policy"])),
@@ -68,7 +82,21 @@ def read_solved(output: Path, layer: int) -> QuantizedLayer:
         )
     prefix = "tensors/"
     tensors = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    return QuantizedLayer(layer=layer, linears=linears, tensors=tensors, kv_cache=cache)
+    solved = QuantizedLayer(layer=layer, linears=linears, tensors=tensors, kv_cache=cache)
+    return solved, Lineage(**json.loads(texts["lineage"]))
+
+
+def solved_is_whole(output: Path, layer: int) -> bool:
+    """Whether a layer's file is there and as it was written; it is read in full."""
+    try:
+        read_solved(output, layer)
+    except OutputError:
+        return False
+    return True
+
+
+def _path(output: Path, layer: int) -> Path:
+    return output / SOLVED / f"{part_stem(layer)}.safetensors"
 
 
 def remove_solved(output: Path) -> None:

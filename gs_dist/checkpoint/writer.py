@@ -33,6 +33,7 @@ __all__ = [
     "make_directory",
     "publish",
     "remove_leftovers",
+    "sync_directory",
     "write_bytes",
     "write_json",
     "write_safetensors",
@@ -94,7 +95,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         where = f"{path.parent.name}/{path.name}"
         if error.errno in _NO_ROOM:
@@ -110,7 +111,7 @@ def make_directory(path: Path) -> Path:
     """Makes a directory where there is none, durably, and returns it; its parent exists."""
     try:
         path.mkdir()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except FileExistsError:
         pass
     except OSError as error:
@@ -209,7 +210,8 @@ def _open_locked(path: Path) -> tuple[int, Path]:
         os.close(descriptor)  # cleaned up in that same instant
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Flushes a directory's entries to disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,7 @@ ids. Rows are streamed a batch at a time, so memory does not grow with the data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +29,11 @@ from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
 from gs_dist.wording import counted
 
-__all__ = ["CalibrationDataset", "TokenBatch", "open_dataset"]
+__all__ = ["CalibrationDataset", "TokenBatch", "open_dataset", "samples_fingerprint"]
 
 _FEW_ROWS = 16  # rows of a seed's order that are read together at first, where it is not known how many are wanted
 _MANY_ROWS = 1024  # and at most
+_DIGEST = 16  # bytes of a sample's digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,19 @@ class TokenBatch:
     input_ids: Ids
     mask: NDArray[np.bool_]
     num_samples: int
+
+    def digests(self) -> tuple[bytes, ...]:
+        """Of each sample sha256 over its tokens, cut to 128 bits."""
+        return tuple(_digest(self.input_ids[row][self.mask[row]]) for row in range(self.num_samples))
+
+
+def _digest(sample: Ids) -> bytes:
+    return hashlib.sha256(sample.astype("<i4").tobytes()).digest()[:_DIGEST]
+
+
+def samples_fingerprint(sequence_length: int, digests: Sequence[bytes]) -> str:
+    """sha256, in hex, over the `TokenBatch.digests` of all samples in order."""
+    return hashlib.sha256(f"{len(digests)} x {sequence_length}".encode() + b"".join(digests)).hexdigest()
 
 
 def open_dataset(
@@ -110,7 +124,7 @@ class CalibrationDataset:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of how the data are read; complete once all of them were, by `fingerprint`."""
+        """What a user should be told of how the data are read; complete once all of them were, by `digests`."""
         return (*self._notes, *self._tally.notes(self.column))
 
     @property
@@ -155,19 +169,24 @@ class CalibrationDataset:
                 mask[row, : sample.size] = True
             yield TokenBatch(index=index, input_ids=ids, mask=mask, num_samples=count)
 
-    def fingerprint(self) -> str:
-        """sha256 of all samples' ids and masks, in hex; the same for any micro-batch size. Reads everything once.
+    def digests(self) -> tuple[bytes, ...]:
+        """The `TokenBatch.digests` of all samples, the same for any micro-batch size. Reads everything once.
 
         Raises:
             DatasetError: as `batches`.
         """
-        digest = hashlib.sha256(f"{self._num_samples} x {self._config.sequence_length}".encode())
         tally = Tally()
-        for sample in self._samples(0, self._num_samples, tally):
-            digest.update(sample.size.to_bytes(8, "little"))
-            digest.update(sample.astype("<i4").tobytes())
+        found = tuple(_digest(sample) for sample in self._samples(0, self._num_samples, tally))
         self._tally = tally
-        return digest.hexdigest()
+        return found
+
+    def fingerprint(self) -> str:
+        """The `samples_fingerprint` of all samples. Reads everything once.
+
+        Raises:
+            DatasetError: as `batches`.
+        """
+        return samples_fingerprint(self._config.sequence_length, self.digests())
 
     def _serve_what_is_there(self) -> None:
         self._num_samples = self._count_samples()

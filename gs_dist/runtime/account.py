@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gs_dist import __version__
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.errors import DamagedError, OutputError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
+from gs_dist.results.costs import LayerCosts
 from gs_dist.results.quantized import LinearSummary
-from gs_dist.results.summary import JSON_NAME, CalibrationSummary, read_summary
+from gs_dist.results.summary import CalibrationSummary, read_summary
 from gs_dist.runtime.choice import with_scheme_errors
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import mixture_note
@@ -58,7 +61,7 @@ def summarise(
     )
     rows = []
     for layer in sorted(finished):
-        costs = read_costs(Path(job.config.output), layer, job.fingerprints) if job.config.judges_schemes else None
+        costs = _costs_of(job, layer) if job.config.judges_schemes else None
         rows += [with_scheme_errors(row, costs) for row in finished[layer].rows]
     mixture = mixture_note(finished)
     return CalibrationSummary(
@@ -76,14 +79,21 @@ def summarise(
     )
 
 
+def _costs_of(job: Job, layer: int) -> LayerCosts | None:
+    with suppress(DamagedError):
+        return read_costs(Path(job.config.output), layer, job.fingerprints)
+    return None
+
+
 def as_told_before(
     output: Path, summary: CalibrationSummary, config: CalibrationConfig
 ) -> tuple[CalibrationSummary, CalibrationConfig]:
     """Summary and recipe of a run in which nothing was left to do: how the work was done, the run that did it said.
 
     How the result is judged is the present recipe's; what an earlier probe found goes where it is to be found anew.
+    What that run said counts only where it can be read; layers, and what is told of them, do not depend on it.
     """
-    if (output / JSON_NAME).is_file():
+    with suppress(OutputError):
         earlier = read_summary(output)
         probes = earlier.probes if config.max_perplexity_increase is None else ()
         summary = dataclasses.replace(
@@ -93,7 +103,7 @@ def as_told_before(
             formats=summary.formats,
             probes=probes,
         )
-    if (output / RECIPE).is_file():
+    with suppress(RecipeError, OSError):
         judged = {"max_perplexity_increase": config.max_perplexity_increase, "probe": config.probe}
         config = read_published_recipe(output / RECIPE).model_copy(update=judged)
     return summary, config

@@ -11,9 +11,13 @@ from typing import Any
 
 import yaml
 
-from gs_dist.checkpoint.layer_costs import read_costs
+from gs_dist.checkpoint.layer_costs import read_judgement
+from gs_dist.checkpoint.lineage import checksums
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import LAYER_POLICIES, holds_statistics
+from gs_dist.checkpoint.run_record import version_differences
 from gs_dist.checkpoint.writer import write_bytes
+from gs_dist.errors import DamagedError
 from gs_dist.planning.bits import override_of
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
@@ -22,6 +26,7 @@ from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.costs import FLOAT, LayerCosts, SchemeCost
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.runtime.job import Job
+from gs_dist.runtime.software import Software
 from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
 from gs_dist.wording import counted
 
@@ -30,15 +35,34 @@ __all__ = ["choose", "chosen_policies", "judged_before", "render_layer_policies"
 _SIMPLE_KEY = 1000  # characters; YAML takes 1024 at most without a question mark
 
 
-def judged_before(job: Job, finished: Collection[int]) -> dict[int, LayerCosts]:
-    """What was judged before a crash, unless the layer is still to be solved and its statistics are gone."""
-    output = Path(job.config.output)
+def judged_before(
+    job: Job, finished: Collection[int], reader: CheckpointReader, progress: Progress
+) -> dict[int, LayerCosts]:
+    """What was judged before a crash, unless the layer is still to be solved and its statistics are gone.
+
+    Args:
+        job: with `bits: auto`.
+        finished: layers that are published.
+        reader: of the float checkpoint; its tensors are held against those that were judged.
+        progress: told of what is judged again, and why.
+    """
+    output, made_with = Path(job.config.output), Software.here().made_with
     judged: dict[int, LayerCosts] = {}
     for layer in range(job.plan.architecture.num_layers):
-        costs = read_costs(output, layer, job.fingerprints)
+        try:
+            found = read_judgement(output, layer)
+        except DamagedError as error:
+            progress.message(f"{error}: layer {layer} is judged again")
+            continue
         solvable = layer in finished or job.statistics_from is not None or holds_statistics(output, layer)
-        if costs is not None and solvable:
-            judged[layer] = costs
+        if (
+            found is not None
+            and solvable
+            and found.fingerprints == job.fingerprints
+            and not version_differences(found.made_with, made_with)
+            and not found.lineage.changed(checksums(reader.read_layer(layer)))
+        ):
+            judged[layer] = found.costs
     return judged
 
 

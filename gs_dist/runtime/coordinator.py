@@ -8,7 +8,7 @@ from pathlib import Path
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import locked
-from gs_dist.data.dataset import open_dataset
+from gs_dist.data.dataset import open_dataset, samples_fingerprint
 from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
@@ -45,12 +45,15 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
     )
     with locked(Path(config.output)):
         progress.message("reading the calibration samples")
+        samples = dataset.digests()
         fingerprints = Fingerprints(
-            recipe=recipe_fingerprint(config), source=reader.fingerprint(), data=dataset.fingerprint()
+            recipe=recipe_fingerprint(config),
+            source=reader.fingerprint(),
+            data=samples_fingerprint(config.calibration.sequence_length, samples),
         )
         for note in dataset.notes:
             progress.message(note)
-        return _run_on_ray(config, reader, fingerprints, address, planned, progress)
+        return _run_on_ray(config, reader, fingerprints, address, planned, progress, samples=samples)
 
 
 def resolve(
@@ -100,6 +103,8 @@ def _run_on_ray(
     address: str | None,
     planned: PlannedJob | None,
     progress: Progress,
+    *,
+    samples: tuple[bytes, ...] = (),
     statistics_from: str | None = None,
 ) -> CalibrationSummary:
     """The job on a cluster; its output is locked."""
@@ -115,7 +120,7 @@ def _run_on_ray(
         if lacking:
             progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")
         kept = None if statistics_from is None else os.path.abspath(statistics_from)
-        job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, statistics_from=kept)
+        job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, samples=samples, statistics_from=kept)
         return run_locked_job(
             job, reader, make_group=stage_workers, make_evaluation_group=evaluation_workers, progress=progress
         )

@@ -19,10 +19,12 @@ class Job:
         config: the recipe.
         plan: made of it.
         fingerprints: of recipe, model and samples.
+        samples: digests of the samples that were fingerprinted, in order; empty where nobody read them.
         statistics_from: an output whose kept statistics layers are solved from; None where they are observed.
     """
 
     config: CalibrationConfig
     plan: CalibrationPlan
     fingerprints: Fingerprints
+    samples: tuple[bytes, ...] = ()
     statistics_from: str | None = None

@@ -7,6 +7,7 @@ a worker, the coordinator or the whole job comes to the same thing: what is unfi
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
 from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory, locked
+from gs_dist.errors import DamagedError
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.costs import LayerCosts
@@ -79,17 +81,18 @@ def run_locked_job(
     began = time.monotonic()
     run = run_of(job.config, job.fingerprints)
     probe = Probe.open(job, reader)
-    finished = run.prepare(reader.architecture.num_layers)
+    num_layers = reader.architecture.num_layers
+    finished = run.prepare(num_layers, progress.message, reader)
     if finished:
-        progress.message(f"resuming: {len(finished)} of {reader.architecture.num_layers} layers are finished")
-    if len(finished) < reader.architecture.num_layers:
+        progress.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
+    if len(finished) < num_layers:
         reader.refuse_damaged_outer()
         for name in job.config.dialects:
-            refuse_foreign_weights(run.path, name, reader.architecture.num_layers)
+            refuse_foreign_weights(run.path, name, num_layers)
     times = StageTimes()
-    if job.config.bits == "auto":
-        job = _with_bits(job, finished, make_group, progress, times)
-    _finish_layers(job, SOLVE, finished, make_group, progress, times)
+    job = _until_nothing_is_damaged(
+        lambda: _observe_and_solve(job, reader, finished, make_group, progress, times), num_layers, progress
+    )
     return publish(
         job,
         run,
@@ -103,11 +106,41 @@ def run_locked_job(
     )
 
 
+def _until_nothing_is_damaged(work: Callable[[], Job], num_layers: int, progress: Progress) -> Job:
+    """Works again where something that a layer was to be solved from is damaged: it was deleted then."""
+    for _ in range(num_layers):
+        try:
+            return work()
+        except DamagedError as error:
+            progress.message(f"{error}: it is made again")
+    return work()
+
+
+def _observe_and_solve(
+    job: Job,
+    reader: CheckpointReader,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    times: StageTimes,
+) -> Job:
+    """Fills `finished`; the job as it was solved."""
+    if job.config.bits == "auto":
+        job = _with_bits(job, reader, finished, make_group, progress, times)
+    _finish_layers(job, SOLVE, finished, make_group, progress, times)
+    return job
+
+
 def _with_bits(
-    job: Job, finished: dict[int, LayerManifest], make_group: MakeGroup, progress: Progress, times: StageTimes
+    job: Job,
+    reader: CheckpointReader,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    progress: Progress,
+    times: StageTimes,
 ) -> Job:
     """Has every layer observed and judged; the job that solves what is chosen."""
-    judged: dict[int, LayerCosts] = judged_before(job, finished)
+    judged: dict[int, LayerCosts] = judged_before(job, finished, reader, progress)
     if len(judged) < job.plan.architecture.num_layers:
         progress.message("finding out what each scheme costs each linear")
         _finish_layers(job, JUDGE, judged, make_group, progress, times)

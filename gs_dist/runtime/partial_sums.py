@@ -1,26 +1,20 @@
 """What a replica hands to a layer's owner: its partial sums, and by what the owner can tell that they belong there.
 
-Checksums are crc32: they guard against accidents, such as another copy of the model or a damaged transfer.
+Checksums guard against accidents, such as another copy of the model, other samples, or a damaged transfer.
 """
 
 from __future__ import annotations
 
 import itertools
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from gs_dist.checkpoint.lineage import checksum_of, joined
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.statistics import TreeNode
 
-__all__ = ["PartialSums", "check_partial_sums", "tensors_checksum"]
-
-Array = npt.NDArray[Any]
+__all__ = ["PartialSums", "check_partial_sums"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +26,11 @@ class PartialSums:
         replica: who observed it.
         start, stop: micro-batches that were run, the last one excluded.
         weights: number of each layer that the pass ran in its source form, up to this one, to the
-            `tensors_checksum` of its tensors as this replica read them.
+            checksum of its tensors as this replica read them.
+        behind: checksum of what the first of them is behind of (see `Lineage`).
+        samples: digest of every sample that was fed, in order.
         nodes: the sums.
-        checksum: of all the above as the replica had it; 0 until `sealed`.
+        checksum: of all the above as the replica had it; empty until `sealed`.
         node: name of the machine.
     """
 
@@ -42,41 +38,37 @@ class PartialSums:
     replica: int
     start: int
     stop: int
-    weights: Mapping[int, int]
+    weights: Mapping[int, str]
     nodes: Sequence[TreeNode]
-    checksum: int = 0
+    behind: str = ""
+    samples: tuple[bytes, ...] = ()
+    checksum: str = ""
     node: str = field(default_factory=platform.node)
 
     def sealed(self) -> PartialSums:
         """With the checksum of what it holds now; the arrays are shared."""
         return replace(self, checksum=self.computed_checksum())
 
-    def computed_checksum(self) -> int:
-        """crc32 of what is held; reads the arrays where they lie."""
-        what = (self.layer, self.replica, self.start, self.stop, sorted(self.weights.items()))
-        checksum = zlib.crc32(repr(what).encode())
+    def computed_checksum(self) -> str:
+        """Checksum of what is held; reads the arrays where they lie."""
+        what = (
+            self.layer,
+            self.replica,
+            self.start,
+            self.stop,
+            sorted(self.weights.items()),
+            self.behind,
+            self.samples,
+        )
+        checksum = joined(repr(what))
         for node in self.nodes:
             for name, statistics in sorted(node.statistics.items()):
-                checksum = zlib.crc32(f"{node.level} {node.index} {name}".encode(), checksum)
-                checksum = tensors_checksum(statistics.to_arrays(), checksum)
+                checksum = checksum_of(statistics.to_arrays(), f"{node.level} {node.index} {name}", checksum)
         return checksum
 
     def blocks(self) -> set[int]:
         """Reduction blocks that the sums cover."""
         return {block for n in self.nodes for block in range(n.index << n.level, (n.index + 1) << n.level)}
-
-
-def tensors_checksum(tensors: Mapping[str, Array], checksum: int = 0) -> int:
-    """crc32 of named arrays, going on from `checksum`: names, dtypes, shapes and bytes in C order; nothing is copied.
-
-    Of an array that does not lie in that order, a row at a time is.
-    """
-    for name, array in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
-        for part in (array,) if array.flags.c_contiguous else array:
-            # As bytes, since not every dtype (bfloat16) can be seen through the buffer protocol.
-            checksum = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, checksum)
-    return checksum
 
 
 def check_partial_sums(
@@ -98,8 +90,8 @@ def check_partial_sums(
         if sums.computed_checksum() != sums.checksum:
             raise LayerError(
                 f"{prefix}: the partial sums of replica {sums.replica} (node {sums.node}) were damaged on their way: "
-                f"crc32 {sums.computed_checksum():08x} instead of {sums.checksum:08x}. Submit the same recipe again; "
-                "if it happens again, check memory and network of that node"
+                f"checksum {sums.computed_checksum()[:12]} instead of {sums.checksum[:12]}. Submit the same recipe "
+                "again; if it happens again, check memory and network of that node"
             )
         if sums.layer != own.layer:
             raise LayerError(f"{prefix}: replica {sums.replica} sent partial sums of layer {sums.layer}")
@@ -128,9 +120,13 @@ def _check_weights(own: PartialSums, other: PartialSums, prefix: str) -> None:
     differing = sorted(n for n in own.weights.keys() & other.weights.keys() if own.weights[n] != other.weights[n])
     if differing:
         number = differing[0]
-        raise CheckpointError(
-            f"{prefix}: the weights of layer {number} differ between replica {other.replica} (node {other.node}, crc32 "
-            f"{other.weights[number]:08x}) and replica {own.replica} (node {own.node}, crc32 "
-            f"{own.weights[number]:08x}): the model directory on one node is another. Put the model on storage that "
-            "all nodes share, or copy it to every node again"
-        )
+        what, theirs, ours = f"layer {number}", other.weights[number], own.weights[number]
+    elif own.behind and other.behind and own.behind != other.behind:
+        what, theirs, ours = f"the layers before layer {min(own.weights, default=own.layer)}", other.behind, own.behind
+    else:
+        return
+    raise CheckpointError(
+        f"{prefix}: the weights of {what} differ between replica {other.replica} (node {other.node}, checksum "
+        f"{theirs[:12]}) and replica {own.replica} (node {own.node}, checksum {ours[:12]}): the model directory on "
+        "one node is another. Put the model on storage that all nodes share, or copy it to every node again"
+    )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
 from gs_dist.errors import JobFailure
 from gs_dist.planning.probe import PROMPT_TOKENS
@@ -62,7 +63,7 @@ class Probe:
         self._dataset = dataset
         self._evaluation = Evaluation(
             model=config.model,
-            published={name: str(Path(config.output) / name) for name in config.dialects},
+            published={name: str(unjudged(Path(config.output), name)) for name in config.dialects},
             data=config.probe_data,
             stages=plan.probe_stages,
             max_in_flight=plan.max_in_flight,

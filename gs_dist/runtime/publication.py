@@ -14,6 +14,7 @@ from gs_dist.checkpoint.run_directory import (
     StatisticsOrigin,
     holds_statistics,
     remove_statistics,
+    unjudged,
     write_origin,
 )
 from gs_dist.checkpoint.writer import write_bytes
@@ -58,6 +59,35 @@ def publish(
     Raises:
         JobFailure: what was published breaks a rule, or the probe refuses it.
     """
+    try:
+        return _judged(
+            job,
+            run,
+            reader,
+            finished,
+            times,
+            probe,
+            make_evaluation_group=make_evaluation_group,
+            seconds=seconds,
+            progress=progress,
+        )
+    except BaseException:
+        run.withdraw()
+        raise
+
+
+def _judged(
+    job: Job,
+    run: RunDirectory,
+    reader: CheckpointReader,
+    finished: Mapping[int, LayerManifest],
+    times: StageTimes,
+    probe: Probe | None,
+    *,
+    make_evaluation_group: MakeEvaluationGroup,
+    seconds: float,
+    progress: Progress,
+) -> CalibrationSummary:
     config = job.config
     progress.message("merging")
     run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
@@ -73,11 +103,11 @@ def publish(
     _settle_statistics(job, run, finished, progress)
     if probe is not None:
         for name in config.dialects:  # cards of a model that is not judged yet
-            (run.path / name / CARD).unlink(missing_ok=True)
+            (unjudged(run.path, name) / CARD).unlink(missing_ok=True)
         summary = probe.run(summary, make_evaluation_group, progress)
         write_summary(run.path, summary)
     for name in config.dialects:
-        write_model_card(run.path / name, recipe, summary, reader.architecture)
+        write_model_card(unjudged(run.path, name), recipe, summary, reader.architecture)
     run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.dialects)})
     return summary
 
@@ -100,6 +130,6 @@ def _settle_statistics(job: Job, run: RunDirectory, finished: Mapping[int, Layer
 def _check_published(run: RunDirectory, formats: tuple[str, ...]) -> None:
     """Nothing counts as done that a look at the files alone would refuse."""
     for name in formats:
-        report = check(run.path / name)
+        report = check(unjudged(run.path, name))
         if not report.clean:
             raise JobFailure(f"{name}: what was published breaks the rules of its format:\n{report.render()}")

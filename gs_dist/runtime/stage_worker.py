@@ -15,14 +15,15 @@ from pathlib import Path
 from gs_dist.calibration.device import open_device
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.layer_costs import remove_costs, write_costs
+from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.manifest import LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import write_solved
-from gs_dist.model.statistics import LayerStatistics
+from gs_dist.errors import CheckpointError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.job import Job
-from gs_dist.runtime.layer_statistics import KeptStatistics, Payload, StatisticsSource
+from gs_dist.runtime.layer_statistics import KeptStatistics, MergedStatistics, Payload, StatisticsSource
 from gs_dist.runtime.partial_sums import PartialSums
 from gs_dist.runtime.schedule import StageWave
 from gs_dist.runtime.software import Software
@@ -64,7 +65,7 @@ class StageWorker:
         if job.statistics_from is None:
             self._statistics = StagePass(job, replica, self._reader, self._device)
         else:
-            self._statistics = KeptStatistics(Path(job.statistics_from))
+            self._statistics = KeptStatistics(job, self._reader)
         self._seconds = 0.0
 
     @contextmanager
@@ -118,22 +119,22 @@ class StageWorker:
             CheckpointError: another replica observed other weights.
         """
         with self._at_work():
-            statistics = self._merged(layer, others)
-            config, problem = self._job.config, self._problem(layer, statistics)
+            merged = self._merged(layer, others)
+            config, problem = self._job.config, self._problem(layer, merged)
             with one_thread():
                 quantized = solve_layer(
                     problem,
                     max_relative_error=config.max_relative_error,
-                    max_token_error=config.max_token_error,
                     on_bad_layer=config.on_bad_layer,
                     num_threads=self._job.plan.solver_threads,
                 )
             if config.bits == "fixed" and config.sensitivity:
-                self._publish_costs(problem)
+                self._publish_costs(problem, merged.lineage)
             if config.keep_statistics:
-                self._statistics.keep(self._output, layer, statistics)
+                self._statistics.keep(layer, merged)
+            solved = None
             if config.propagation == "quantized":
-                write_solved(self._output, quantized)
+                solved = write_solved(self._output, quantized, merged.lineage)
             return publish_layer(
                 self._output,
                 quantized,
@@ -141,6 +142,8 @@ class StageWorker:
                 config.dialects,
                 self._job.fingerprints,
                 self.software().made_with,
+                merged.lineage,
+                solved,
             )
 
     def judge(self, layer: int, *others: PartialSums | None) -> LayerCosts:
@@ -151,23 +154,32 @@ class StageWorker:
             others: likewise.
         """
         with self._at_work():
-            statistics = self._merged(layer, others)
+            merged = self._merged(layer, others)
             remove_costs(self._output, layer)  # they vouch for the statistics beside them
-            self._statistics.leave_for_solve(self._output, layer, statistics)
-            return self._publish_costs(self._problem(layer, statistics))
+            self._statistics.leave_for_solve(layer, merged)
+            return self._publish_costs(self._problem(layer, merged), merged.lineage)
 
-    def _merged(self, layer: int, others: tuple[PartialSums | None, ...]) -> LayerStatistics:
+    def _merged(self, layer: int, others: tuple[PartialSums | None, ...]) -> MergedStatistics:
         return self._statistics.merged(layer, [sums for sums in others if sums is not None])
 
-    def _problem(self, layer: int, statistics: LayerStatistics) -> LayerProblem:
-        architecture = self._reader.architecture
+    def _problem(self, layer: int, merged: MergedStatistics) -> LayerProblem:
+        """Raises:
+        CheckpointError: the layer's tensors are not those that were observed.
+        """
+        architecture, tensors = self._reader.architecture, self._reader.read_layer(layer)
+        changed = merged.lineage.changed(checksums(tensors))
+        if changed:
+            raise CheckpointError(
+                f"{architecture.layer_prefix(layer)}{changed[0]} changed since it was observed: leave the model alone "
+                "during a run"
+            )
         return LayerProblem(
             layer=layer,
             prefix=architecture.layer_prefix(layer),
             inputs=architecture.inputs(layer),
             linears=architecture.linears(layer),
-            tensors=self._reader.read_layer(layer),
-            statistics=statistics,
+            tensors=tensors,
+            statistics=merged.statistics,
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
             dialects=tuple(DIALECTS[name] for name in self._job.config.dialects),
@@ -175,11 +187,11 @@ class StageWorker:
             makes_biases=all(codec_of(name).makes_biases for name in self._job.config.dialects),
         )
 
-    def _publish_costs(self, problem: LayerProblem) -> LayerCosts:
+    def _publish_costs(self, problem: LayerProblem, lineage: Lineage) -> LayerCosts:
         with one_thread():
             costs = layer_costs(problem, self._job.plan.schemes, num_threads=self._job.plan.solver_threads)
         found = LayerCosts(layer=problem.layer, costs=costs)
-        write_costs(self._output, found, self._job.fingerprints)
+        write_costs(self._output, found, self._job.fingerprints, self.software().made_with, lineage)
         return found
 
     def report(self) -> StageReport:

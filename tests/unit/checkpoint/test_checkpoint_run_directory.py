@@ -11,6 +11,7 @@ import pytest
 from checkpoints import tiny_checkpoint
 from quantized_layers import LINEARS, quantise
 
+from gs_dist.checkpoint.lineage import Lineage
 from gs_dist.checkpoint.manifest import Fingerprints, MadeWith, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory, find_models, locked
@@ -22,6 +23,8 @@ from gs_dist.recipe.policy import QuantPolicy
 PRINTS = Fingerprints(recipe="aa", source="bb", data="cc")
 SOFTWARE = MadeWith(versions={"gs-dist": "0.1.0", "numpy": "1.26.4"}, kernel="x86_64 Haswell")
 DIALECTS = ("compressed-tensors",)
+
+LINEAGE = Lineage(behind="", tensors=dict.fromkeys(("a", "b"), "0"))
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def output(tmp_path: Path) -> Path:
     assert run(path).prepare(2) == {}
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m"))
     layer = quantise(reader, 0, dict.fromkeys(LINEARS, QuantPolicy()))
-    publish_layer(path, layer, reader.architecture, DIALECTS, PRINTS, SOFTWARE)
+    publish_layer(path, layer, reader.architecture, DIALECTS, PRINTS, SOFTWARE, LINEAGE)
     return path
 
 

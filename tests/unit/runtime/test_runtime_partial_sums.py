@@ -15,10 +15,11 @@ import pytest
 from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
+from gs_dist.checkpoint.lineage import checksum_of
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.statistics import InputStatistics, TreeNode
 from gs_dist.runtime.attempt import MakeGroup
-from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums, tensors_checksum
+from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums
 from gs_dist.runtime.stage_worker import Job, StageWorker
 
 BLOCKS = [(0, 3), (3, 6), (6, 6), (6, 8)]
@@ -44,7 +45,7 @@ def sums(replica: int, start: int, stop: int, blocks: list[int], **more: Any) ->
         )
         for block in blocks
     ]
-    weights = {4: 11, 5: 12}
+    weights = {4: "11", 5: "12"}
     return PartialSums(
         **{"layer": 5, "replica": replica, "start": start, "stop": stop, "weights": weights, "nodes": nodes} | more
     ).sealed()
@@ -65,7 +66,7 @@ def test_a_flipped_bit_is_told_with_layer_replica_and_node(name: str) -> None:
     """Any array that is not what its sender had is noticed."""
     sent = sums(1, 3, 8, [1, 3], node="node-b")
     getattr(sent.nodes[1].statistics["mlp_input"], name).reshape(-1).view(np.uint8)[5] ^= 1
-    with pytest.raises(LayerError, match=r"model\.layers\.5: .* replica 1 \(node node-b\) were damaged .*crc32"):
+    with pytest.raises(LayerError, match=r"model\.layers\.5: .* replica 1 \(node node-b\) were damaged .*checksum"):
         check(sums(0, 0, 3, [0]), sent)
 
 
@@ -80,7 +81,7 @@ def test_what_goes_with_the_sums_is_under_the_checksum_too(change: dict[str, Any
 
 def test_other_weights_are_told_with_the_layer_that_differs_and_both_nodes() -> None:
     """A layer that was only run on the way to the observed one counts as well."""
-    other = sums(1, 3, 8, [1, 3], weights={4: 99, 5: 12}, node="node-b")
+    other = sums(1, 3, 8, [1, 3], weights={4: "99", 5: "12"}, node="node-b")
     with pytest.raises(CheckpointError, match=r"layer 4 differ .* 1 \(node node-b, .* is another\. .*storage"):
         check(sums(0, 0, 3, [0], node="node-a"), other)
 
@@ -104,13 +105,13 @@ def test_ranges_must_cover_every_micro_batch_once(own: Any, other: Any, says: st
 def test_a_checksum_does_not_depend_on_how_an_array_lies_in_memory() -> None:
     """Fortran order and strides give the sum of the same values in C order; dtype, shape and name count."""
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
-    expected = tensors_checksum({"a": array})
-    assert tensors_checksum({"a": np.asfortranarray(array)}) == expected
-    assert tensors_checksum({"a": np.repeat(array, 2, axis=1)[:, ::2]}) == expected
+    expected = checksum_of({"a": array})
+    assert checksum_of({"a": np.asfortranarray(array)}) == expected
+    assert checksum_of({"a": np.repeat(array, 2, axis=1)[:, ::2]}) == expected
     others = [{"b": array}, {"a": array.reshape(6, 4)}, {"a": array.view(np.int32)}, {"a": array + 1}]
-    assert len({expected, *map(tensors_checksum, others)}) == 1 + len(others)
+    assert len({expected, *map(checksum_of, others)}) == 1 + len(others)
     half = array.astype(ml_dtypes.bfloat16)
-    assert tensors_checksum({"a": half}) != tensors_checksum({"a": half.view(np.uint16)})
+    assert checksum_of({"a": half}) != checksum_of({"a": half.view(np.uint16)})
 
 
 class _FlipsABit(StageWorker):

@@ -18,9 +18,10 @@ from workers import InlineWorkerGroup
 
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork
+from gs_dist.checkpoint.check import check_all
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.errors import DatasetError, JobFailure, WorkerLostError
+from gs_dist.errors import DatasetError, JobFailure, UserError, WorkerLostError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import read_summary
@@ -155,6 +156,9 @@ def test_a_probe_above_the_limit_fails_and_a_higher_limit_only_probes(directory:
     assert "layer_policies" in text
     assert not (output / "done").exists()
     assert summary.probes == ()
+    assert not [path for path in output.rglob("*") if path.name in ("config.json", "model.safetensors.index.json")]
+    with pytest.raises(UserError, match="is not finished"):
+        check_all(output)
     hashes = published_hashes(config)
     again = run_inline(recipe(directory, "fails", limit=0.5), make_group=no_group)
     assert (output / "done").exists()
