@@ -174,11 +174,12 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError("text that is not JSON, where a list of messages is expected") from None
+    for _ in range(2):  # in a file of JSON, text that is JSON itself comes as JSON
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise ValueError("text that is not JSON, where a list of messages is expected") from None
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise ValueError("no list of messages, each an object with role and content")
     return [_message(message) for message in value]

@@ -50,6 +50,6 @@ class Tally:
             )
         if self.double_bos:
             yield (
-                f"{counted(self.double_bos, 'text')} in {column} begin with {self.bos}, and it is put before them once "
-                "more: set calibration.add_special_tokens: false"
+                f"{self.bos} stands before {counted(self.double_bos, 'text')} in column {column} already, and is put "
+                "there once more: set calibration.add_special_tokens: false"
             )
