@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.beside import check_files_beside
+from gs_dist.checkpoint.described_layout import check_scale_biases, described_layout, told_by_description
 from gs_dist.checkpoint.dialects import layout_of
 from gs_dist.checkpoint.engines import ENGINES
+from gs_dist.checkpoint.engines.kinds import EngineKinds, check_kinds, kinds_of, split_version
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS
@@ -36,7 +38,8 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
 
     Args:
         directory: holds config.json and the weights; or a job's output with one dialect in it.
-        engine: "vllm-ascend", "vllm-mindspore", "vllm" or "transformers"; None for the dialect's rules alone.
+        engine: "vllm-ascend", "vllm-mindspore", "vllm", "transformers", "sglang" or "xllm", the first of them with a
+            version too, such as "vllm-ascend==0.23"; None for the dialect's rules alone.
         model: the float model's directory; weights are turned back and compared with it. None leaves that out.
 
     Raises:
@@ -44,21 +47,28 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
         UserError: no such directory, several dialects in it, or an unknown engine. Everything else that is
             wrong comes back as a problem.
     """
-    if engine is not None and engine not in ENGINES:
-        raise UserError(f"--for {engine}: known engines are {', '.join(sorted(ENGINES))}")
+    kinds = None if engine is None else _known(engine)
     inventory = take_inventory(_model_directory(Path(directory)))
     dialect = detect_dialect(inventory)
     architecture = inventory.architecture
     layout = Layout(dialect=dialect)
     verified, compared = None, None
-    if dialect and architecture is not None:
+    if told_by_description(inventory, dialect):
+        layout, sound = _check_described(inventory, dialect, engine, kinds)
+        verified = verify(inventory, layout, sound)
+        if model is not None:
+            raise UserError(
+                f"--model: a {inventory.config.get('model_type')!s:.60} in these number formats cannot be turned back "
+                "and compared here; leave --model out"
+            )
+    elif dialect and architecture is not None:
         rules = layout_of(dialect)
         layout = build_layout(inventory, dialect, rules, architecture)
         sound = check_tensors(inventory, layout)
         rules.check_relations(inventory, layout, sound)
         check_files_beside(inventory)
         if engine is not None:
-            ENGINES[engine].check(inventory, layout)
+            _check_engine(inventory, layout, engine, kinds)
         verified = verify(inventory, layout, sound)
         if model is not None:
             compared = compare_with_source(inventory, layout, rules, sound, CheckpointReader(model))
@@ -75,6 +85,49 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
         verified=verified is not None,
         notes=tuple(dict.fromkeys(inventory.notes)),
     )
+
+
+def _known(engine: str) -> EngineKinds | None:
+    """What the engine loads from ModelSlim's layout.
+
+    Raises:
+        UserError: an unknown engine or version.
+    """
+    name, _ = split_version(engine)
+    kinds = kinds_of(engine)
+    if kinds is None and name not in ENGINES:
+        known = sorted({*ENGINES, "sglang", "xllm"})
+        raise UserError(f"--for {engine}: known engines are {', '.join(known)}")
+    return kinds
+
+
+def _check_engine(inventory: Inventory, layout: Layout, engine: str, kinds: EngineKinds | None) -> None:
+    """The rules of the engine's loader; and its registry of kinds where those do not hold for the version."""
+    name, version = split_version(engine)
+    if name in ENGINES:
+        ENGINES[name].check(inventory, layout)
+    if kinds is not None and (name not in ENGINES or (version and layout.dialect == "ascend")):
+        check_kinds(inventory, layout, kinds)
+
+
+def _check_described(
+    inventory: Inventory, dialect: str, engine: str | None, kinds: EngineKinds | None
+) -> tuple[Layout, set[str]]:
+    """Rules on a directory that is compared with nothing but its own description; the layout, and what is sound."""
+    inventory.problems[:] = [problem for problem in inventory.problems if problem.rule != "config-values"]
+    layout = described_layout(inventory, dialect)
+    sound = check_tensors(inventory, layout)
+    check_scale_biases(inventory, layout, sound)
+    check_files_beside(inventory)
+    if kinds is not None and (dialect == "ascend" or kinds.engine != "vllm-ascend"):
+        check_kinds(inventory, layout, kinds)
+    elif engine is not None:
+        model_type = f"{inventory.config.get('model_type')!s:.60}"
+        inventory.note(
+            "engine-unjudged",
+            f"what {engine} makes of {dialect} in a {model_type} is not known here: only the format was checked",
+        )
+    return layout, sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +212,8 @@ def _facts(inventory: Inventory, layout: Layout, architecture: DecoderArchitectu
     if architecture is not None:
         facts["model"] = f"{architecture.model_type}, {architecture.num_layers} layers, {architecture.dtype}"
         facts["head"] = "tied to the embedding" if architecture.tie_word_embeddings else "of its own"
+    else:
+        facts["model"] = f"{inventory.config.get('model_type', 'unknown')!s:.60}, by its own description"
     counts = Counter(layout.kinds.values())
     facts["linears"] = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
     if layout.kv_layers:

@@ -49,6 +49,8 @@ class ConversionConfig(BaseModel):
     """Linears with a scheme of their own, or null to leave them alone, by regular expressions on full names."""
     format: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = ("compressed-tensors",)
     """Forms the model is published in, each in a directory of its own."""
+    engine: str | None = None
+    """Engine that is to load the result, such as vllm-ascend==0.23 or sglang: what it does not load is refused."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that share the work; auto takes one a core, as far as their memory goes."""
     memory_per_worker: Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)] = "auto"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.companions import Companions
+from gs_dist.checkpoint.engines.kinds import kinds_of
 from gs_dist.checkpoint.sources.directory import SourceDirectory
 from gs_dist.conversion.assignment import Assignment, assign
 from gs_dist.conversion.catalogue import Catalogue, take_catalogue
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.parts import Part, cut, working_bytes
 from gs_dist.conversion.schemes import FLOAT, find_scheme
-from gs_dist.errors import PlanError
+from gs_dist.errors import PlanError, UserError
 from gs_dist.recipe.sizes import format_bytes
 
 __all__ = ["ConversionPlan", "plan_conversion"]
@@ -79,6 +81,8 @@ def plan_conversion(config: ConversionConfig) -> ConversionPlan:
     catalogue = take_catalogue(source)
     scheme = find_scheme(config.scheme, config.group_size, "scheme")
     assignment = assign(catalogue, scheme, config.layer_policies, group_size=config.group_size, formats=config.format)
+    if config.engine is not None:
+        _refuse_unloadable(config.engine, config.format, catalogue, assignment)
     parts = cut(catalogue, assignment, config.format)
     pieces = [piece for part in parts for piece in part.pieces]
     largest = max(pieces, key=lambda piece: working_bytes(piece, config.format))
@@ -102,6 +106,22 @@ def plan_conversion(config: ConversionConfig) -> ConversionPlan:
         companions=companions,
         notes=(*_notes(catalogue), *source.notes, *companions.notes),
     )
+
+
+def _refuse_unloadable(engine: str, formats: Sequence[str], catalogue: Catalogue, assignment: Assignment) -> None:
+    """Refuses schemes that an engine has dropped, or does not have yet, before any work."""
+    kinds = kinds_of(engine)
+    if kinds is None or "ascend" not in formats:
+        return
+    found: dict[str, list[str]] = {}
+    for name, expert in catalogue.expert_index().items():
+        scheme = assignment.schemes[name]
+        refusal = None if scheme is None else kinds.refusal(scheme.name, expert=expert)
+        if refusal is not None:
+            found.setdefault(refusal, []).append(name)
+    if found:
+        lines = [f"{names[0]} and {len(names) - 1} more: {refusal}" for refusal, names in found.items()]
+        raise UserError("the result would not be loaded: " + "; ".join(lines))
 
 
 def _workers(config: ConversionConfig, num_parts: int) -> int:

@@ -10,7 +10,7 @@ from gs_dist.checkpoint.companions import copy_companions
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.part_manifest import PartManifest, read_part
-from gs_dist.checkpoint.provenance import PROVENANCE_FILE
+from gs_dist.checkpoint.provenance import PROVENANCE_FILE, file_sha256
 from gs_dist.checkpoint.reader import CONFIG_FILE
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.checkpoint.writer import StoredTensor, write_json
@@ -53,7 +53,7 @@ def refuse_other_run(task: ConversionTask, num_parts: int) -> None:
 def publish_model(
     plan: ConversionPlan, task: ConversionTask, finished: Mapping[int, PartManifest], dialect: str
 ) -> Path:
-    """Makes `output/<dialect>` a model directory, the index last.
+    """Makes `output/<dialect>` a model directory, provenance.json last.
 
     Raises:
         JobFailure: a tensor of the source is unaccounted for, or a file does not hold what the plan calls for; nothing
@@ -75,13 +75,16 @@ def publish_model(
     _refuse_foreign(directory, set(weight_map.values()))
     linears = _assigned(plan)
     writer = WRITERS[dialect]
-    copy_companions(plan.companions, directory)
-    for name, content in writer.describe(labels_of(plan.parts, dialect, plan.catalogue.dtype), linears).items():
+    written = copy_companions(plan.companions, directory)
+    contents = {
+        **writer.describe(labels_of(plan.parts, dialect, plan.catalogue.dtype), linears),
+        CONFIG_FILE: writer.config(_plain(plan.source.config), linears),
+        INDEX_FILE: {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
+    }
+    for name, content in contents.items():
         write_json(directory / name, content)
-    write_json(directory / PROVENANCE_FILE, _provenance(plan, task, finished, dialect))
-    write_json(directory / CONFIG_FILE, writer.config(_plain(plan.source.config), linears))
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / INDEX_FILE, index)
+    others = {name: directory / name for name in sorted([*written, *contents])}
+    write_json(directory / PROVENANCE_FILE, _provenance(plan, task, finished, dialect, others))
     return directory
 
 
@@ -142,7 +145,11 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(
-    plan: ConversionPlan, task: ConversionTask, finished: Mapping[int, PartManifest], dialect: str
+    plan: ConversionPlan,
+    task: ConversionTask,
+    finished: Mapping[int, PartManifest],
+    dialect: str,
+    others: Mapping[str, Path],
 ) -> dict[str, Any]:
     """As `gs_dist.checkpoint.provenance` writes it: what the model was made from, and the hash of each file."""
     records = [finished[part.number].shards[dialect] for part in plan.parts]
@@ -156,6 +163,7 @@ def _provenance(
         "made_with": [dict(task.made_with)],
         "fingerprints": dict(task.fingerprints),
         "shards": {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records},
+        "files": {n: {"sha256": file_sha256(path), "nbytes": path.stat().st_size} for n, path in others.items()},
         "linears": [],
         "schemes": schemes,
     }

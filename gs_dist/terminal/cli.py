@@ -263,13 +263,16 @@ def convert(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the job.")] = None,
     scheme: Annotated[str | None, typer.Option(help="How linears are quantised; W8A8_DYNAMIC.")] = None,
     format: Annotated[list[str] | None, typer.Option(help="compressed-tensors or ascend; may be given again.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--for", help="Engine that is to load it, such as vllm-ascend==0.23 or sglang.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work; one a core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
 ) -> None:
     """Quantise any checkpoint without data, tensor by tensor; run it again to resume."""
     from gs_dist.terminal import conversion
 
-    options = {"output": output, "scheme": scheme, "format": format, "workers": workers}
+    options = {"output": output, "scheme": scheme, "format": format, "engine": engine, "workers": workers}
     config = conversion.read_config(model, overrides or (), options)
     made = conversion.plan(config, _console())
     if dry_run:
