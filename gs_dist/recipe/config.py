@@ -34,7 +34,7 @@ from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
-from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
+from gs_dist.recipe.text import Document, apply_overrides, parse_document, problems_of, report
 
 __all__ = [
     "CalibrationConfig",
@@ -43,6 +43,7 @@ __all__ = [
     "ParallelConfig",
     "ProbeConfig",
     "base_name",
+    "config_of",
     "load_recipe",
     "published_recipe",
     "read_published_recipe",
@@ -530,7 +531,16 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RecipeError(f"recipe {os.fspath(path)} cannot be read: {reason}; name a YAML file") from None
-    document, problems = apply_overrides(parse_document(text, source), overrides)
+    return config_of(parse_document(text, source), overrides, source=source)
+
+
+def config_of(document: Document, overrides: Sequence[str] = (), *, source: str) -> CalibrationConfig:
+    """The recipe of a parsed document, with overrides as in `load_recipe`; `source` names it in messages.
+
+    Raises:
+        RecipeError: likewise.
+    """
+    document, problems = apply_overrides(document, overrides)
     try:
         config = CalibrationConfig.model_validate(document)
     except ValidationError as error:

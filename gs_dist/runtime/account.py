@@ -12,6 +12,7 @@ from gs_dist import __version__
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import DamagedError, OutputError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
 from gs_dist.results.costs import LayerCosts
@@ -75,7 +76,7 @@ def summarise(
         fingerprints=dataclasses.asdict(job.fingerprints),
         rows=(*rows, head),
         stages=times.summaries(),
-        notes=() if mixture is None else (mixture,),
+        notes=(*(() if mixture is None else (mixture,)), *shipped_note(job.config.calibration.data)),
     )
 
 

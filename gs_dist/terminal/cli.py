@@ -20,15 +20,18 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from gs_dist import __version__
+from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import UserError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.recipe.config import CalibrationConfig, CalibrationData, load_recipe, read_published_recipe
 from gs_dist.recipe.keys import recipe_keys
+from gs_dist.recipe.presets import PRESETS
 from gs_dist.recipe.sizes import parse_size
 from gs_dist.recipe.text import problems_of
 from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.terminal.console import show_progress
+from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 
 __all__ = ["app", "main"]
@@ -223,8 +226,15 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
 @app.command("recipe")
 def show_recipe_keys(
     prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="A key or section, such as parallel.")] = "",
+    *,
+    schemes: Annotated[
+        bool, typer.Option("--schemes", help="List the schemes of `quantize --scheme` instead.")
+    ] = False,
 ) -> None:
     """Show every key of a recipe: what may be written, its default, and what it does."""
+    if schemes:
+        typer.echo("\n".join(map(str, PRESETS.values())))
+        return
     keys = [key for key in recipe_keys(CalibrationConfig) if f"{key.path}.".startswith(f"{prefix}." if prefix else "")]
     if not keys:
         paths = [key.path for key in recipe_keys(CalibrationConfig)]
@@ -235,22 +245,53 @@ def show_recipe_keys(
 
 @app.command()
 def quantize(
-    recipe: Recipe,
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL|RECIPE", help="Directory of the float model, or a recipe, a YAML file.")
+    ],
     overrides: Overrides = None,
     *,
+    scheme: Annotated[
+        str | None, typer.Option(help="How a model is quantised; w8a8-dynamic. `gs-dist recipe --schemes` lists them.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text to calibrate on: files, directories, patterns or URIs; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the job.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="compressed-tensors, ascend or golden-stick; repeatable.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many samples to calibrate on.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample.")] = None,
     address: Address = None,
     keep_statistics: Annotated[
         bool, typer.Option("--keep-statistics", help="Keep the statistics in the output, for other recipes.")
     ] = False,
 ) -> None:
-    """Calibrate, quantise and publish; run it again to resume."""
+    """Calibrate, quantise and publish a model by a scheme's name or a recipe; run it again to resume.
+
+    gs-dist quantize models/Qwen3-8B --scheme w8a8 --data 'calib/*.parquet' -o runs/qwen3-w8a8
+    """
     extra = ["keep_statistics=true"] if keep_statistics else []
-    config = load_recipe(recipe, [*(overrides or ()), *extra])
+    request = Request(
+        source=source,
+        overrides=[*(overrides or ()), *extra],
+        scheme=scheme,
+        data=data,
+        output=output,
+        format=format,
+        samples=samples,
+        length=length,
+    )
+    config = request.config()
+    for note in shipped_note(config.calibration.data):
+        typer.echo(f"note: {note}", err=True)
     from gs_dist.runtime import coordinator  # imports Ray
 
     with show_progress() as progress:
         summary = coordinator.quantize(config, address=address, progress=progress)
     _show_result(config, summary)
+    if source.is_dir():
+        typer.echo(f"the recipe it stands for: {again(config)}")
 
 
 @app.command()
