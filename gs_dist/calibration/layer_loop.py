@@ -28,7 +28,7 @@ from gs_dist.model.statistics import (
 from gs_dist.model.token_sample import token_ids
 from gs_dist.solvers.blas import one_thread
 
-__all__ = ["LayerLoop", "ObservableLayer"]
+__all__ = ["LayerLoop", "ObservableLayer", "Watch"]
 
 
 class ObservableLayer(Protocol):
@@ -57,6 +57,9 @@ class ObservableLayer(Protocol):
         """Its tensors by name within the layer, in the checkpoint's dtype."""
 
 
+Watch = Callable[[int, int, Any, Any, Mapping[str, Any], npt.NDArray[np.bool_] | None], None]
+
+
 class LayerLoop:
     """Runs micro-batches through `layers` and holds the statistics of those in `settings`.
 
@@ -68,6 +71,8 @@ class LayerLoop:
         blocks: bounds of the reduction blocks, as `statistics.block_bounds` gives them.
         observer: makes the observer of an input; the host's by default.
         num_threads: how many inputs are observed at a time.
+        watch: told of each observed layer its index, the micro-batch's, hidden states before and behind it, what was
+            captured, and the mask; it refuses what it must.
     """
 
     def __init__(
@@ -79,7 +84,9 @@ class LayerLoop:
         blocks: Sequence[tuple[int, int]],
         observer: Callable[[int, StatisticsSettings], InputObserver] = HostObserver,
         num_threads: int = 1,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._layers = tuple(layers)
         self._blocks = tuple(blocks)
         self._trees = {index: TreeAccumulator() for index in settings}
@@ -104,10 +111,12 @@ class LayerLoop:
         if self._observers:
             self._enter_block(micro_batch)
         for layer in self._layers:
-            observers = self._observers.get(layer.index)
+            observers, before = self._observers.get(layer.index), state
             state, captured = layer.forward(state, capture=observers is not None)
             if observers is None:
                 continue
+            if self._watch is not None:
+                self._watch(layer.index, micro_batch, before, state, captured, mask)
             # The widest first, so that two threads end at about the same time.
             shown = sorted(
                 ((observers[name], captured[name]) for name in observers), key=lambda pair: -int(pair[1].shape[-1])

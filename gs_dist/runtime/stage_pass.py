@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.decoder_layer import DecoderLayer
 from gs_dist.calibration.device import Device
+from gs_dist.calibration.float16_watch import Float16Watch
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.calibration.network import DecoderNetwork
 from gs_dist.calibration.observers import CardObserver, HostObserver
@@ -57,6 +58,7 @@ class StagePass:
         self._origins: list[Origin] = []  # of the micro-batches that entered the wave
         self._solved: dict[int, Lineage] = {}  # of the quantised layers that were loaded
         self._loops: list[LayerLoop] = []
+        self._float16_watches: dict[int, Float16Watch] = {}
         self._batches: Iterator[TokenBatch] = iter(())
 
     def begin(self, wave: StageWave, start: int, stop: int) -> None:
@@ -64,6 +66,7 @@ class StagePass:
         self._wave = wave
         self._ran = range(start, start)
         self._origins = []
+        self._float16_watches.clear()
         if wave.frees_layers:
             self._layers.clear()
         boundaries = [wave.first_layer, *([] if wave.keep_at is None else [wave.keep_at]), wave.end_layer]
@@ -136,7 +139,36 @@ class StagePass:
             blocks=plan.blocks,
             observer=HostObserver if self._device.kind.on_host else CardObserver,
             num_threads=plan.threads_per_worker,
+            watch=self._watch_float16 if self._reader.architecture.dtype == "float16" else None,
         )
+
+    def _watch_float16(
+        self, index: int, micro_batch: int, before: Any, after: Any, captured: Mapping[str, Any], mask: Mask
+    ) -> None:
+        """Refuses what a server of a float16 checkpoint would turn into infinity."""
+        # A card computes in float16 itself, so that its hidden states tell all.
+        seen = captured if self._device.kind.on_host else {}
+        self._float16_watch(index).look(
+            micro_batch,
+            self._device.to_numpy(before),
+            self._device.to_numpy(after),
+            {name: self._device.to_numpy(activation) for name, activation in seen.items()},
+            mask,
+        )
+
+    def _float16_watch(self, index: int) -> Float16Watch:
+        if index not in self._float16_watches:
+            architecture = self._reader.architecture
+            last = index == architecture.num_layers - 1
+            norm = "model.norm.weight"
+            self._float16_watches[index] = Float16Watch(
+                architecture.layer_prefix(index),
+                architecture.layers[index],
+                self._reader.read_layer(index),
+                epsilon=architecture.rms_norm_eps,
+                final_norm=self._reader.read([norm])[norm] if last else None,
+            )
+        return self._float16_watches[index]
 
     def step(self, micro_batch: int, payload: Payload | None) -> Payload | None:
         """Runs one micro-batch through the wave; micro-batches come in ascending order."""

@@ -1,0 +1,253 @@
+"""Numbers that float16 cannot hold, found where no statistics are taken of them.
+
+Calibration computes in more than float16, so that it sees what a server of a float16 checkpoint turns into infinity:
+hidden states between blocks, what a block adds to them, products of queries and keys, keys and values themselves, and
+the last norm's output. (What linears read is observed, and has a gate of its own.) Most of these are bounded by norms
+of what was captured anyway; what a bound cannot rule out is computed for the tokens and heads in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.calibration.network import rotary_tables
+from gs_dist.errors import LayerError
+from gs_dist.model.decoder import GroupedQueryAttention, LayerSpec
+
+__all__ = ["FLOAT16_MAX", "Float16Watch"]
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+_ELEMENTS = 1 << 22  # of a weight made float32 at a time
+
+
+class Float16Watch:
+    """Watches one decoder layer.
+
+    Args:
+        prefix: of the layer's tensors.
+        spec: the layer.
+        tensors: by name within the layer, in the checkpoint's dtype.
+        epsilon: of its norms.
+        final_norm: weight of the norm behind the last layer, for that layer.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        spec: LayerSpec,
+        tensors: Mapping[str, Array],
+        *,
+        epsilon: float,
+        final_norm: Array | None = None,
+    ) -> None:
+        self._prefix = prefix.rstrip(".")
+        self._spec = spec
+        self._tensors = tensors
+        self._epsilon = epsilon
+        self._final_norm = final_norm
+        self._stretches: dict[tuple[int, str], tuple[float, float]] = {}
+
+    def look(
+        self,
+        micro_batch: int,
+        before: Array,
+        after: Array,
+        captured: Mapping[str, Array],
+        mask: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Looks at one micro-batch.
+
+        Args:
+            micro_batch: its index, for the message.
+            before: hidden states (b, t, h) that the layer took.
+            after: what it gave.
+            captured: what its linears read, keys and values, (b, t, channels) by name.
+            mask: (b, t) False for padding.
+
+        Raises:
+            LayerError: something is beyond float16; the message says what, how far, and what to do.
+        """
+
+        def real(array: Array) -> Float32:
+            wide = np.asarray(array).astype(np.float32, copy=False)
+            return wide.reshape(-1, wide.shape[-1]) if mask is None else wide[mask]
+
+        states = real(after)
+        found = {
+            "the hidden states behind it reach": _largest(states),
+            "keys reach": _largest(real(captured["key"])) if "key" in captured else 0.0,
+            "values reach": _largest(real(captured["value"])) if "value" in captured else 0.0,
+            "what a block adds to the hidden states, or their sum, reaches": self._sums(real, before, states, captured),
+            "the product of a query and a key reaches": self._scores(captured, mask),
+            "the output of the model's last norm reaches": self._last_norm(states),
+        }
+        for what, largest in found.items():
+            if not largest <= FLOAT16_MAX:
+                raise LayerError(
+                    f"{self._prefix}: {what} {largest:.3g} in micro-batch {micro_batch}, beyond float16's "
+                    f"{FLOAT16_MAX:.0f}, in which this checkpoint is stored and would be served: convert it to "
+                    "bfloat16 first (model.to(torch.bfloat16).save_pretrained(new)), or leave those samples out"
+                )
+
+    def _sums(self, real: Any, before: Array, after: Float32, captured: Mapping[str, Array]) -> float:
+        """What attention and mlp add, and the hidden states between them, where norms cannot rule it out."""
+        if self._spec.norms_after:  # what is added has been through a norm
+            return 0.0
+        reads = {
+            "self_attn.o_proj.weight": captured.get("attention_output"),
+            "mlp.down_proj.weight": captured.get("mlp_activation"),
+        }
+        largest = 0.0
+        for name, activation in reads.items():
+            if activation is None or name not in self._tensors:
+                continue
+            x = real(activation)
+            start = _token_max(real(before)) if name.startswith("self_attn") else _token_max(after)
+            tokens = np.flatnonzero(~(_norms(x) * self._row_norms[name] + start <= FLOAT16_MAX))
+            if not tokens.size:
+                continue
+            chosen, states = x[tokens], (real(before) if name.startswith("self_attn") else -after)[tokens]
+            bias = self._tensors.get(name.replace("weight", "bias"), np.zeros(states.shape[1], np.float32))
+            for rows in _row_blocks(self._tensors[name]):
+                added = chosen @ self._tensors[name][rows].astype(np.float32).T + bias[rows].astype(np.float32)
+                largest = max(largest, _largest(added), _largest(states[:, rows] + added))
+        return largest
+
+    @cached_property
+    def _row_norms(self) -> dict[str, float]:
+        """Of the linears that add to the hidden states, the largest norm of a row; a bias is small beside float16."""
+        found = {}
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            weight = self._tensors.get(name)
+            if weight is not None:
+                found[name] = max(float(_norms(weight[rows].astype(np.float32)).max()) for rows in _row_blocks(weight))
+        return found
+
+    def _scores(self, captured: Mapping[str, Array], mask: npt.NDArray[np.bool_] | None) -> float:
+        """The largest product of a query and a key that it sees, before it is divided by sqrt(d)."""
+        attention = self._spec.attention
+        if not {"attention_input", "key"} <= captured.keys() or not isinstance(attention, GroupedQueryAttention):
+            return 0.0
+        if attention.rotary.channels != attention.head_dim:
+            return 0.0  # another form of queries than `_queries` computes
+        x = np.asarray(captured["attention_input"]).astype(np.float32, copy=False)
+        keys = np.asarray(captured["key"]).astype(np.float32, copy=False)
+        batch, tokens, _ = keys.shape
+        keys = keys.reshape(batch, tokens, attention.num_kv_heads, attention.head_dim)
+        if mask is not None:
+            keys = np.where(mask[:, :, None, None], keys, np.float32(0))
+            x = np.where(mask[:, :, None], x, np.float32(0))
+        longest = _norms(keys).max(axis=(0, 1))  # of each key/value head
+        repeat = attention.num_heads // attention.num_kv_heads
+        widest = float(_norms(x).max())
+        largest = 0.0
+        for head in range(attention.num_heads):
+            key_norm = float(longest[head // repeat])
+            if any(bound * key_norm <= FLOAT16_MAX for bound in self._query_bounds(head, widest)):
+                continue
+            queries = self._queries(head, x)
+            if float(_norms(queries).max()) * key_norm <= FLOAT16_MAX:
+                continue
+            for query, key in zip(queries, keys[:, :, head // repeat], strict=True):
+                largest = max(largest, self._largest_product(query, key))
+        return largest
+
+    def _largest_product(self, query: Float32, key: Float32) -> float:
+        """Of queries (t, d) with the keys (t, d) that each sees."""
+        products = np.abs(query @ key.T)
+        place = np.arange(query.shape[0])
+        distance = place[:, None] - place[None, :]
+        window = self._spec.attention.window
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return _largest(products[seen])
+
+    def _query_bounds(self, head: int, widest: float) -> Iterator[float]:
+        """Upper bounds of a query's norm for inputs of at most that norm, one tighter and dearer than the other."""
+        if self._spec.attention.qk_norm != "none":
+            weight = self._tensors["self_attn.q_norm.weight"].astype(np.float32)
+            yield float(np.sqrt(weight.size) * np.abs(weight).max())
+            return
+        for measure in ("fro", "spectral"):
+            stretch, bias = self._stretch(head, measure)
+            yield stretch * widest + bias
+
+    def _stretch(self, head: int, measure: str) -> tuple[float, float]:
+        """A norm of a head's query weight, and that of its bias; each is found once."""
+        if (head, measure) not in self._stretches:
+            weight, bias = self._query_weight(head)
+            if measure == "fro":
+                norm = float(np.linalg.norm(weight))
+            else:
+                norm = float(np.sqrt(max(0.0, np.linalg.eigvalsh(weight @ weight.T)[-1])))
+            self._stretches[head, measure] = (norm, 0.0 if bias is None else float(np.linalg.norm(bias)))
+        return self._stretches[head, measure]
+
+    def _query_weight(self, head: int) -> tuple[Float32, Float32 | None]:
+        size = self._spec.attention.head_dim
+        rows = slice(head * size, (head + 1) * size)
+        bias = self._tensors.get("self_attn.q_proj.bias")
+        return (
+            self._tensors["self_attn.q_proj.weight"][rows].astype(np.float32),
+            None if bias is None else bias[rows].astype(np.float32),
+        )
+
+    def _queries(self, head: int, x: Float32) -> Float32:
+        """A head's queries (b, t, d) behind the rotary embedding, not divided by sqrt(d)."""
+        attention = self._spec.attention
+        weight, bias = self._query_weight(head)
+        queries = x @ weight.T
+        if bias is not None:
+            queries += bias
+        if attention.qk_norm == "head":
+            mean = np.square(queries).mean(axis=-1, keepdims=True)
+            norm = self._tensors["self_attn.q_norm.weight"].astype(np.float32)
+            queries = queries / np.sqrt(mean + self._epsilon) * norm
+        elif attention.qk_norm == "all":
+            whole = x @ self._tensors["self_attn.q_proj.weight"].astype(np.float32).T
+            mean = np.square(whole).mean(axis=-1, keepdims=True)
+            size = attention.head_dim
+            norm = self._tensors["self_attn.q_norm.weight"][head * size : (head + 1) * size].astype(np.float32)
+            queries = queries / np.sqrt(mean + self._epsilon) * norm
+        _, _, cosine, sine = (table[:, 0] for table in rotary_tables(attention, x.shape[1]))
+        half = attention.head_dim // 2
+        turned = np.concatenate([queries[..., half:], queries[..., :half]], axis=-1)
+        return np.asarray(queries * cosine + turned * sine, dtype=np.float32)
+
+    def _last_norm(self, states: Float32) -> float:
+        if self._final_norm is None:
+            return 0.0
+        weight = np.abs(self._final_norm.astype(np.float32))
+        if np.sqrt(weight.size) * weight.max() <= FLOAT16_MAX:  # no channel of a normed token is above sqrt(h)
+            return 0.0
+        mean = np.square(states.astype(np.float64)).mean(axis=-1, keepdims=True)
+        return _largest(states / np.sqrt(mean + self._epsilon) * weight)
+
+
+def _largest(values: Array) -> float:
+    """The largest magnitude; NaN where there is one."""
+    if not values.size:
+        return 0.0
+    return float(np.maximum(values.max(), -values.min()))
+
+
+def _token_max(values: Float32) -> Float32:
+    return np.asarray(np.maximum(values.max(axis=1), -values.min(axis=1)))
+
+
+def _norms(values: Float32) -> Float32:
+    """Euclidean norms along the last axis, without a copy of the squares."""
+    return np.asarray(np.sqrt(np.einsum("...i,...i->...", values, values)))
+
+
+def _row_blocks(weight: Array) -> list[slice]:
+    step = max(1, _ELEMENTS // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
