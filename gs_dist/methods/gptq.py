@@ -6,7 +6,7 @@ The kernel is `gs_dist.solvers.gptq`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
@@ -51,43 +51,46 @@ class GPTQArguments(Arguments):
     """GPTQ finds the scales of all groups before it rounds; with desc_act groups then stay contiguous."""
 
 
-class GPTQ(RoundingMethod[GPTQArguments]):
+Asked = TypeVar("Asked", bound=GPTQArguments, contravariant=True)
+
+
+class GPTQ(RoundingMethod[Asked]):
     """Searches the ranges of groups on its way; those of whole channels are searched before."""
 
     name = "gptq"
     label = "GPTQ"
     arguments = tuple(GPTQArguments.model_fields)
 
-    def statistics(self, policy: Policy[GPTQArguments]) -> StatisticsSettings:
+    def statistics(self, policy: Policy[Asked]) -> StatisticsSettings:
         """The matrix itself, which is factorised."""
         return CORRECTED
 
-    def contradictions(self, policy: Policy[GPTQArguments]) -> Iterable[Contradiction]:
+    def contradictions(self, policy: Policy[Asked]) -> Iterable[Contradiction]:
         """As Golden Stick: W8A8 gains nothing by it, and W4A8 is stored with groups in place."""
         if policy.weight_quant_dtype == policy.act_quant_dtype == "int8":
             write = [{"precision_recovery": "none"}]
-            yield Contradiction(field="precision_recovery", found="GPTQ does not serve W8A8", write=write)
+            yield Contradiction(field="precision_recovery", found=f"{self.label} does not serve W8A8", write=write)
         args, w4a8 = policy.algo_args, (policy.weight_quant_dtype, policy.act_quant_dtype) == ("qint4x2", "int8")
         if w4a8 and not (args.desc_act and args.static_groups):
             order = {"algo_args.desc_act": True, "algo_args.static_groups": True}
             yield Contradiction(field="algo_args", found="W4A8 takes columns in their own order", write=[order])
 
-    def searches_ranges(self, policy: Policy[GPTQArguments]) -> bool:
+    def searches_ranges(self, policy: Policy[Asked]) -> bool:
         """Those of groups: a range found by plain rounding does not suit what makes up for rounding."""
         return policy.group_size > 0
 
-    def clip_ratios(self, policy: Policy[GPTQArguments]) -> tuple[float, ...]:
+    def clip_ratios(self, policy: Policy[Asked]) -> tuple[float, ...]:
         """Its own list."""
         return RANGE_RATIOS
 
-    def column_order(self, policy: Policy[GPTQArguments]) -> ColumnOrder | None:
+    def column_order(self, policy: Policy[Asked]) -> ColumnOrder | None:
         """With `desc_act`, of groups."""
         args = policy.algo_args
         if not args.desc_act or not policy.group_size:
             return None
         return "weight" if args.static_groups else "group"
 
-    def workspace(self, policy: Policy[GPTQArguments], work: Work) -> Workspace:
+    def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
         """Factors and a working copy for each linear, a tile for each thread."""
         factors = work.channels**2 * _GRAM_BYTES if work.taken.gram or work.taken.weighted_gram else 0
         width = max(policy.algo_args.block_size, policy.group_size)
@@ -97,7 +100,7 @@ class GPTQ(RoundingMethod[GPTQArguments]):
             thread=min(work.rows, TILE_ROWS) * (work.channels * _TILE_BYTES + panel),
         )
 
-    def operations(self, policy: Policy[GPTQArguments], work: Work) -> int:
+    def operations(self, policy: Policy[Asked], work: Work) -> int:
         """Factorisation and updates, once more where ranges are found before a second pass."""
         rows, channels = work.rows, work.channels
         one_pass = channels**3 // 3 + rows * channels * (channels + ROUNDED)

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from gs_dist.methods.awq import AWQ, AWQArguments
 from gs_dist.methods.clip import Clip, ClipArguments
-from gs_dist.methods.gptq import GPTQ, GPTQArguments
+from gs_dist.methods.coordinate_descent import CoordinateDescent, DescentArguments
+from gs_dist.methods.gptq import GPTQ
 from gs_dist.methods.method import Method, RoundingMethod, SuppressionMethod
 from gs_dist.methods.outlier_suppression import OutlierSuppressionLite, OutlierSuppressionPlus
 from gs_dist.methods.round_to_nearest import RoundToNearest
@@ -45,6 +46,7 @@ class PrecisionRecovery(str, Enum):
     """Ways to round weights that look at more than one weight at a time."""
 
     GPTQ = "gptq"
+    COORDINATE_DESCENT = "coordinate-descent"
     NONE = "none"
 
     @classmethod
@@ -53,7 +55,7 @@ class PrecisionRecovery(str, Enum):
         return next((m for m in cls if m.value == name.lower()), cls.NONE)
 
 
-class AlgoArgs(GPTQArguments, ClipArguments, AWQArguments, SmoothQuantArguments):
+class AlgoArgs(DescentArguments, ClipArguments, AWQArguments, SmoothQuantArguments):
     """Arguments of the algorithms, in one flat table (Golden Stick's AWQConfig, GPTQQuantConfig, SmoothQuantConfig)."""
 
 
@@ -66,7 +68,7 @@ _SUPPRESSIONS: tuple[SuppressionMethod[AlgoArgs], ...] = (
     OutlierSuppressionLite(),
     Unsuppressed(),
 )
-_ROUNDINGS: tuple[RoundingMethod[AlgoArgs], ...] = (GPTQ(), RoundToNearest())
+_ROUNDINGS: tuple[RoundingMethod[AlgoArgs], ...] = (GPTQ(), CoordinateDescent(), RoundToNearest())
 
 SUPPRESSIONS: Mapping[OutliersSuppressionType, SuppressionMethod[AlgoArgs]] = MappingProxyType(
     {OutliersSuppressionType(method.name): method for method in _SUPPRESSIONS}

@@ -65,7 +65,7 @@ class QuantPolicy(BaseModel):
     outliers_suppression: Annotated[OutliersSuppressionType, Field(strict=False)] = OutliersSuppressionType.NONE
     """How outliers are moved from activations into weights before rounding."""
     precision_recovery: Annotated[PrecisionRecovery, Field(strict=False)] = PrecisionRecovery.NONE
-    """gptq corrects each rounding error in the weights not yet rounded."""
+    """gptq corrects each rounding error in the weights not yet rounded; coordinate-descent then revisits each."""
     weight_clip: bool | None = None
     """Search each weight's range for the least output error; null: for static activations whose smoothing is searched.
     awq and outlier-suppression-lite do it anyway."""

@@ -26,13 +26,14 @@ from scipy.linalg import lapack
 from gs_dist.methods.gptq import TILE_ROWS
 from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.results.quantized import Float32, Int8
+from gs_dist.results.quantized import Float32, Int8, QuantizedLinear
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantise, quantise_weight
 from gs_dist.solvers.objective import output_error
 from gs_dist.solvers.threads import ONE_THREAD, Threads
+from gs_dist.solvers.weight_task import Rounded, WeightTask
 
-__all__ = ["GPTQResult", "quantise"]
+__all__ = ["GPTQResult", "quantise", "round_weight"]
 
 Float = npt.NDArray[np.floating[Any]]
 
@@ -110,6 +111,28 @@ def quantise(
         return _solve(task, np.argsort(-weighted, kind="stable"), known=(first.scale, first.zero_point))
     _, scale, zero_point = task.plain(clip_ratio)
     return _solve(task, descending, known=(scale, zero_point), clip_ratio=clip_ratio)
+
+
+def round_weight(task: WeightTask, objective: Float32, ratio: Float32 | None) -> Rounded:
+    """GPTQ as a policy asks for it; `ratio` (out, groups) shrinks ranges that are not searched on the way."""
+    policy = task.policy
+    result = quantise(
+        task.weight,
+        objective,
+        policy,
+        scale_dtype=task.scale_dtype,
+        clip_ratio=ratio,
+        search_ratios=policy.clip_ratios if policy.clips_weights and policy.searches_ranges_on_the_way else (1.0,),
+        threads=task.threads,
+    )
+    solved = QuantizedLinear(
+        policy=policy,
+        codes=result.codes,
+        scale=result.scale,
+        zero_point=result.zero_point,
+        group_index=result.group_index,
+    )
+    return solved, result.notes
 
 
 @dataclass(frozen=True, kw_only=True)

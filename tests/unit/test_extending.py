@@ -6,6 +6,10 @@ Each test registers a small addition of `tests/` and goes the way of a recipe wi
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +28,12 @@ from gs_dist.checkpoint.model_card import write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.errors import CheckpointError, RecipeError
+from gs_dist.methods.table import ROUNDINGS, SUPPRESSIONS, OutliersSuppressionType, PrecisionRecovery
 from gs_dist.recipe import dialects
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.summary import CalibrationSummary
+from gs_dist.solvers import rounding, suppression
 
 DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 PRINTS = Fingerprints(recipe="r", source="s", data="d")
@@ -104,6 +110,70 @@ def test_what_a_dialect_costs_is_what_the_page_says() -> None:
         home = DOCS.parents[1].joinpath(*dialect.home.split("."))
         assert (home / "codec.py").is_file()
         assert (home / "layout.py").is_file()
+
+
+ADDITIONS = Path(__file__).parents[1] / "additions"
+PACKAGE = Path(__file__).parents[2] / "gs_dist"
+# Lines of tables that are there already: file, what is found there, what stands in its place.
+METHOD_ROWS = (
+    ("methods/table.py", "from gs_dist.methods.unsuppressed", "from gs_dist.methods.toward_zero import *\n{}"),
+    ("methods/table.py", '    GPTQ = "gptq"\n', '{}    TOWARD_ZERO = "toward-zero"\n'),
+    ("methods/table.py", "class AlgoArgs(", "{}TowardZeroArguments, "),
+    ("methods/table.py", "RoundToNearest())", "TowardZero(), {}"),
+    ("solvers/rounding.py", "import clip, ", "import toward_zero, clip, "),
+    (
+        "solvers/rounding.py",
+        "    PrecisionRecovery.GPTQ:",
+        "    PrecisionRecovery.TOWARD_ZERO: toward_zero.round_weight,\n{}",
+    ),
+)
+NUMBER_FORMAT_ROWS = (
+    ("numbers/table.py", "from gs_dist.numbers.integer", "from gs_dist.numbers.int6 import INT6\n{}"),
+    ("numbers/table.py", "Literal[", '{}"int6", '),
+    ("numbers/table.py", 'MappingProxyType({{"int8"', 'MappingProxyType({{"int6": INT6, "int8"'),
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "files", "rows", "heading"),
+    [
+        ("check_method.py", ("methods/toward_zero.py", "solvers/toward_zero.py"), METHOD_ROWS, "An algorithm"),
+        ("check_number_format.py", ("numbers/int6.py",), NUMBER_FORMAT_ROWS, "A number format"),
+    ],
+    ids=["an algorithm", "a number format"],
+)
+def test_an_addition_is_taken_up_everywhere_from_its_own_files_and_a_line_in_each_table(
+    tmp_path: Path, check: str, files: tuple[str, ...], rows: tuple[tuple[str, str, str], ...], heading: str
+) -> None:
+    """In a copy of the package recipes, plans, solvers and labels know an addition; the page lists its files."""
+    package = tmp_path / "gs_dist"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in files:
+        shutil.copy(ADDITIONS / file, package / file)
+    for file, found, written in rows:
+        text = (package / file).read_text(encoding="utf-8")
+        found, written = found.replace("{{", "{"), written.replace("{{", "{").replace("{}", found)
+        assert text.count(found) == 1, (file, found)
+        (package / file).write_text(text.replace(found, written), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        [sys.executable, str(ADDITIONS / check)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (0, "taken up\n"), run.stderr
+
+    page = DOCS.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    touched = {*files, *(file for file, _, _ in rows)}
+    listed = [line for line in page.splitlines() if line.startswith("1. ")]
+    assert len(listed) == len(touched)
+    for file in touched:
+        home = f"gs_dist/{file}".replace("toward_zero", "NAME").replace("int6", "NAME")
+        assert any(home in line for line in listed), home
+
+
+def test_every_method_has_a_kernel() -> None:
+    """What a recipe may name is what the solvers can do."""
+    assert set(suppression._KERNELS) == set(SUPPRESSIONS) == set(OutliersSuppressionType)
+    assert set(rounding._KERNELS) == set(ROUNDINGS) == set(PrecisionRecovery)
 
 
 def _summary(source: Path) -> CalibrationSummary:
