@@ -13,7 +13,19 @@ from typing import Any, NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
-__all__ = ["AttentionForm", "dense_forward", "head_logits", "negative_log_likelihood", "normalise"]
+__all__ = [
+    "AttentionForm",
+    "attention_block",
+    "columns",
+    "dense_forward",
+    "head_logits",
+    "linear",
+    "negative_log_likelihood",
+    "norm_of",
+    "normalise",
+    "round_input",
+    "rows_of",
+]
 
 
 class AttentionForm(NamedTuple):
@@ -35,41 +47,41 @@ class AttentionForm(NamedTuple):
     kv_schemes: tuple[str, ...] = ("none", "none")
 
 
-def _columns(factor: Tensor, width: int) -> Tensor:
+def columns(factor: Tensor, width: int) -> Tensor:
     """A row factor (n, 1) repeated to (n, width)."""
     return ops.tile(factor, (1, width))
 
 
-def _rows(factor: Tensor, height: int) -> Tensor:
+def rows_of(factor: Tensor, height: int) -> Tensor:
     """A channel factor (c,) repeated to (height, c)."""
     return ops.tile(factor, (height, 1))
 
 
-def _normalise(x: Tensor, norm: tuple[Tensor, ...], epsilon: float) -> Tensor:
+def norm_of(x: Tensor, norm: tuple[Tensor, ...], epsilon: float) -> Tensor:
     """RMSNorm of the rows of x (n, c) by norm[0] (c,), plus the bias norm[1] (c,) if there is one."""
     normed = normalise(x, norm[0], epsilon)
-    return normed if len(norm) == 1 else normed + _rows(norm[1], x.shape[0])
+    return normed if len(norm) == 1 else normed + rows_of(norm[1], x.shape[0])
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of the rows of x (n, c), in float32 as transformers does it."""
     wide = ops.cast(x, ms.float32)
     mean = ops.ReduceMean(True)(ops.square(wide), -1)
-    normed = wide * _columns(ops.rsqrt(mean + epsilon), x.shape[1])
-    return ops.cast(normed, x.dtype) * _rows(weight, x.shape[0])
+    normed = wide * columns(ops.rsqrt(mean + epsilon), x.shape[1])
+    return ops.cast(normed, x.dtype) * rows_of(weight, x.shape[0])
 
 
 def _round_per_token(x: Tensor) -> Tensor:
     """Symmetric int8 with a scale a row, absmax / 127.5 (compressed-tensors `calculate_qparams`)."""
     scale = ops.ReduceMax(True)(ops.abs(x), -1) / 127.5
     scale = ops.maximum(scale, 1e-30)  # a row of zeros stays one
-    full = _columns(scale, x.shape[1])
+    full = columns(scale, x.shape[1])
     return ops.clamp(ops.round(x / full), -128.0, 127.0) * full
 
 
 def _round_per_channel(x: Tensor, scale: Tensor) -> Tensor:
     """Symmetric int8 with a scale a channel."""
-    full = _rows(scale, x.shape[0])
+    full = rows_of(scale, x.shape[0])
     return ops.clamp(ops.round(x / full), -128.0, 127.0) * full
 
 
@@ -79,7 +91,8 @@ def _round_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
-def _round_input(x: Tensor, scheme: str, scales: Tensor, index: int) -> Tensor:
+def round_input(x: Tensor, scheme: str, scales: Tensor, index: int) -> Tensor:
+    """What the linear of that number reads, rounded as its scheme says."""
     if scheme == "per_tensor":
         return _round_per_tensor(x, scales[index, 0], scales[index, 1])
     if scheme == "per_token":
@@ -95,11 +108,11 @@ def _round_cache(x: Tensor, scheme: str, scale: Tensor) -> Tensor:
     return x
 
 
-def _linear(x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+def linear(x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
     """Rows of x (n, in) through weight[0] (out, in), plus the bias weight[1] (out,) if there is one."""
     y = ops.MatMul(transpose_b=True)(x, weight[0])
     if len(weight) > 1:
-        y = y + _rows(weight[1], x.shape[0])
+        y = y + rows_of(weight[1], x.shape[0])
     return y
 
 
@@ -156,7 +169,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int
     return ops.reshape(ops.concat(outputs, 1), (batch * tokens, groups * repeat * size))
 
 
-def _attention(
+def attention_block(
     hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, norm_after: bool, form: Any
 ) -> Any:
     """Grouped-query attention on the hidden states (b * t, h).
@@ -177,35 +190,35 @@ def _attention(
     static = AttentionForm(*form)
     size, epsilon, schemes, kv_schemes = static.head_dim, static.epsilon, static.schemes, static.kv_schemes
     linears, own_norms, inputs, cache = weights
-    attention_input = hidden if norm_after else _normalise(hidden, norm, epsilon)
-    query = _linear(_round_input(attention_input, schemes[0], inputs, 0), linears[0])
-    key = _linear(_round_input(attention_input, schemes[1], inputs, 1), linears[1])
-    value = _linear(_round_input(attention_input, schemes[2], inputs, 2), linears[2])
+    attention_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
+    query = linear(round_input(attention_input, schemes[0], inputs, 0), linears[0])
+    key = linear(round_input(attention_input, schemes[1], inputs, 1), linears[1])
+    value = linear(round_input(attention_input, schemes[2], inputs, 2), linears[2])
     if static.qk_norm == "head":
-        query = ops.reshape(_normalise(ops.reshape(query, (-1, size)), own_norms[0], epsilon), query.shape)
-        key = ops.reshape(_normalise(ops.reshape(key, (-1, size)), own_norms[1], epsilon), key.shape)
+        query = ops.reshape(norm_of(ops.reshape(query, (-1, size)), own_norms[0], epsilon), query.shape)
+        key = ops.reshape(norm_of(ops.reshape(key, (-1, size)), own_norms[1], epsilon), key.shape)
     if static.qk_norm == "all":
-        query = _normalise(query, own_norms[0], epsilon)
-        key = _normalise(key, own_norms[1], epsilon)
+        query = norm_of(query, own_norms[0], epsilon)
+        key = norm_of(key, own_norms[1], epsilon)
     query = _rotate(query, rotary[0], rotary[1], size)
     key = _rotate(key, rotary[2], rotary[3], size)
     cached_key = _round_cache(key, kv_schemes[0], cache[0])
     cached_value = _round_cache(value, kv_schemes[1], cache[1])
     attention_output = _attend(query, cached_key, cached_value, mask, tokens, static)
-    added = _linear(_round_input(attention_output, schemes[3], inputs, 3), linears[3])
-    hidden = hidden + (_normalise(added, norm, epsilon) if norm_after else added)
+    added = linear(round_input(attention_output, schemes[3], inputs, 3), linears[3])
+    hidden = hidden + (norm_of(added, norm, epsilon) if norm_after else added)
     return hidden, attention_input, attention_output, key, value
 
 
 def _gated_mlp(hidden: Tensor, weights: Any, norm: Any, norm_after: bool, epsilon: float, schemes: Any) -> Any:
     """Gated mlp on the hidden states (b * t, h): those after it, its input, and that of its last linear."""
     linears, inputs = weights
-    mlp_input = hidden if norm_after else _normalise(hidden, norm, epsilon)
-    gate = _linear(_round_input(mlp_input, schemes[0], inputs, 0), linears[0])
-    up = _linear(_round_input(mlp_input, schemes[1], inputs, 1), linears[1])
+    mlp_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
+    gate = linear(round_input(mlp_input, schemes[0], inputs, 0), linears[0])
+    up = linear(round_input(mlp_input, schemes[1], inputs, 1), linears[1])
     mlp_activation = ops.silu(gate) * up
-    added = _linear(_round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
-    hidden = hidden + (_normalise(added, norm, epsilon) if norm_after else added)
+    added = linear(round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
+    hidden = hidden + (norm_of(added, norm, epsilon) if norm_after else added)
     return hidden, mlp_input, mlp_activation
 
 
@@ -221,7 +234,7 @@ def dense_forward(
             point of the linears' inputs; scales (K * d,) of keys and values.
         mlp: gate, up and down likewise; (3, 2) float32.
         norms: the attention's and the mlp's, each (weight,) or (weight, bias).
-        rotary: see `_attention`.
+        rotary: see `attention_block`.
         mask: likewise.
         form: whether to capture, whether norms stand behind their blocks, schemes of the mlp's inputs, and the
             fields of an `AttentionForm`, all as plain tuples (a named one would be compiled anew at every call).
@@ -232,7 +245,7 @@ def dense_forward(
     capture, norm_after, mlp_schemes, attention_form = form
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attended = _attention(hidden, attention, norms[0], rotary, mask, samples[1], norm_after, attention_form)
+    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], norm_after, attention_form)
     ended = _gated_mlp(attended[0], mlp, norms[1], norm_after, attention_form[4], mlp_schemes)
     output = ops.reshape(ended[0], (*samples, -1))
     if capture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights
@@ -65,6 +66,8 @@ class DecoderLayer:
             self._weights = self._network.layer_weights(self.index, tensors, quantized=self._quantized)
         return self._weights
 
-    def forward(self, state: Any, *, capture: bool) -> tuple[Any, Mapping[str, Any]]:
+    def forward(
+        self, state: Any, *, capture: bool, mask: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[Any, Mapping[str, Any]]:
         """Hidden states (batch, sequence, hidden) after the layer, and what its linears read."""
-        return self._network.forward_layer(self.load(), state, capture=capture)
+        return self._network.forward_layer(self.load(), state, capture=capture, seen=mask)

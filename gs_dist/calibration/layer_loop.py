@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.calibration.observers import HostObserver, InputObserver
+from gs_dist.calibration.observers import ExpertObserver, HostObserver, InputObserver
 from gs_dist.errors import LayerError
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import (
@@ -50,8 +50,13 @@ class ObservableLayer(Protocol):
     def linears(self) -> Sequence[Linear]:
         """Its linears."""
 
-    def forward(self, state: Any, *, capture: bool) -> tuple[Any, Mapping[str, Any]]:
-        """Runs the layer on `state`; with `capture` also returns its inputs by name, as (..., channels)."""
+    def forward(
+        self, state: Any, *, capture: bool, mask: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Runs the layer on `state`; with `capture` also returns its inputs by name, as (..., channels).
+
+        `mask` (batch, sequence) is False for padding.
+        """
 
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
         """Its tensors by name within the layer, in the checkpoint's dtype."""
@@ -90,8 +95,12 @@ class LayerLoop:
         self._layers = tuple(layers)
         self._blocks = tuple(blocks)
         self._trees = {index: TreeAccumulator() for index in settings}
-        self._observers = {
-            index: {name: observer(channels[index][name], taken) for name, taken in inputs.items()}
+        routed = {layer.index: {i.name for i in layer.inputs if i.routed} for layer in layers}
+        self._observers: dict[int, dict[str, InputObserver | ExpertObserver]] = {
+            index: {
+                name: _observer(observer(channels[index][name], taken), routed=name in routed[index])
+                for name, taken in inputs.items()
+            }
             for index, inputs in settings.items()
         }
         self._block: int | None = None
@@ -112,7 +121,7 @@ class LayerLoop:
             self._enter_block(micro_batch)
         for layer in self._layers:
             observers, before = self._observers.get(layer.index), state
-            state, captured = layer.forward(state, capture=observers is not None)
+            state, captured = layer.forward(state, capture=observers is not None, mask=mask)
             if observers is None:
                 continue
             if self._watch is not None:
@@ -129,7 +138,11 @@ class LayerLoop:
     ) -> None:
         def observe(pair: tuple[InputObserver, Any]) -> None:
             observer, activation = pair
-            observer.observe(activation, mask, token_ids(micro_batch, math.prod(activation.shape[:-1])))
+            if isinstance(observer, ExpertObserver):
+                num_tokens = int(activation.tokens.max()) + 1
+            else:
+                num_tokens = math.prod(activation.shape[:-1])
+            observer.observe(activation, mask, token_ids(micro_batch, num_tokens))
 
         with one_thread():
             if self._pool is None:
@@ -173,6 +186,10 @@ class LayerLoop:
     def merged(self, layer: int, others: Iterable[TreeNode] = ()) -> LayerStatistics:
         """The layer's statistics, merged with the partial sums of other workers."""
         return merge_nodes([*self.nodes(layer), *others], len(self._blocks))
+
+
+def _observer(observer: InputObserver, *, routed: bool) -> InputObserver | ExpertObserver:
+    return ExpertObserver(observer) if routed else observer
 
 
 def _refuse_non_finite(prefix: str, statistics: LayerStatistics, block: tuple[int, int]) -> None:

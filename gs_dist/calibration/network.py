@@ -13,15 +13,24 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import numpy.typing as npt
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
+from gs_dist.calibration._experts import ROWS, Dispatch, RoutingForm, dispatch, expert_forward, routed_forward
 from gs_dist.calibration._forward import AttentionForm, dense_forward, head_logits, negative_log_likelihood
 from gs_dist.calibration.device import Device
-from gs_dist.model.decoder import DecoderArchitecture, GroupedQueryAttention, LayerSpec, Linear
+from gs_dist.model.decoder import (
+    DecoderArchitecture,
+    GroupedQueryAttention,
+    LayerSpec,
+    Linear,
+    MixtureOfExperts,
+    Routing,
+)
+from gs_dist.model.mlp import SHARED, expert_input
 from gs_dist.model.rotary import Rotary
 from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
-__all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "rotary_tables"]
+__all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "RoutedActivation", "rotary_tables"]
 
 Array = npt.NDArray[Any]
 
@@ -33,17 +42,54 @@ _LOGITS_BYTES = 64 << 20  # of one chunk of logits
 class LayerWeights:
     """A decoder layer on the device, ready for `DecoderNetwork.forward_layer`.
 
-    `attention`, `mlp` and `norms` are the arguments of the function in `_forward` that runs a layer of this
-    kind; `attention_schemes`, `mlp_schemes` and `kv_schemes` the static part of a fake-quantised one.
+    `attention`, `mlp` and `norms` are the arguments of the functions in `_forward` and `_experts` that run a layer
+    of this kind; `attention_schemes`, `mlp_schemes` and `kv_schemes` the static part of a fake-quantised one.
     """
 
     spec: LayerSpec
     attention: Any
-    mlp: Any
+    mlp: Any  # of a mixture, an `_ExpertWeights`
     norms: Any
     attention_schemes: tuple[str, ...]
-    mlp_schemes: tuple[str, ...]
+    mlp_schemes: tuple[str, ...]  # of a mixture, none
     kv_schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _GatedWeights:
+    """Gate, up and down of an expert with the scales and schemes of their inputs: arguments of `expert_forward`."""
+
+    linears: Any
+    inputs: Tensor
+    schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _ExpertWeights:
+    """A mixture of experts on the device: router and gate of the shared expert, correction, experts, the shared one."""
+
+    outer: Any
+    correction: Any
+    experts: tuple[_GatedWeights, ...]
+    shared: _GatedWeights | None
+
+
+@dataclass(frozen=True)
+class RoutedActivation:
+    """What an expert's last linear reads.
+
+    `values` (r, channels) are those of `tokens` (r,), numbers among the micro-batch's; -1 stands for none. The first
+    `num_routed` were given to the expert; the others came closest, in descending order of score.
+    """
+
+    values: Tensor
+    tokens: npt.NDArray[np.int32]
+    num_routed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return tuple(self.values.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +146,19 @@ class DecoderNetwork:
         integer = {} if quantized is None else quantized.linears
         own_norms = tuple((self._tensor(present[name]),) for name in spec.attention.norms)
         attention_inputs, attention_schemes = self._input_schemes(spec.attention.linears, integer)
-        mlp_inputs, mlp_schemes = self._input_schemes(spec.mlp.linears, integer)
         cache, kv_schemes = self._cache_schemes(quantized)
-        linears = [
-            tuple(self._linear(linear.name, present, integer) for linear in block.linears)
-            for block in (spec.attention, spec.mlp)
-        ]
+        linears = tuple(self._linear(linear.name, present, integer) for linear in spec.attention.linears)
+        mlp: Any
+        mlp_schemes: tuple[str, ...]
+        if isinstance(spec.mlp, MixtureOfExperts):
+            mlp, mlp_schemes = self._expert_weights(spec.mlp, present, integer), ()
+        else:
+            gated = self._gated_weights(spec.mlp.linears, present, integer)
+            mlp, mlp_schemes = ms.mutable((gated.linears, gated.inputs)), gated.schemes
         return LayerWeights(
             spec=spec,
-            attention=ms.mutable((linears[0], own_norms, attention_inputs, cache)),
-            mlp=ms.mutable((linears[1], mlp_inputs)),
+            attention=ms.mutable((linears, own_norms, attention_inputs, cache)),
+            mlp=mlp,
             norms=ms.mutable(tuple(self._with_bias(name, present) for name in spec.norms)),
             attention_schemes=attention_schemes,
             mlp_schemes=mlp_schemes,
@@ -122,13 +171,19 @@ class DecoderNetwork:
         return self._tensor(outer.embedding[input_ids])
 
     def forward_layer(
-        self, weights: LayerWeights, hidden: Tensor, *, capture: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One layer on hidden states (b, t, h).
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        *,
+        capture: bool = True,
+        seen: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One layer on hidden states (b, t, h); `seen` (b, t) is False for padding, None where there is none.
 
         Returns:
             The output (b, t, h), and by name the activations (b, t, channels) that the linears read (before
-            any rounding), keys after the rotary embedding and values; empty without `capture`.
+            any rounding), keys after the rotary embedding and values; empty without `capture`. What an expert's
+            own linear reads is a `RoutedActivation`.
         """
         spec = weights.spec
         rotary, mask, block, window = self._table(hidden.shape[1], spec.attention)
@@ -143,11 +198,66 @@ class DecoderNetwork:
             schemes=weights.attention_schemes,
             kv_schemes=weights.kv_schemes,
         )
+        if isinstance(spec.mlp, MixtureOfExperts):
+            arguments = (rotary, mask, (_routing_form(spec.mlp.routing), tuple(attention)))
+            return self._forward_experts(weights, hidden, arguments, capture, seen)
         form = (capture, spec.norms_after, weights.mlp_schemes, tuple(attention))
         results = dense_forward(hidden, weights.attention, weights.mlp, weights.norms, rotary, mask, form)
         if not capture:
             return results, {}
         return results[0], dict(zip(spec.channels, results[1:], strict=True))
+
+    def _forward_experts(
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        arguments: tuple[Any, ...],
+        capture: bool,
+        seen: npt.NDArray[np.bool_] | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        mlp: _ExpertWeights = weights.mlp
+        results = routed_forward(hidden, weights.attention, mlp.outer, mlp.correction, weights.norms, *arguments)
+        total, tokens, scores, shares, chosen, share, attention_input, attention_output, key, value = results
+        everyone = np.ones(tokens.shape[0], bool) if seen is None else seen.reshape(-1)
+        scores, shares, chosen = (self.device.to_numpy(tensor) for tensor in (scores, shares, chosen))
+        products, places = dispatch(scores, shares, chosen, everyone, every=capture)
+        captured: dict[str, Any] = {}
+        outputs = []
+        for product in products:
+            values, made = self._run_expert(mlp.experts[product.expert], tokens, product)
+            outputs += made
+            if capture:
+                name = expert_input(product.expert)
+                captured[name] = RoutedActivation(values, product.rows, product.num_routed)
+        gathered = ops.concat(outputs, 0)
+        for rank in range(places.shape[1]):
+            place = self.device.to_tensor(np.ascontiguousarray(places[:, rank]))
+            total = total + ops.gather(gathered, place, 0)
+        if mlp.shared is not None:
+            everything = self.device.to_tensor(np.arange(tokens.shape[0], dtype=np.int32))
+            shared = mlp.shared
+            activation, output = expert_forward(
+                tokens, everything, share, shared.linears, shared.inputs, shared.schemes
+            )
+            total = total + output
+            captured[SHARED] = activation.reshape((*hidden.shape[:2], -1))
+        if not capture:
+            return total.reshape(hidden.shape), {}
+        captured |= {"attention_input": attention_input, "attention_output": attention_output}
+        captured |= {"mlp_input": tokens.reshape(hidden.shape), "key": key, "value": value}
+        return total.reshape(hidden.shape), captured
+
+    def _run_expert(self, weights: _GatedWeights, tokens: Tensor, product: Dispatch) -> tuple[Tensor, list[Tensor]]:
+        """What the expert's last linear reads, (r, m), and its weighted outputs, product by product."""
+        activations, outputs = [], []
+        for first in range(0, product.rows.size, ROWS):
+            part = slice(first, first + ROWS)
+            rows = self.device.to_tensor(np.maximum(product.rows[part], 0))
+            share = self.device.to_tensor(product.share[part], self.dtype)
+            made = expert_forward(tokens, rows, share, weights.linears, weights.inputs, weights.schemes)
+            activations.append(made[0])
+            outputs.append(made[1])
+        return activations[0] if len(activations) == 1 else ops.concat(activations, 0), outputs
 
     def logits(self, outer: OuterWeights, hidden: Tensor) -> Tensor:
         """Logits (b, t, vocabulary) of hidden states (b, t, h) behind the last layer."""
@@ -211,6 +321,26 @@ class DecoderNetwork:
         weight, bias = linear.dequantised(), linear.bias
         return (self._tensor(weight),) if bias is None else (self._tensor(weight), self._tensor(bias))
 
+    def _gated_weights(
+        self, linears: Sequence[Linear], tensors: Mapping[str, Array], quantized: Mapping[str, QuantizedLinear]
+    ) -> _GatedWeights:
+        inputs, schemes = self._input_schemes(linears, quantized)
+        made = tuple(self._linear(linear.name, tensors, quantized) for linear in linears)
+        return _GatedWeights(ms.mutable(made), inputs, schemes)
+
+    def _expert_weights(
+        self, mlp: MixtureOfExperts, tensors: Mapping[str, Array], quantized: Mapping[str, QuantizedLinear]
+    ) -> _ExpertWeights:
+        outer = tuple(self._with_bias(linear.name, tensors) for linear in mlp.outer_linears)
+        correction = tuple(self.device.to_tensor(tensors[name], ms.float32) for name in mlp.buffers)
+        experts = (mlp.expert(number) for number in range(mlp.num_experts))
+        return _ExpertWeights(
+            outer=ms.mutable(outer),
+            correction=ms.mutable(correction) if correction else (),
+            experts=tuple(self._gated_weights(expert, tensors, quantized) for expert in experts),
+            shared=self._gated_weights(mlp.shared_linears, tensors, quantized) if mlp.shared_size else None,
+        )
+
     def _input_schemes(
         self, linears: Sequence[Linear], quantized: Mapping[str, QuantizedLinear]
     ) -> tuple[Tensor, tuple[str, ...]]:
@@ -250,6 +380,10 @@ class DecoderNetwork:
             rotary = ms.mutable(tuple(self._tensor(table) for table in rotary_tables(attention, tokens)))
             self._tables[key] = (rotary, self._tensor(mask), block, window)
         return self._tables[key]
+
+
+def _routing_form(routing: Routing) -> tuple[Any, ...]:
+    return tuple(getattr(routing, name) for name in RoutingForm._fields)
 
 
 def _mask(block: int, window: int) -> npt.NDArray[np.float32]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import mindspore as ms
@@ -26,7 +27,7 @@ from gs_dist.model.statistics import (
 from gs_dist.model.token_sample import SAMPLE_TOKENS, merge_samples, token_keys
 from gs_dist.solvers.blas import one_thread
 
-__all__ = ["CardObserver", "HostObserver", "InputObserver", "observe"]
+__all__ = ["MIN_EXPERT_TOKENS", "CardObserver", "ExpertObserver", "HostObserver", "InputObserver", "observe"]
 
 Array = npt.NDArray[Any]
 
@@ -34,6 +35,7 @@ _FLOAT32_EXPONENT_BIAS = 127
 _UPPER_MANTISSA_BITS = 7  # of the 23, those in the upper half of a float32
 _UPPER_HALF = 1 if sys.byteorder == "little" else 0
 _QUARTER_BITS = 2  # log2 of HISTOGRAM_BINS_PER_OCTAVE
+MIN_EXPERT_TOKENS = 16  # of one reduction block
 _TINY_ENERGY = 1e-30
 _MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cache
 
@@ -131,7 +133,7 @@ class HostObserver:
             gram=_mirror(self._gram),
             weighted_gram=_mirror(self._weighted_gram),
             histogram=self._histogram,
-            **({} if self._sampler is None else self._sampler.take()),
+            **_taken(self._sampler),
         )
         self._allocated = False
         del self._gram, self._weighted_gram
@@ -217,6 +219,10 @@ def _count_magnitudes(tokens: Array) -> Array:
     return counts.reshape(channels, 2, HISTOGRAM_BINS).astype(np.int32)
 
 
+def _taken(sampler: _Sampler | None) -> dict[str, Any]:
+    return {} if sampler is None else sampler.take()
+
+
 class CardObserver:
     """The same statistics by MindSpore ops, so that activations need not leave an Ascend card.
 
@@ -285,7 +291,7 @@ class CardObserver:
             gram=sums.get("gram"),
             weighted_gram=sums.get("weighted_gram"),
             histogram=self._histogram,
-            **({} if self._sampler is None else self._sampler.take()),
+            **_taken(self._sampler),
         )
         self._start()
         return statistics
@@ -294,6 +300,51 @@ class CardObserver:
 def _rows(tokens: Any, rows: Array) -> Array:
     """Those rows of a tensor (tokens, channels), on the host."""
     return np.array(ops.gather(tokens, ms.Tensor(rows.astype(np.int32)), 0).asnumpy())
+
+
+class ExpertObserver:
+    """The tokens given to one expert; where a block gave it fewer than `MIN_EXPERT_TOKENS`, the closest others too.
+
+    An expert that no token reaches would have no statistics, and one that a few reach poor ones. What it makes of the
+    tokens that came closest to being given to it is the next best, and is counted apart.
+    """
+
+    def __init__(self, observer: InputObserver) -> None:
+        self._observer = observer
+        self._start()
+
+    def _start(self) -> None:
+        self._routed = 0
+        self._spare: list[tuple[Array, Array]] = []
+
+    def observe(self, activation: Any, mask: Array | None, ids: Array | None = None) -> None:
+        """Adds a `network.RoutedActivation`; `mask` (...) and `ids` are those of all tokens of the micro-batch."""
+        places = None if ids is None else ids[np.maximum(activation.tokens, 0)]
+        counted = activation.tokens >= 0
+        if mask is not None:
+            counted &= mask.reshape(-1)[np.maximum(activation.tokens, 0)]
+        routed = np.arange(counted.size) < activation.num_routed
+        given = counted & routed
+        if given.any():
+            self._observer.observe(activation.values, given, places)
+            self._routed += int(given.sum())
+        lacking = MIN_EXPERT_TOKENS - self._routed - sum(len(tokens) for tokens, _ in self._spare)
+        kept = np.flatnonzero(counted & ~routed)[: max(lacking, 0)]
+        if kept.size:
+            taken = np.arange(kept.size) if places is None else places[kept]
+            self._spare.append((activation.values.asnumpy()[kept], taken))
+
+    def take(self) -> InputStatistics:
+        """The statistics since the last call; the observer starts anew."""
+        lacking, num_borrowed = MIN_EXPERT_TOKENS - self._routed, 0
+        for tokens, places in self._spare:
+            borrowed = tokens[: max(lacking - num_borrowed, 0)]
+            if len(borrowed):
+                self._observer.observe(ms.Tensor(borrowed), None, places[: len(borrowed)])
+            num_borrowed += len(borrowed)
+        statistics = replace(self._observer.take(), num_borrowed=num_borrowed)
+        self._start()
+        return statistics
 
 
 def observe(tokens: Array, settings: StatisticsSettings, mask: Array | None = None) -> InputStatistics:

@@ -15,7 +15,7 @@ from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.model.rotary import RopeScaling, Rotary
 
-__all__ = ["Heads", "decoder", "heads", "num_layers", "rotary", "windows"]
+__all__ = ["Heads", "decoder", "heads", "num_layers", "rotary", "sparse_layers", "windows"]
 
 _MAX_LAYERS = 4096  # bounds what a damaged config.json can make us enumerate
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
@@ -186,3 +186,11 @@ def _dtype(keys: ConfigKeys) -> str:
     if not isinstance(value, str) or value not in FLOATS:
         raise keys.wrong(next(iter(stated)), " or ".join(FLOATS))
     return value
+
+
+def sparse_layers(keys: ConfigKeys) -> list[bool]:
+    """Whether each layer has experts: every `decoder_sparse_step`-th that `mlp_only_layers` does not name."""
+    step, dense = keys.size("decoder_sparse_step", default=1), keys.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in dense):
+        raise keys.wrong("mlp_only_layers", "a list of layer numbers")
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers(keys))]

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
-from gs_dist.model.rotary import Rotary
+from gs_dist.model.attention import GroupedQueryAttention
+from gs_dist.model.linear import LayerInput, Linear
+from gs_dist.model.mlp import GatedMlp, MixtureOfExperts, Mlp, Routing
 
 __all__ = [
     "DecoderArchitecture",
@@ -22,167 +23,10 @@ __all__ = [
     "LayerInput",
     "LayerSpec",
     "Linear",
+    "MixtureOfExperts",
     "Mlp",
+    "Routing",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """One linear of a decoder layer: `name` within the layer, weight (out_features, in_features)."""
-
-    name: str
-    out_features: int
-    in_features: int
-    bias: bool
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within the layer to shape."""
-        shapes: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (self.out_features, self.in_features)}
-        if self.bias:
-            shapes[f"{self.name}.bias"] = (self.out_features,)
-        return shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerInput:
-    """An activation that linears read, where statistics are taken.
-
-    `linears` share it. `source` is what a per-channel rescaling folds into: a norm's name, or the linear
-    whose rows are divided (`self_attn.v_proj` for the attention output, `mlp.up_proj` for the mlp
-    activation), or None where nothing can absorb it. `repeat` is how many channel groups of `channels`
-    share one row group of the source: the query heads of a KV head (grouped-query attention), else 1.
-    """
-
-    name: str
-    channels: int
-    linears: tuple[str, ...]
-    source: str | None
-    repeat: int = 1
-    head_dim: int = 0  # channels of one head where repeat > 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedQueryAttention:
-    """Causal attention whose key/value heads each serve `num_heads / num_kv_heads` query heads.
-
-    `qk_norm` is the RMSNorm of queries and keys before the rotary embedding: "none", "head" for one over the
-    channels of each head, "all" for one over those of all heads. `window` is how many tokens a query
-    sees back, None for all.
-    """
-
-    kind: ClassVar[str] = "grouped_query"
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary: Rotary
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: str = "none"
-    window: int | None = None
-
-    @property
-    def query_size(self) -> int:
-        """Channels of the attention output: num_heads * head_dim."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Channels of the keys, and of the values: num_kv_heads * head_dim."""
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def cached(self) -> dict[str, str]:
-        """`key` and `value` to the linear that makes what the cache keeps."""
-        return {"key": "self_attn.k_proj", "value": "self_attn.v_proj"}
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Queries, keys, values and output, in checkpoint order."""
-        rows = (
-            ("q_proj", self.query_size, self.hidden_size, self.qkv_bias),
-            ("k_proj", self.kv_size, self.hidden_size, self.qkv_bias),
-            ("v_proj", self.kv_size, self.hidden_size, self.qkv_bias),
-            ("o_proj", self.hidden_size, self.query_size, self.o_bias),
-        )
-        return tuple(
-            Linear(name=f"self_attn.{name}", out_features=out, in_features=channels, bias=bias)
-            for name, out, channels, bias in rows
-        )
-
-    @property
-    def norms(self) -> dict[str, tuple[int, ...]]:
-        """Name within the layer to shape of the weights of its own norms, in the order of use."""
-        if self.qk_norm == "none":
-            return {}
-        sizes = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (self.query_size, self.kv_size)
-        return {"self_attn.q_norm.weight": (sizes[0],), "self_attn.k_norm.weight": (sizes[1],)}
-
-    def inputs(self, source: str | None) -> tuple[LayerInput, ...]:
-        """What its linears read, where `source` is the norm before it."""
-        return (
-            LayerInput(
-                name="attention_input",
-                channels=self.hidden_size,
-                linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                source=source,
-            ),
-            LayerInput(
-                name="attention_output",
-                channels=self.query_size,
-                linears=("self_attn.o_proj",),
-                source="self_attn.v_proj",
-                repeat=self.num_heads // self.num_kv_heads,
-                head_dim=self.head_dim,
-            ),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedMlp:
-    """down(silu(gate(x)) * up(x))."""
-
-    kind: ClassVar[str] = "gated"
-
-    hidden_size: int
-    intermediate_size: int
-    bias: bool = False
-
-    @property
-    def widest(self) -> int:
-        """Channels of its widest activation."""
-        return self.intermediate_size
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Gate, up and down, in checkpoint order."""
-        h, m = self.hidden_size, self.intermediate_size
-        rows = (("gate_proj", m, h), ("up_proj", m, h), ("down_proj", h, m))
-        return tuple(
-            Linear(name=f"mlp.{name}", out_features=out, in_features=channels, bias=self.bias)
-            for name, out, channels in rows
-        )
-
-    def inputs(self, source: str | None) -> tuple[LayerInput, ...]:
-        """What its linears read, where `source` is the norm before it."""
-        return (
-            LayerInput(
-                name="mlp_input",
-                channels=self.hidden_size,
-                linears=("mlp.gate_proj", "mlp.up_proj"),
-                source=source,
-            ),
-            LayerInput(
-                name="mlp_activation",
-                channels=self.intermediate_size,
-                linears=("mlp.down_proj",),
-                source="mlp.up_proj",
-            ),
-        )
-
-
-Mlp = GatedMlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +64,14 @@ class LayerSpec:
         found = {layer_input.name: layer_input.channels for layer_input in self.inputs}
         return found | dict.fromkeys(self.attention.cached, self.attention.kv_size)
 
+    def share_of_tokens(self, name: str) -> float:
+        """Share of the tokens that an observed activation is made of, where a router deals them out evenly."""
+        return self.mlp.share_of_tokens if name in self._routed else 1.0
+
+    @cached_property
+    def _routed(self) -> frozenset[str]:
+        return frozenset(layer_input.name for layer_input in self.inputs if layer_input.routed)
+
     @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Name within the layer to shape, for every tensor of the layer."""
@@ -227,7 +79,7 @@ class LayerSpec:
         shapes.update(self.attention.norms)
         for linear in self.linears:
             shapes.update(linear.tensors())
-        return shapes
+        return shapes | self.mlp.buffers
 
 
 @dataclass(frozen=True, kw_only=True)

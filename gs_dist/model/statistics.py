@@ -68,6 +68,7 @@ class InputStatistics:
 
     Attributes:
         num_tokens: tokens seen (SUM).
+        num_borrowed: of these, tokens that were not given to the expert that reads x, but came closest (SUM).
         minimum, maximum: per channel, float32 (MIN, MAX).
         sum_abs, sum_squares: per channel, float64 (SUM).
         gram: sum of x xT, (channels, channels) float32 (SUM), or None.
@@ -88,6 +89,7 @@ class InputStatistics:
     histogram: Array | None = None
     sample_keys: Array | None = None
     sample_tokens: Array | None = None
+    num_borrowed: int = 0
 
     @property
     def channels(self) -> int:
@@ -112,7 +114,7 @@ class InputStatistics:
         """
         if self.channels != other.channels:
             raise ValueError(f"statistics of {self.channels} and {other.channels} channels do not merge")
-        merged: dict[str, Any] = {"num_tokens": self.num_tokens + other.num_tokens}
+        merged: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
         for name, operation in _MERGES.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             if (mine is None) != (theirs is None):
@@ -158,17 +160,20 @@ class InputStatistics:
 
     def to_arrays(self) -> dict[str, Array]:
         """Field name to array, for storage; absent statistics are left out."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _COUNTS}
         present = {name: array for name, array in arrays.items() if array is not None}
-        return {"num_tokens": np.array([self.num_tokens], dtype=np.int64), **present}
+        counts = {"num_tokens": self.num_tokens, **({"num_borrowed": self.num_borrowed} if self.num_borrowed else {})}
+        return {**{name: np.array([count], dtype=np.int64) for name, count in counts.items()}, **present}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> InputStatistics:
         """Inverse of `to_arrays`."""
-        rest = {name: array for name, array in arrays.items() if name != "num_tokens"}
-        return cls(num_tokens=int(arrays["num_tokens"][0]), **rest)
+        rest = {name: array for name, array in arrays.items() if name not in _COUNTS}
+        borrowed = int(arrays["num_borrowed"][0]) if "num_borrowed" in arrays else 0
+        return cls(num_tokens=int(arrays["num_tokens"][0]), num_borrowed=borrowed, **rest)
 
 
+_COUNTS = ("num_tokens", "num_borrowed")
 _MERGES: dict[str, np.ufunc] = {
     "minimum": _MIN,
     "maximum": _MAX,

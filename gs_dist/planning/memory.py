@@ -188,7 +188,7 @@ def _activation_bytes(shape: JobShape) -> int:
             HIDDEN_COPIES * a.hidden_size
             + QUERY_COPIES * attention.query_size
             + KV_COPIES * attention.kv_size
-            + MLP_COPIES * layer.mlp.widest
+            + MLP_COPIES * layer.mlp.channels_for_one
         )
         entries = max(entries, held + SCORE_COPIES * scores)
         widest = max(a.hidden_size, attention.query_size, layer.mlp.widest)

@@ -176,11 +176,23 @@ def _resolve(
     if resolved["lm_head"] is not None:
         notes = ("lm_head is carried over as it is; add it to ptq.opname_blacklist to say so in the recipe",)
         resolved["lm_head"] = None
+    routers = [name for name in _staying(architecture) if resolved[name] is not None]
+    if routers:
+        resolved |= dict.fromkeys(routers)
+        kinds = sorted({name.rpartition(".")[2] for name in routers})
+        more = f"{len(routers)} linears that choose or weight experts ({', '.join(kinds)}) are carried over as they are"
+        notes = (*notes, f"{more}, rescaled with the norms they read")
     if not any(p and (p.quantises_linear or p.kvcache_quant_dtype) for p in resolved.values()):
         raise UserError(
             "the policies leave every linear of the decoder layers unquantised: change ptq or layer_policies"
         )
     return resolved, notes
+
+
+def _staying(architecture: DecoderArchitecture) -> list[str]:
+    """Full names of the linears that are never quantised."""
+    own = {kind: [linear.name for linear in kind.linears if linear.stays] for kind in architecture.kinds}
+    return [architecture.layer_prefix(i) + name for i, kind in enumerate(architecture.layers) for name in own[kind]]
 
 
 def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, QuantPolicy | None]) -> None:
@@ -277,6 +289,11 @@ def make_workload(
         }
     size_budget = None
     if config.bits == "auto":
+        if any(kind.mlp.experts for kind in architecture.kinds):
+            raise PlanError(
+                "bits: auto chooses linear by linear, and engines run all experts of a layer as one scheme: set bits: "
+                "fixed, and give the experts a policy under layer_policies"
+            )
         assert config.size_budget is not None
         fixed = {name for name, policy in resolved.items() if policy is None}
         size_budget = budget_bytes(config.size_budget, architecture, schemes, fixed)
@@ -338,11 +355,13 @@ def count_operations(workload: Workload, num_samples: int, sequence_length: int)
     a, tokens = workload.architecture, num_samples * sequence_length
     forward = gram = solve = 0
     for layer, policies, settings in zip(a.layers, workload.policies, workload.settings, strict=True):
-        forward += 2 * sum(linear.out_features * linear.in_features for linear in layer.linears)
+        attention = sum(linear.out_features * linear.in_features for linear in layer.attention.linears)
+        forward += 2 * (attention + layer.mlp.active_entries)
         # Scores and their product with values, half of them masked.
         forward += 2 * (sequence_length + 1) * layer.attention.query_size
         for name, taken in settings.items():
             channels = layer.channels[name]
-            gram += tokens * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
+            seen = tokens * layer.share_of_tokens(name)
+            gram += round(seen) * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
         solve += solver_operations(layer, policies, settings, workload.schemes)
     return Operations(forward=tokens * forward, gram=gram, solve=solve)

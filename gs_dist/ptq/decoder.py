@@ -111,6 +111,11 @@ class DecoderLayer(nn.Cell):
     def __init__(self, prefix: str, layer: LayerSpec, source: _Source) -> None:
         super().__init__()
         self.self_attn = _Attention(prefix, layer.attention, source)
+        if not isinstance(layer.mlp, GatedMlp):
+            raise CheckpointError(
+                f"{prefix}mlp is a mixture of experts, which CausalDecoder does not build: quantise it by a recipe "
+                "(gs-dist quantize)"
+            )
         self.mlp = _Mlp(prefix, layer.mlp, source)
         for norm in layer.norms:
             setattr(self, norm, source.norm(prefix + norm))

@@ -76,7 +76,9 @@ class ObservedNetwork:
         """Restricts the next passes to these activations."""
         self._observed = frozenset(names)
 
-    def forward(self, state: Row, *, capture: bool) -> tuple[None, Mapping[str, Array]]:
+    def forward(
+        self, state: Row, *, capture: bool, mask: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[None, Mapping[str, Array]]:
         """Runs a row; with `capture` returns the observed activations, (tokens, channels) each, padding left out."""
         self._captured = {name: [] for name in self._observed}
         self._run(state)

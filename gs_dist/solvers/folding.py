@@ -90,7 +90,7 @@ class FoldedTensors:
             else:
                 per_row = source_channels(scale, layer_input).astype(np.float32)
                 self._rows[source] = self._rows.get(source, np.float32(1)) * per_row
-        for linear in layer_input.linears:
+        for linear in (*layer_input.linears, *layer_input.followers):
             self._columns[linear] = self._columns.get(linear, np.float32(1)) * scale
         return scale
 

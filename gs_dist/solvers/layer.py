@@ -116,13 +116,24 @@ def solve_layer(
                 "choose another policy for them in layer_policies, set on_bad_layer: keep_float, or raise the limit"
             )
         kept = dict(current.policies)
-        for layer_input in current.inputs:
-            failing = [name for name in layer_input.linears if problem.prefix + name in bad]
-            for name in layer_input.linears if failing else ():
+        for readers in _fused(current.inputs):
+            failing = [name for name in readers if problem.prefix + name in bad]
+            for name in readers if failing else ():
                 kept[name] = _without_weight(kept.get(name))
                 reasons = "; ".join(f"{problem.prefix + f}: {bad[problem.prefix + f]}" for f in failing)
                 notes[problem.prefix + name] = (f"kept in float: {reasons}",)
         current = replace(current, policies=kept)
+
+
+def _fused(inputs: Sequence[LayerInput]) -> list[tuple[str, ...]]:
+    """Linears that serving engines run as one: those that read one input, and all experts of a layer."""
+    if not any(layer_input.routed for layer_input in inputs):
+        return [layer_input.linears for layer_input in inputs]
+    together = [i for i in inputs if i.routed or i.followers]
+    return [
+        *(i.linears for i in inputs if i not in together),
+        tuple(name for layer_input in together for name in layer_input.linears),
+    ]
 
 
 def _without_overflow(
@@ -130,6 +141,7 @@ def _without_overflow(
 ) -> tuple[LayerProblem, dict[str, tuple[str, ...]]]:
     """The problem less the linears whose input overflows float16, and what their rows say of it."""
     kept, notes = dict(problem.policies), dict[str, tuple[str, ...]]()
+    fused = {name: readers for readers in _fused(problem.inputs) for name in readers}
     for layer_input in problem.inputs:
         readers, seen = problem.quantised(layer_input), problem.statistics.get(layer_input.name)
         overflow = overflow_notes(seen, problem.scale_dtype) if readers and seen is not None else ()
@@ -138,7 +150,7 @@ def _without_overflow(
                 f"layer {problem.layer}: {', '.join(problem.prefix + name for name in readers)}: {overflow[0]} "
                 "(convert the checkpoint first), leave out the samples that do it, or set on_bad_layer: keep_float"
             )
-        for name in layer_input.linears if overflow else ():
+        for name in fused[layer_input.linears[0]] if overflow else ():
             kept[name] = _without_weight(kept.get(name))
             notes[problem.prefix + name] = ("kept in float: its input overflows float16",)
     return replace(problem, policies=kept), notes
@@ -323,6 +335,7 @@ def _solve_linear(
             *overflow_notes(statistics, problem.scale_dtype),
             *dead_input_notes(statistics, solved),
             *lost_channels_notes(statistics, rescaling, solved),
+            *_coverage_notes(statistics),
         ),
     )
     return solved, row
@@ -350,13 +363,24 @@ def _token_error(
     return median_token_error(weight, restored, np.asarray(tokens * inverse), rounded, change)
 
 
+def _coverage_notes(statistics: InputStatistics) -> tuple[str, ...]:
+    """Of an expert that too few tokens reached."""
+    if not statistics.num_borrowed:
+        return ()
+    given = statistics.num_tokens - statistics.num_borrowed
+    return (
+        f"{given} tokens reached this expert, and {statistics.num_borrowed} others that came closest stand in: "
+        "raise calibration.num_samples, or give data that reach it",
+    )
+
+
 def _ratio(error: float, energy: float) -> float:
     """Share of the output; a linear whose output is zero throughout and stays so has no error."""
     return 0.0 if error <= 0 else error / max(energy, float(np.finfo(np.float32).tiny))
 
 
 def _untouched_row(problem: LayerProblem, name: str) -> LinearSummary:
-    readers = [i.name for i in problem.inputs if name in i.linears]
+    readers = [i.name for i in problem.inputs if name in i.linears or name in i.followers]
     seen = problem.statistics.get(readers[0]) if readers else None
     return LinearSummary(
         layer=problem.layer,

@@ -30,6 +30,7 @@ __all__ = [
     "input_settings",
     "kv_layers",
     "label_of",
+    "mixed_experts",
     "mixed_fusions",
     "policy_of",
     "refuse",
@@ -188,6 +189,21 @@ def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict
         else:
             continue
         reasons.setdefault(reason, []).append(fused)
+    return reasons
+
+
+def mixed_experts(policies: Policies, architecture: DecoderArchitecture) -> dict[str, list[str]]:
+    """Reasons against experts of one layer that the recipe treats differently: engines run all of them as one."""
+    reasons: dict[str, list[str]] = {}
+    for layer, kind in enumerate(architecture.layers):
+        prefix = architecture.layer_prefix(layer)
+        found = {label_of(policies.get(prefix + linear.name)) for expert in kind.mlp.experts for linear in expert}
+        if len(found) > 1:
+            reason = (
+                f"engines run all experts of a layer as one, and they are {', '.join(sorted(found))}: let one entry of "
+                "layer_policies (or of opname_blacklist) cover gates, ups and downs of all of them"
+            )
+            reasons.setdefault(reason, []).append(prefix + kind.mlp.experts[0][0].name)
     return reasons
 
 

@@ -41,8 +41,11 @@ def _check(inventory: Inventory, layout: Layout) -> None:
     }
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
+        _check_experts(inventory, layout, quantised, architecture, layer)
         for members in _FUSED:
             names = [prefix + member for member in members]
+            if names[0] not in layout.kinds:
+                continue
             kinds = [_summary(layout.kinds[name], quantised[name]) for name in names]
             if len(set(kinds)) > 1:
                 expected = "one scheme: they are fused into one linear (get_scheme, should_ignore_layer)"
@@ -53,6 +56,25 @@ def _check(inventory: Inventory, layout: Layout) -> None:
     limit = describe_tensor_parallel({name: found for name, found in packed.items() if found}, architecture)
     if limit is not None:
         inventory.note("tensor-parallel", limit)
+
+
+def _check_experts(
+    inventory: Inventory,
+    layout: Layout,
+    quantised: Mapping[str, SchemeGroup | None],
+    architecture: DecoderArchitecture,
+    layer: int,
+) -> None:
+    """`compressed_tensors_moe*.py`: one scheme for all experts of a layer; int8 activations only per token."""
+    prefix = architecture.layer_prefix(layer)
+    names = [prefix + linear.name for expert in architecture.layers[layer].mlp.experts for linear in expert]
+    kinds = sorted({_summary(layout.kinds[name], quantised[name]) for name in names})
+    if len(kinds) > 1:
+        expected = "one scheme: all experts of a layer are run as one (get_moe_method)"
+        inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, names[0])
+    elif names and layout.kinds[names[0]] == "W8A8":
+        expected = "activations per token for int8 experts (CompressedTensorsW8A8Int8MoEMethod)"
+        inventory.report(CONFIG_FILE, "engine-static", "static int8 activations", expected, names[0])
 
 
 def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:

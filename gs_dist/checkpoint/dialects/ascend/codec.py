@@ -26,7 +26,7 @@ Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from gs_dist.checkpoint.dialects.description import (
     expected_names,
     kv_layers,
     label_of,
+    mixed_experts,
     mixed_fusions,
     policy_of,
     refuse,
@@ -63,6 +64,8 @@ __all__ = ["CODEC", "DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendCodec"]
 
 DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
 LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16")
+# Schemes registered for "moe" that need no more than a linear has (methods/registry.py).
+_EXPERT_LABELS = (FLOAT, "W8A8_DYNAMIC")
 KV_BLOCK = 32  # last dimension of the NZ view of an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)
 
 _INT32 = np.iinfo(np.int32)
@@ -89,7 +92,15 @@ class AscendCodec:
         for layer in kv_layers(policies, architecture):
             for reason in _unloadable_kv(architecture):
                 reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
-        refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
+        for name in _expert_linears(architecture):
+            if label_of(policies.get(name)) not in _EXPERT_LABELS:
+                reason = (
+                    f"vLLM-Ascend runs int8 experts with activations per token only, and these are "
+                    f"{label_of(policies.get(name))}: set act_quant_dtype: int8 and act_quant_granularity: per_token "
+                    "for them under layer_policies"
+                )
+                reasons.setdefault(reason, []).append(name)
+        refuse(self.name, {**reasons, **mixed_fusions(policies, architecture), **mixed_experts(policies, architecture)})
         if architecture.dtype == "float32":
             return ("ascend: the model is float32, which the engine computes in bfloat16: serve with --dtype bfloat16",)
         return ()
@@ -235,6 +246,12 @@ def _made_biases(policies: Policies, prefix: str, layer: LayerSpec) -> tuple[lis
     names = {linear.name for linear in layer.linears}
     sources = {i.source for i in layer.inputs if i.source not in names and made.issuperset(i.linears)}
     return sorted(norm for norm in sources if norm is not None), sorted(made & linears)
+
+
+def _expert_linears(architecture: DecoderArchitecture) -> Iterator[str]:
+    for layer, kind in enumerate(architecture.layers):
+        for linear in (linear for expert in kind.mlp.experts for linear in expert):
+            yield architecture.layer_prefix(layer) + linear.name
 
 
 def _unloadable(policy: QuantPolicy | None) -> list[str]:

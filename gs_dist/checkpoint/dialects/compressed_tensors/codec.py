@@ -24,7 +24,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.schemes import (
     policy_of,
     quantization_args,
 )
-from gs_dist.checkpoint.dialects.description import kv_layers, shift_notes
+from gs_dist.checkpoint.dialects.description import kv_layers, mixed_experts, refuse, shift_notes
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
@@ -56,6 +56,7 @@ class CompressedTensorsCodec:
                 num_groups(linear.in_features, policy.group_size, policy.weight_format.group_sizes)
             except UserError as error:
                 raise UserError(f"{linear_name}: {error}, for {linear.name} in layer_policies") from None
+        refuse(self.name, mixed_experts(policies, architecture))
         _check_kv(policies, architecture)
         return (*shift_notes(self.name, policies), *engine_notes(policies, architecture))
 

@@ -26,6 +26,7 @@ __all__ = [
     "scheme_key",
 ]
 
+_NUMBER = re.compile(r"\\\.\d+\\\.")  # of an expert, in an escaped name
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
 _INT, _PACK = "int-quantized", "pack-quantized"
 
@@ -99,26 +100,35 @@ def config_groups(policies: Policies, architecture: DecoderArchitecture) -> tupl
             key = scheme_key(policy)
             schemes[key] = _scheme(policy)
             members.setdefault(key, []).append(name)
+    # Routers are listed among the ignored; engines that know experts by the word alone find it.
+    staying = {linear.name for kind in architecture.kinds for linear in kind.linears if linear.stays}
+    whole = len(members) == 1 and all(_LAYER.sub("", name) in staying for name in left)
     groups = {}
     for number, (key, names) in enumerate(members.items()):
-        targets = ["Linear"] if len(members) == 1 and not left else _targets(names, architecture)
+        targets = ["Linear"] if whole else _targets(names, architecture)
         groups[f"group_{number}"] = {"targets": targets, **schemes[key]}
     # A linear that no target matches must be listed here: vLLM refuses to guess.
     return groups, ["lm_head", *_targets(left, architecture)]
 
 
 def _targets(names: list[str], architecture: DecoderArchitecture) -> list[str]:
-    """A pattern for a linear that is in `names` in every layer, else its full names."""
+    """A pattern for a linear that is in `names` in every layer, else its full names; one for all experts' if it can."""
     holders = Counter(linear.name for layer in range(architecture.num_layers) for linear in architecture.linears(layer))
     members: dict[str, list[str]] = {name: [] for name in holders}
     for name in names:
         members[_LAYER.sub("", name)].append(name)
+    alike: dict[str, list[str]] = {}
+    for linear_name in holders:
+        alike.setdefault(_NUMBER.sub(r"\.\\d+\.", re.escape(linear_name)), []).append(linear_name)
     targets = []
-    for linear_name, mine in members.items():
-        if len(mine) == holders[linear_name]:
-            targets.append(rf"re:.*\.{re.escape(linear_name)}$")
-        else:
-            targets.extend(mine)
+    for pattern, linear_names in alike.items():
+        if all(len(members[name]) == holders[name] for name in linear_names):
+            targets.append(rf"re:.*\.{pattern}$")
+            continue
+        for linear_name in linear_names:
+            mine = members[linear_name]
+            whole = len(mine) == holders[linear_name]
+            targets.extend([rf"re:.*\.{re.escape(linear_name)}$"] if whole else mine)
     return targets
 
 

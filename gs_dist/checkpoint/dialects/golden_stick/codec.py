@@ -46,7 +46,7 @@ from gs_dist.checkpoint.dialects.description import (
 from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
-from gs_dist.errors import CheckpointError
+from gs_dist.errors import CheckpointError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.numbers.integer import INT4, INT8
@@ -76,6 +76,10 @@ class GoldenStickCodec:
                 output channels at 4 bits, a quantised KV cache, or linears that the engine fuses with
                 different policies.
         """
+        if any(kind.mlp.experts for kind in architecture.kinds):
+            raise RecipeError(
+                "format golden-stick has no reader that knows experts: write format: [compressed-tensors] or [ascend]"
+            )
         reasons: dict[str, list[str]] = {}
         shapes = {
             architecture.layer_prefix(layer) + linear.name: linear
