@@ -71,7 +71,7 @@ class ConversionConfig(BaseModel):
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression ({error}): correct it") from None
+                raise ValueError(f"{pattern!r} is not a regular expression ({error}): correct it") from None
         return value
 
     @model_validator(mode="after")

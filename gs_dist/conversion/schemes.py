@@ -113,7 +113,7 @@ def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
     if scheme is None:
         near = difflib.get_close_matches(name.upper(), SCHEMES, n=1, cutoff=0.5)
         meant = f"do you mean {near[0]}? " if near else ""
-        raise UserError(f"{where}: {name!r:.60} is no scheme; {meant}Schemes are {', '.join(SCHEMES)}")
+        raise UserError(f"{where}: {name!r:.60} is not a scheme; {meant}Schemes are {', '.join(SCHEMES)}")
     weights = scheme.weights
     if group_size is not None and isinstance(weights, IntegerRounding) and weights.group_size:
         return dataclasses.replace(scheme, weights=dataclasses.replace(weights, group_size=group_size))

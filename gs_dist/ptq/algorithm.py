@@ -49,7 +49,7 @@ class PTQ:
 
     Raises:
         TypeError: `config` is neither PTQConfig nor dict; `layer_policies` is no OrderedDict, has a key
-            that is no regular expression, or a value that is neither PTQConfig nor None.
+            that is not a regular expression, or a value that is neither PTQConfig nor None.
         ValueError: QUANTIZE outside PyNative mode; int8 activations without quantised weights; another
             combination that no algorithm serves.
     """

@@ -41,7 +41,7 @@ def checked_layer_policies(layer_policies: Any, config: PTQConfig) -> OrderedDic
         try:
             re.compile(key)
         except re.error as error:
-            raise TypeError(f"layer_policies: {key!r} is no regular expression: {error}") from error
+            raise TypeError(f"layer_policies: {key!r} is not a regular expression: {error}") from error
         if policy is None:
             checked[key] = None
             continue

@@ -16,14 +16,14 @@ def match_patterns(names: Sequence[str], patterns: Collection[str]) -> dict[str,
 
     Raises:
         PolicyConflictError: two patterns match one name.
-        UserError: a pattern is no regular expression, or matches no name.
+        UserError: a pattern is not a regular expression, or matches no name.
     """
     compiled = {}
     for pattern in patterns:
         try:
             compiled[pattern] = re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(f"layer_policies: {pattern!r} is no regular expression ({error}): correct it") from None
+            raise UserError(f"layer_policies: {pattern!r} is not a regular expression ({error}): correct it") from None
     found: dict[str, str] = {}
     for name in names:
         matching = [key for key, pattern in compiled.items() if pattern.match(name)]

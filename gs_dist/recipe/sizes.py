@@ -30,7 +30,7 @@ def parse_size(value: object) -> int:
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B)\s*", value) if isinstance(value, str) else None
     if match is not None and float(match[1]) > 0:
         return max(1, int(float(match[1]) * _SIZE_UNITS[match[2]]))
-    raise ValueError(f"{value!r} is no size: write {SIZE_HELP}")
+    raise ValueError(f"{value!r} is not a size: write {SIZE_HELP}")
 
 
 def format_bytes(size: int) -> str:

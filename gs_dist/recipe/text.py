@@ -21,6 +21,7 @@ MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; more is another kind o
 MAX_NODES = 100_000  # YAML aliases can name one node again and again, or name themselves
 MAX_DEPTH = 16
 
+_MISSING = "nothing"
 _RATIOS = "a number from 0 to 1, or a list of such numbers to search"
 
 
@@ -239,7 +240,9 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         founds = list(dict.fromkeys(found for found, wanted in explanations if wanted))
         wanteds = list(dict.fromkeys(wanted for _, wanted in explanations if wanted))
         wanteds = [_RATIOS] if path[-1:] in (("smooth_alpha",), ("weight_clip_ratio",)) else wanteds
-        if founds:
+        if founds == [_MISSING]:
+            problems.append(Problem(path=name, text="missing; this key is required"))
+        elif founds:
             problems.append(Problem(path=name, text=f"found {founds[0]}; write {', or '.join(wanteds)}"))
     return problems
 
@@ -280,7 +283,7 @@ def _explain(detail: dict[str, Any], schema: type[BaseModel]) -> tuple[str, str]
     """What was found and what to write, for one pydantic error; nothing to write for a contradiction."""
     kind, found, bounds = detail["type"], describe(detail["input"]), detail.get("ctx", {})
     simple = {
-        "missing": ("nothing", "a value: the key is required"),
+        "missing": (_MISSING, "a value"),
         "string_type": (found, "text"),
         "int_type": (found, "a whole number"),
         "float_type": (found, "a number"),

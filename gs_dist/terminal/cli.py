@@ -303,7 +303,7 @@ def convert(
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the job.")] = None,
     scheme: Annotated[str | None, typer.Option(help="How linears are quantised; W8A8_DYNAMIC.")] = None,
-    format: Annotated[list[str] | None, typer.Option(help="compressed-tensors or ascend; may be given again.")] = None,
+    format: Annotated[list[str] | None, typer.Option(help="compressed-tensors or ascend; repeatable.")] = None,
     engine: Annotated[
         str | None, typer.Option("--for", help="Engine that is to load it, such as vllm-ascend==0.23 or sglang.")
     ] = None,
@@ -381,9 +381,9 @@ def _run_directory(directory: Path) -> Path:
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
     *,
-    data: Annotated[list[str], typer.Option(help="Files, directories, patterns or URIs; may be given again.")],
+    data: Annotated[list[str], typer.Option(help="Files, directories, patterns or URIs; repeatable.")],
     format: Annotated[
-        list[str] | None, typer.Option(help="Format to evaluate, all of the job's if left out; may be given again.")
+        list[str] | None, typer.Option(help="Format to evaluate, all of the job's if left out; repeatable.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="The float model, to compare with.")] = None,
     num_samples: Annotated[int, typer.Option(help="How many samples at most.")] = 64,

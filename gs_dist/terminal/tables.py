@@ -45,7 +45,7 @@ def _span(layers: Sequence[int] | range) -> str:
 
 def _waves(stage: StagePlan) -> str:
     sizes = Counter(len(wave) for wave in stage.waves)
-    text = " + ".join(f"{count} of {size}" for size, count in sizes.items())
+    text = " + ".join(f"{count} x {counted(size, 'layer')}" for size, count in sizes.items())
     return text if stage.resident else f"{text}, weights wave by wave"
 
 
@@ -89,8 +89,8 @@ def _busiest_worker(plan: CalibrationPlan) -> str:
     where = "threads" if plan.device.on_host else "card"
     return (
         f"the busiest worker: {passes / plan.data_parallel_size:.3g} in passes on its {where}, "
-        f"{plan.operations.solve * owned / num_layers:.3g} in solves on its host's cores; no rate is assumed, "
-        "so no time is told"
+        f"{plan.operations.solve * owned / num_layers:.3g} in solves on its host's cores; time: not "
+        "estimated"
     )
 
 

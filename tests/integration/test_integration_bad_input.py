@@ -314,7 +314,7 @@ CASES = [
     Case("recipe", "file missing", lambda p: p.recipe_file.unlink(), r"recipe.yaml cannot be read: No such file"),
     Case("recipe", "is a directory", lambda p: (p.recipe_file.unlink(), p.recipe_file.mkdir()), "Is a directory"),
     Case("recipe", "binary", _recipe(b"\xff\xfe\x00model"), "not UTF-8 text"),
-    Case("recipe", "empty", _recipe(""), "model: found nothing; write a value: the key is required"),
+    Case("recipe", "empty", _recipe(""), "model: missing; this key is required"),
     Case("recipe", "bytes that YAML refuses", _recipe("model: \0"), "line|NUL|special characters"),
     Case("recipe", "broken YAML", _recipe("model: [a\noutput: b"), "line 2, column"),
     Case("recipe", "a list", _recipe("- model\n- output"), "at the top"),

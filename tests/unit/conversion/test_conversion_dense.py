@@ -110,7 +110,7 @@ def test_patterns_overrule_the_presets(tmp_path: Path) -> None:
         ({".*nothing": None}, UserError, "matches no linear"),
         ({".*q_proj": None}, UserError, "engines fuse the two into one"),
         ({".*q_proj": None, ".*self_attn.*": None}, PolicyConflictError, "conflict"),
-        ({".*down_proj": "W9A9"}, UserError, "no scheme"),
+        ({".*down_proj": "W9A9"}, UserError, "not a scheme"),
         ({".*": None}, UserError, "no linear would be quantised"),
     ],
 )

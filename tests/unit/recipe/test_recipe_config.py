@@ -119,7 +119,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         )
     )
     expected = {
-        "model: found nothing; write a value: the key is required",
+        "model: missing; this key is required",
         "modle: found an unknown key; write model if that is meant",
         "calibration.data: found []; write a text, or a list of texts",
         "calibration.num_sample: found an unknown key; write num_samples if that is meant",

@@ -234,7 +234,7 @@ def test_plan_for_fewer_nodes_than_the_job_asks_for(large: tuple[object, ...]) -
     ("options", "message"),
     [
         (("--nodes", 2), "lacks --npus-per-node and --cpus-per-node and --memory-per-node: "),
-        ((*NODES, "768"), "gs-dist: --memory-per-node: '768' is no size: "),
+        ((*NODES, "768"), "gs-dist: --memory-per-node: '768' is not a size: "),
         ((*NODES, "768GiB", "--address", "auto"), "gs-dist: --address asks a cluster that runs "),
     ],
 )
@@ -439,13 +439,13 @@ def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Run
 
 
 def test_the_memory_of_an_evaluation_is_a_size(tmp_path: Path, runtime: Runtime) -> None:
-    """Read like that of a recipe; what is no size is refused."""
+    """Read like that of a recipe; what is not a size is refused."""
     run("evaluate", tmp_path, "--data", "a", "--memory-per-worker", "2GiB")
     (((_, _), options),) = runtime.calls
     assert options["memory_per_worker"] == 2 << 30
     result = run("evaluate", tmp_path, "--data", "a", "--memory-per-worker", "much")
     assert result.exit_code == 2
-    assert "--memory-per-worker: 'much' is no size: write a size such as 60GiB" in result.stderr
+    assert "--memory-per-worker: 'much' is not a size: write a size such as 60GiB" in result.stderr
 
 
 def test_check_says_what_a_directory_is(tmp_path: Path) -> None:
