@@ -115,7 +115,7 @@ class Choice:
     def _texts(self, name: str) -> Texts:
         return Texts(
             name,
-            tokenizer=self._tokenizer(name),
+            tokenizer=self._text_tokenizer(name),
             add_special_tokens=self._config.add_special_tokens,
             end=self._end,
         )
@@ -137,13 +137,20 @@ class Choice:
             return self._chats(*names)
         return Pairs(
             *names,
-            tokenizer=self._tokenizer("+".join(names)),
+            tokenizer=self._text_tokenizer("+".join(names)),
             add_special_tokens=self._config.add_special_tokens,
             end=self._end,
         )
 
     def _template(self) -> ChatTemplate | None:
         return None if self._tokenizer_file is None else ChatTemplate.of_model(self._tokenizer_file.parent)
+
+    def _text_tokenizer(self, label: str) -> TextTokenizer:
+        """The tokenizer for text that no template was applied to: what it puts around a text is told if in doubt."""
+        tokenizer = self._tokenizer(label)
+        if self._config.add_special_tokens:
+            self.notes += tokenizer.special_token_notes()
+        return tokenizer
 
     def _tokenizer(self, label: str) -> TextTokenizer:
         if self._tokenizer_file is None or not self._tokenizer_file.is_file():

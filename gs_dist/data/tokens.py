@@ -54,6 +54,26 @@ class TextTokenizer:
         """The token of an id, for messages."""
         return self._tokenizer.id_to_token(index) or "unknown"
 
+    def special_token_notes(self) -> list[str]:
+        """Where tokenizer_config.json says otherwise than tokenizer.json what is put around a text.
+
+        tokenizer.json is followed, as transformers 5 does; transformers 4 rebuilds it after the other file for some
+        classes, so that models such as DeepSeek-R1-Distill get a BOS from one version and none from the next.
+        """
+        stated = read_tokenizer_config(self.directory)
+        added = self._tokenizer.encode("").ids
+        notes = []
+        for name in ("bos_token", "eos_token"):
+            wanted, token = stated.get(f"add_{name}"), token_text(stated.get(name))
+            index = self._tokenizer.token_to_id(token) if token else None
+            if isinstance(wanted, bool) and index is not None and wanted is not (index in added):
+                notes.append(
+                    f"tokenizer_config.json says add_{name}: {str(wanted).lower()}, and tokenizer.json "
+                    f"{'adds no' if wanted else 'adds'} {token}: text is read {'without' if wanted else 'with'} it, as "
+                    "transformers 5 reads it (transformers 4 may differ)"
+                )
+        return notes
+
     def pad_token_id(self) -> int | None:
         """Id of the `pad_token` that tokenizer_config.json names, None where it names none."""
         named = token_text(read_tokenizer_config(self.directory).get("pad_token"))

@@ -191,6 +191,39 @@ def test_text_that_begins_with_bos_gets_it_once_where_the_recipe_says_so(tmp_pat
     assert not any("once more" in note for note in once.notes)
 
 
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        (
+            {"bos_token": "<s>", "add_bos_token": False},
+            "add_bos_token: false, and tokenizer.json adds <s>: text is read with",
+        ),
+        ({"bos_token": "<s>", "add_bos_token": True}, None),
+        (
+            {"eos_token": "</s>", "add_eos_token": True},
+            "add_eos_token: true, and tokenizer.json adds no </s>: text is read wi",
+        ),
+        ({"eos_token": {"content": "</s>"}, "add_eos_token": False}, None),
+        ({}, None),
+    ],
+)
+def test_two_files_that_differ_on_special_tokens_are_told(
+    stated: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    """tokenizer.json is followed, as transformers 5 does; nothing is said where no special tokens are asked for."""
+    model = model_directory(tmp_path / "model", {"template": PLAIN})
+    path = model / "tokenizer_config.json"
+    kept = {} if not path.exists() else json.loads(path.read_text())
+    for name in ("bos_token", "eos_token", "add_bos_token", "add_eos_token"):
+        kept.pop(name, None)
+    path.write_text(json.dumps({**kept, **stated}))
+    data = jsonl(tmp_path / "c.jsonl", {"text": "abc"})
+    notes = [note for note in opened(data, model).notes if "tokenizer_config.json says" in note]
+    assert len(notes) == (told is not None)
+    assert told is None or told in notes[0]
+    assert not any("tokenizer_config.json says" in n for n in opened(data, model, add_special_tokens=False).notes)
+
+
 def test_messages_keep_what_they_hold() -> None:
     """Only the names of ShareGPT change, and fields without a value go; what else a message holds stays."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
