@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, read_summary
 from gs_dist.runtime.choice import with_scheme_errors
 from gs_dist.runtime.job import Job
-from gs_dist.runtime.software import mixture_note
+from gs_dist.runtime.software import mixture_note, package_version
 from gs_dist.runtime.stage_times import StageTimes
 
 __all__ = ["RECIPE", "as_told_before", "summarise", "versions"]
@@ -31,7 +30,7 @@ _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
 
 def versions() -> dict[str, str]:
     """Package to version."""
-    return {"gs-dist": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"gs-dist": __version__} | {name: package_version(name) for name in _VERSIONED}
 
 
 def summarise(

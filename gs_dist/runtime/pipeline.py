@@ -92,8 +92,8 @@ def run_streams(
             active.append(_start(group, stream, deal, plan.max_in_flight))
         references: list[Reference[object]] = []
         for run in active:
-            references += [reference for queue in run.queues for reference in queue.fill()]
-            references += [*run.begins, *run.tasks]
+            steps = [reference for queue in run.queues for reference in queue.fill()]
+            references += [*run.begins, *steps, *run.tasks]  # a step fails for what its begin failed for
         for reference in _wait(group, references, timeout, active):
             _finish_one(group, active, reference, progress, on_finished)
         for run in list(active):

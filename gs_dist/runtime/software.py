@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from threadpoolctl import threadpool_info
@@ -14,7 +15,7 @@ from gs_dist import __version__
 from gs_dist.checkpoint.manifest import LayerManifest, MadeWith
 from gs_dist.errors import CheckpointError, ClusterError
 
-__all__ = ["Software", "check_sources", "check_versions", "kernel_note", "mixture_note"]
+__all__ = ["Software", "check_sources", "check_versions", "kernel_note", "mixture_note", "package_version"]
 
 _VERSIONED = ("mindspore", "numpy", "scipy")
 
@@ -37,9 +38,15 @@ class Software:
     def here(cls) -> Software:
         """Of this process."""
         versions = {"gs-dist": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
-        versions |= {name: importlib.metadata.version(name) for name in _VERSIONED}
+        versions |= {name: package_version(name) for name in _VERSIONED}
         kernels = {str(library["architecture"]) for library in threadpool_info() if "architecture" in library}
         return cls(versions=versions, kernel=" ".join([platform.machine(), *sorted(kernels)]), node=platform.node())
+
+
+@cache
+def package_version(name: str) -> str:
+    """Of an installed package; read from its files once a process."""
+    return importlib.metadata.version(name)
 
 
 def mixture_note(parts: Mapping[int, LayerManifest]) -> str | None:
