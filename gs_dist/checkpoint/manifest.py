@@ -30,6 +30,7 @@ __all__ = [
     "Fingerprints",
     "LayerManifest",
     "MadeWith",
+    "part_stem",
     "publish_layer",
     "publish_outer",
     "read_manifest",

@@ -45,12 +45,17 @@ class Provenance:
         linears: full name of every linear of the decoder layers to the range of its scales; empty where the model was
             converted without a solver, which keeps no rows.
         schemes: of such a model, linear to the name of its scheme, `FLOAT` for none.
+        source: fingerprint of the checkpoint that it was made of; None where it is not told.
+        sources: `layer-00017`, or the name of a tensor outside the layers, to the checksum (see `lineage`) of what it
+            was made from; empty where nobody noted them.
     """
 
     shards: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     linears: Mapping[str, ScaleRange] = field(default_factory=dict)
     schemes: Mapping[str, str] = field(default_factory=dict)
+    source: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_provenance(
@@ -80,11 +85,21 @@ def write_provenance(
         "versions": versions,
         "made_with": _made_with(ordered),
         "fingerprints": dataclasses.asdict(ordered[0].fingerprints),
+        "sources": _sources(ordered),
         "shards": shards,
         "files": {n: {"sha256": file_sha256(path), "nbytes": path.stat().st_size} for n, path in others.items()},
         "linears": [dataclasses.asdict(row) for part in ordered for row in part.rows],
     }
     write_json(directory / PROVENANCE_FILE, content)
+
+
+def _sources(parts: Iterable[LayerManifest]) -> dict[str, str]:
+    """Name of a layer's part, or of a tensor outside the layers, to the checksum of what it was made from."""
+    found: dict[str, str] = {}
+    for part in parts:
+        if part.lineage is not None:
+            found |= {part.stem: part.lineage.own} if part.layer is not None else part.lineage.tensors
+    return found
 
 
 def _made_with(parts: Iterable[LayerManifest]) -> list[dict[str, Any]]:
@@ -119,6 +134,8 @@ def read_provenance(directory: Path) -> Provenance | None:
             shards=_hashes(content["shards"]),
             files=_hashes(content.get("files", {})),
             linears={str(row["name"]): _scale_range(row) for row in content["linears"]},
+            source=content.get("fingerprints", {}).get("source"),
+            sources={str(name): str(checksum) for name, checksum in content.get("sources", {}).items()},
             schemes={str(n): str(scheme) for scheme, names in content.get("schemes", {}).items() for n in names},
         )
     except FileNotFoundError:

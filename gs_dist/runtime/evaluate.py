@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.data.dataset import open_dataset
@@ -59,12 +60,14 @@ def evaluate(
     published = find_models(Path(directory), dialects)
     reader = CheckpointReader(next(iter(published.values())), quantized=True)
     num_layers = reader.architecture.num_layers
+    sources: Mapping[str, str] = {}
     if model is not None:
         source = CheckpointReader(Path(model))
         if [layer.tensors for layer in source.architecture.layers] != [
             layer.tensors for layer in reader.architecture.layers
         ]:
             raise CheckpointError(f"--model {model} has other layers than {directory}: give the model it was made of")
+        sources = _sources(published, source, progress)
     dataset = open_dataset(
         data,
         reader.architecture.vocab_size,
@@ -85,6 +88,7 @@ def evaluate(
         stages=tuple((bounds,) for bounds in itertools.pairwise(edges)),
         max_in_flight=2 * num_stages,
         threads_per_worker=max(1, threads // num_stages),
+        sources=sources,
     )
     with cluster(address, num_stages * evaluation.threads_per_worker) as facts:
         evaluation = _fitted(evaluation, reader, dataset.num_micro_batches, facts, memory_per_worker)
@@ -109,6 +113,30 @@ def evaluate(
         )
         for name, perplexity in found.published.items()
     )
+
+
+def _sources(published: Mapping[str, Path], source: CheckpointReader, progress: Progress) -> Mapping[str, str]:
+    """What the float model must be made of, as far as the published ones tell; workers compare it as they load it.
+
+    Raises:
+        CheckpointError: there is only a fingerprint, and it is another one.
+    """
+    sources: dict[str, str] = {}
+    for name, directory in published.items():
+        told = read_provenance(directory)
+        if told is None or told.source is None:
+            progress.message(
+                f"nothing in {name} tells what model it was made of, so that of --model is taken for it unverified"
+            )
+            continue
+        if not told.sources and told.source != source.fingerprint():
+            raise CheckpointError(
+                f"--model {source.directory} is not the model that {name} was made of (fingerprint "
+                f"{source.fingerprint()[:12]}, and {told.source[:12]} in {PROVENANCE_FILE}): give that one, or leave "
+                "--model out"
+            )
+        sources |= told.sources
+    return sources
 
 
 def _fitted(

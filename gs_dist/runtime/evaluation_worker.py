@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from gs_dist.calibration.activation_store import ActivationStore
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork, LayerWeights, OuterWeights
 from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.lineage import Lineage, checksums
+from gs_dist.checkpoint.manifest import part_stem
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
+from gs_dist.errors import CheckpointError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.recipe.config import CalibrationData
 
@@ -39,6 +42,8 @@ class Evaluation:
         published: format's name to directory of what was published in it.
         data: what perplexity is taken on.
         stages: of each stage the bounds of the layers that it holds at a time: one pair where all of them fit.
+        sources: `Provenance.sources` of what was published: what the float model must be made of; empty where nobody
+            noted them.
         max_in_flight: micro-batches between the first and the last stage.
         device, threads_per_worker: as planned.
     """
@@ -50,6 +55,7 @@ class Evaluation:
     max_in_flight: int
     device: DeviceKind = DeviceKind.CPU
     threads_per_worker: int = 1
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers_at_a_time(self) -> int | None:
@@ -88,7 +94,10 @@ class EvaluationWorker:
         self._layers.clear()  # before others take their place
         for index in range(*self._groups[group]):
             if which == FLOAT:
-                self._layers.append(self._network.layer_weights(index, self._reader.read_layer(index)))
+                tensors = self._reader.read_layer(index)
+                own = Lineage(behind="", tensors=checksums(tensors)).own
+                self._refuse_other_source(part_stem(index), own, f"layer {index}")
+                self._layers.append(self._network.layer_weights(index, tensors))
             else:
                 layer = codec_of(which).decode_layer(self._reader, index)
                 self._layers.append(self._network.layer_weights(index, {}, quantized=layer))
@@ -105,15 +114,26 @@ class EvaluationWorker:
         else:
             self._reader = CheckpointReader(Path(evaluation.published[which]), quantized=True)
         self._network = DecoderNetwork(self._reader.architecture, self._device)
-        self._outer = self._network.outer_weights(self._outer_tensors())
+        self._outer = self._network.outer_weights(self._outer_tensors(which))
         self._which = which
 
-    def _outer_tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+    def _outer_tensors(self, which: str) -> Mapping[str, npt.NDArray[Any]]:
         tied = self._reader.architecture.tie_word_embeddings
         names = ["model.embed_tokens.weight"] if self._is_first or (self._is_last and tied) else []
         if self._is_last:
             names += ["model.norm.weight"] + ([] if tied else ["lm_head.weight"])
-        return self._reader.read(names)
+        tensors = self._reader.read(names)
+        if which == FLOAT:
+            for name, checksum in checksums(tensors).items():
+                self._refuse_other_source(name, checksum, name)
+        return tensors
+
+    def _refuse_other_source(self, part: str, checksum: str, what: str) -> None:
+        if self._evaluation.sources.get(part, checksum) != checksum:
+            raise CheckpointError(
+                f"{what} of the float model {self._evaluation.model!r} is not what the published model was made from: "
+                "give the model it was made of"
+            )
 
     def step(self, micro_batch: int, payload: Payload | None) -> Any:
         """Runs a micro-batch through the loaded layers; the first of a pass is 0, others follow in order.

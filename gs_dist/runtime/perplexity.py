@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gs_dist.errors import DatasetError
 from gs_dist.progress import Progress
 from gs_dist.runtime.evaluated_model import EvaluatedModel
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
@@ -61,8 +62,14 @@ def perplexity_of(model: EvaluatedModel, num_micro_batches: int, progress: Progr
 
     Raises:
         WorkerLostError: a worker died, or nothing happened for the model's `timeout`.
+        DatasetError: the samples hold no token that is predicted from another.
     """
     losses = model.losses(num_micro_batches, progress)
     num_tokens = sum(tokens for _, tokens in losses)
-    mean = sum(loss for loss, _ in losses) / max(num_tokens, 1)
+    if not num_tokens:
+        raise DatasetError(
+            f"{model.name} predicts nothing on these samples, so there is no perplexity: no sample has a second token. "
+            "Give longer samples, or raise the sequence length"
+        )
+    mean = sum(loss for loss, _ in losses) / num_tokens
     return math.exp(min(mean, 700.0)), num_tokens  # past this a float64 overflows

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.checkpoint.provenance import read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
@@ -112,6 +113,10 @@ class Probe:
             f"probing float and published model on {self._dataset.num_samples} samples"
             + (f", up to {at_a_time} of a stage's layers in memory at a time" if at_a_time else "")
         )
+        for directory in self._evaluation.published.values():
+            made_of = read_provenance(Path(directory))
+            assert made_of is not None, "the merge wrote it"
+            self._evaluation = dataclasses.replace(self._evaluation, sources=made_of.sources)
         findings = self._all_findings(make_group, progress)
         reference = findings.pop(FLOAT)
         if not _sound(reference):

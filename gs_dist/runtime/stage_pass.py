@@ -19,7 +19,7 @@ from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import read_solved
 from gs_dist.data.dataset import TokenBatch, open_dataset, samples_fingerprint
-from gs_dist.errors import CheckpointError, DatasetError
+from gs_dist.errors import CheckpointError, DatasetError, LayerError
 from gs_dist.recipe.config import base_name
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.layer_statistics import Mask, MergedStatistics, Origin, Payload, write_kept
@@ -252,6 +252,10 @@ class StagePass:
         loop = self._loop_of(layer)
         statistics = loop.merged(layer, itertools.chain.from_iterable(sums.nodes for sums in others))
         loop.forget(layer)
+        if not any(seen.num_tokens for seen in statistics.values()):
+            raise LayerError(
+                f"{prefix}: no token was observed, so there is nothing to solve it from: give other samples"
+            )
         behind = next(sums.behind for sums in (own, *others) if sums.samples)
         return MergedStatistics(statistics, self._lineage(layer, behind))
 
