@@ -111,6 +111,11 @@ def choose_spread(config: CalibrationConfig, workload: Workload, available: Clus
         PlanError: sizes that contradict each other, or no way fits; the message names the settings to
             change, with values that would do.
     """
+    if device_of(config, available).on_host and available.memory_bytes < 1:
+        raise PlanError(
+            "no node is known that a worker could run on: its memory is 0. Wait until worker nodes have joined the "
+            "cluster, or describe them with --nodes, --cpus-per-node and --memory-per-node"
+        )
     spread = _best(config, workload, available)
     if not spread.fits:
         raise PlanError(_explain_misfit(config, workload, available, spread))

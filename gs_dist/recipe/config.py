@@ -343,11 +343,20 @@ class CalibrationConfig(_Section):
     @field_validator("output", mode="after")
     @classmethod
     def _refuse_output_in_model(cls, value: str, info: ValidationInfo) -> str:
-        output = os.path.abspath(os.path.expanduser(value))
-        model = os.path.abspath(os.path.expanduser(str(info.data.get("model", ""))))
-        if "model" in info.data and (output + os.sep).startswith(model + os.sep):
-            raise _refusal("a directory of its own, outside the model's")
-        return value
+        output = os.path.expanduser(value)
+        if "model" in info.data:
+            # By their real places: a link leads to the same directory.
+            ours, theirs = (os.path.realpath(path) + os.sep for path in (output, info.data["model"]))
+            if ours.startswith(theirs):
+                raise _refusal("a directory of its own, outside the model's")
+            if theirs.startswith(ours):
+                raise _refusal("a directory of its own, one that does not hold the model")
+        return output
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _expand_home(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
     @field_validator("layer_policies", mode="before")
     @classmethod

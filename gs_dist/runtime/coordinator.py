@@ -9,6 +9,7 @@ from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import locked
 from gs_dist.data.dataset import open_dataset, samples_fingerprint
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
@@ -110,7 +111,9 @@ def _run_on_ray(
     """The job on a cluster; its output is locked."""
     run_of(config, fingerprints).refuse_other_run()
     num_cpus = None if planned is None else planned.plan.num_workers * planned.plan.threads_per_worker
-    with cluster(address, num_cpus) as facts:
+    asked = config.parallel.device
+    device = None if asked == "auto" or statistics_from is not None else DeviceKind(asked)
+    with cluster(address, num_cpus, device=device, patience=config.parallel.timeout, tell=progress.message) as facts:
         plan, notes = planned or plan_job(config, reader, facts, solves_only=statistics_from is not None)
         for note in notes:
             progress.message(note)

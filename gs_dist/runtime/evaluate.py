@@ -90,7 +90,8 @@ def evaluate(
         threads_per_worker=max(1, threads // num_stages),
         sources=sources,
     )
-    with cluster(address, num_stages * evaluation.threads_per_worker) as facts:
+    num_cpus = num_stages * evaluation.threads_per_worker
+    with cluster(address, num_cpus, patience=timeout, tell=progress.message) as facts:
         evaluation = _fitted(evaluation, reader, dataset.num_micro_batches, facts, memory_per_worker)
         count = evaluation.layers_at_a_time
         if count is not None:

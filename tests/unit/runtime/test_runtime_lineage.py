@@ -21,11 +21,14 @@ from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.check import check_all
 from gs_dist.checkpoint.header import read_header
+from gs_dist.checkpoint.provenance import read_provenance
 from gs_dist.checkpoint.run_directory import RunDirectory, find_models
 from gs_dist.errors import CheckpointError, DatasetError, OutputError, UserError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import CalibrationSummary
+from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.perplexity import perplexity_of
 from gs_dist.runtime.stage_worker import Job, StageWorker
 
 NUM_LAYERS = 3
@@ -339,3 +342,39 @@ def test_a_job_killed_between_merge_and_verdict_looks_like_no_model(
     run_inline(config)
     assert_as(config, undisturbed)
     assert not list((copied / "out").glob(".gs-dist-*"))
+
+
+def test_a_float_model_that_is_another_is_not_compared_with(copied: Path) -> None:
+    """Each of its layers is held against what the published model was made from, as it is loaded."""
+    config = recipe(copied)
+    told = read_provenance(copied / "out/compressed-tensors")
+    assert told is not None
+    assert set(told.sources) >= {"layer-00000", "layer-00002", "model.embed_tokens.weight", "model.norm.weight"}
+    evaluation = Evaluation(
+        model=config.model,
+        published={},
+        data=config.calibration,
+        stages=(((0, NUM_LAYERS),),),
+        max_in_flight=2,
+        sources=told.sources,
+    )
+    EvaluationWorker(evaluation, 0, 0).begin(FLOAT, 0)
+    change(copied / "model/model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"layer 1 of the float model .* is not what the published model was"):
+        EvaluationWorker(evaluation, 0, 0).begin(FLOAT, 0)
+    change(copied / "model/model.safetensors", "model.norm.weight")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight of the float model"):
+        EvaluationWorker(evaluation, 0, 0).begin(FLOAT, 0)
+
+
+def test_there_is_no_perplexity_over_no_tokens() -> None:
+    """It would be 1, the best there is, and pass every limit."""
+
+    class Model:
+        name = "the float model"
+
+        def losses(self, num_micro_batches: int, progress: Any) -> list[tuple[float, int]]:
+            return [(0.0, 0)] * num_micro_batches
+
+    with pytest.raises(DatasetError, match="the float model predicts nothing on these samples"):
+        perplexity_of(Model(), 3, SilentProgress())  # type: ignore[arg-type]
