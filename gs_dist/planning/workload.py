@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeVar
 
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
@@ -46,6 +46,9 @@ class TensorHeader(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class Workload:
     @cached_property
     def set_bytes(self) -> tuple[int, ...]:
         """One set of statistics, of each layer."""
-        return tuple(map(layer_set_bytes, self.architecture.layers, self.settings))
+        return tuple(_of_each(layer_set_bytes, self.architecture.layers, self.settings))
 
     @cached_property
     def _solver_bytes(self) -> tuple[int, ...]:
@@ -113,18 +116,29 @@ class Workload:
 
     def solver_bytes(self, num_threads: int) -> tuple[int, ...]:
         """Workspace of each layer's solve on that many threads."""
-        parts = zip(self.architecture.layers, self.policies, self.settings, strict=True)
-        return tuple(solver_bytes(layer, policies, settings, num_threads) for layer, policies, settings in parts)
+        parts = self.architecture.layers, self.policies, self.settings
+        return tuple(_of_each(partial(solver_bytes, num_threads=num_threads), *parts))
 
     @cached_property
     def _largest_gram_bytes(self) -> tuple[int, ...]:
-        return tuple(map(largest_gram_bytes, self.architecture.layers, self.settings))
+        return tuple(_of_each(largest_gram_bytes, self.architecture.layers, self.settings))
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of each layer; layers of one kind take the same memory."""
         sizes = (self.layer_elements, self.layer_nbytes, self.layer_output_nbytes, self.set_bytes)
         return tuple(zip(*sizes, self._solver_bytes, self._largest_gram_bytes, strict=True))
+
+
+def _of_each(function: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
+    """`function` of each row of the columns, once for rows of the same objects: alike layers are many."""
+    found: dict[tuple[int, ...], T] = {}
+    rows = list(zip(*columns, strict=True))
+    for row in rows:
+        key = tuple(map(id, row))
+        if key not in found:
+            found[key] = function(*row)
+    return [found[tuple(map(id, row))] for row in rows]
 
 
 def compute_bytes(architecture: DecoderArchitecture, device: DeviceKind) -> int:
@@ -273,12 +287,16 @@ def make_workload(
     _check_length(config, architecture)
     resolved, notes = _resolve(config, architecture)
     _check_groups(architecture, resolved)
-    policies = []
+    policies: list[Mapping[str, QuantPolicy | None]] = []
+    shared: dict[tuple[int, ...], Mapping[str, QuantPolicy | None]] = {}
     layer_headers = []
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        policies.append({linear.name: resolved[prefix + linear.name] for linear in architecture.linears(layer)})
-        _check_shared(architecture, layer, policies[-1])
+        own = {linear.name: resolved[prefix + linear.name] for linear in architecture.linears(layer)}
+        key = (id(architecture.layers[layer]), *map(id, own.values()))
+        if key not in shared:
+            _check_shared(architecture, layer, own)
+        policies.append(shared.setdefault(key, own))
         layer_headers.append(_headers(tensors, [prefix + name for name in architecture.layer_tensors(layer)]))
     schemes: dict[str, Mapping[str, QuantPolicy]] = {}
     if config.judges_schemes:
@@ -304,14 +322,16 @@ def make_workload(
         resolved=resolved,
         policies=tuple(policies),
         settings=tuple(
-            layer_settings(
-                layer,
-                p,
-                gram=config.takes_gram,
-                everything=config.keep_statistics,
-                judged=config.judges_schemes,
+            _of_each(
+                partial(
+                    layer_settings,
+                    gram=config.takes_gram,
+                    everything=config.keep_statistics,
+                    judged=config.judges_schemes,
+                ),
+                architecture.layers,
+                policies,
             )
-            for layer, p in zip(architecture.layers, policies, strict=True)
         ),
         layer_nbytes=nbytes,
         layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
@@ -333,10 +353,7 @@ def make_workload(
 
 def without_gram(workload: Workload) -> Workload:
     """The same job with `gram: off`: only what solvers themselves need is observed."""
-    settings = tuple(
-        layer_settings(layer, policies, gram=False)
-        for layer, policies in zip(workload.architecture.layers, workload.policies, strict=True)
-    )
+    settings = tuple(_of_each(partial(layer_settings, gram=False), workload.architecture.layers, workload.policies))
     return replace(workload, settings=settings)
 
 
@@ -352,16 +369,22 @@ def _headers(tensors: Mapping[str, TensorHeader], names: Sequence[str]) -> list[
 
 def count_operations(workload: Workload, num_samples: int, sequence_length: int) -> Operations:
     """Operations of forward passes, Gram matrices and solves over the whole job."""
-    a, tokens = workload.architecture, num_samples * sequence_length
-    forward = gram = solve = 0
-    for layer, policies, settings in zip(a.layers, workload.policies, workload.settings, strict=True):
+    tokens = num_samples * sequence_length
+
+    def of_layer(
+        layer: LayerSpec, policies: Mapping[str, QuantPolicy | None], settings: Mapping[str, StatisticsSettings]
+    ) -> tuple[int, int, int]:
         attention = sum(linear.out_features * linear.in_features for linear in layer.attention.linears)
-        forward += 2 * (attention + layer.mlp.active_entries)
+        forward = 2 * (attention + layer.mlp.active_entries)
         # Scores and their product with values, half of them masked.
         forward += 2 * (sequence_length + 1) * layer.attention.query_size
+        gram = 0
         for name, taken in settings.items():
             channels = layer.channels[name]
-            seen = tokens * layer.share_of_tokens(name)
-            gram += round(seen) * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
-        solve += solver_operations(layer, policies, settings, workload.schemes)
+            seen = round(tokens * layer.share_of_tokens(name))
+            gram += seen * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
+        return forward, gram, solver_operations(layer, policies, settings, workload.schemes)
+
+    counted = _of_each(of_layer, workload.architecture.layers, workload.policies, workload.settings)
+    forward, gram, solve = (sum(column) for column in zip(*counted, strict=True))
     return Operations(forward=tokens * forward, gram=gram, solve=solve)

@@ -13,7 +13,7 @@ from gs_dist.calibration.decoder_layer import DecoderLayer
 from gs_dist.calibration.device import Device
 from gs_dist.calibration.float16_watch import Float16Watch
 from gs_dist.calibration.layer_loop import LayerLoop
-from gs_dist.calibration.network import DecoderNetwork
+from gs_dist.calibration.network import DecoderNetwork, RoutedActivation
 from gs_dist.calibration.observers import CardObserver, HostObserver
 from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -148,6 +148,7 @@ class StagePass:
         """Refuses what a server of a float16 checkpoint would turn into infinity."""
         # A card computes in float16 itself, so that its hidden states tell all.
         seen = captured if self._device.kind.on_host else {}
+        seen = {name: found for name, found in seen.items() if not isinstance(found, RoutedActivation)}
         self._float16_watch(index).look(
             micro_batch,
             self._device.to_numpy(before),
