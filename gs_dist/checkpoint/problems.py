@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gs_dist.wording import one_line
+
 __all__ = ["CheckReport", "Note", "Problem"]
 
 
@@ -20,7 +22,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}: {self.tensor}" if self.tensor else self.file
-        return f"{where}: [{self.rule}] found {self.found}; expected {self.expected}"
+        return one_line(f"{where}: [{self.rule}] found {self.found}; expected {self.expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Note:
     text: str
 
     def __str__(self) -> str:
-        return f"note: [{self.rule}] {self.text}"
+        return one_line(f"note: [{self.rule}] {self.text}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class CheckReport:
     def render(self, limit: int = 50) -> str:
         """Plain text: facts, then at most `limit` problems a line each, notes, and a verdict."""
         width = max((len(name) for name in self.facts), default=0)
-        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        lines = [f"{name:<{width}}  {one_line(value)}" for name, value in self.facts.items()]
         lines += [str(problem) for problem in self.problems[:limit]]
         if len(self.problems) > limit:
             lines.append(f"... and {len(self.problems) - limit} more")

@@ -24,6 +24,7 @@ from gs_dist.ptq.structure import NetworkLayer, copy_network, find_layers, find_
 from gs_dist.ptq.summary_table import strategy_rows, strategy_table
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers.strategy import strategy
+from gs_dist.wording import printable
 
 __all__ = ["PTQ"]
 
@@ -155,7 +156,7 @@ class PTQ:
         _require_cell("network", network)
         table = strategy_table(strategy_rows(network))
         if table:
-            print(table)
+            print(printable(table))
 
     def _require_initialised(self) -> None:
         if not isinstance(getattr(self, "_config", None), PTQConfig):

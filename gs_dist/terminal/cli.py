@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from typer.core import TyperGroup
 
 from gs_dist import __version__
@@ -30,7 +29,7 @@ from gs_dist.recipe.presets import PRESETS
 from gs_dist.recipe.sizes import parse_size
 from gs_dist.recipe.text import problems_of
 from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
-from gs_dist.terminal.console import show_progress
+from gs_dist.terminal.console import PrintableConsole, say, show_progress
 from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 
@@ -89,20 +88,12 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(text: str) -> None:
-    typer.echo(f"gs-dist: {text}", err=True)
+    say(f"gs-dist: {text}", err=True)
 
 
-class _Console(Console):
-    """Leaves a reader that has enough to `_Commands`, instead of ending with exit code 1."""
-
-    def on_broken_pipe(self) -> None:
-        """Called while the error is handled."""
-        raise BrokenPipeError
-
-
-def _console() -> Console:
-    console = _Console()
-    return console if console.is_terminal else _Console(width=WIDTH_OF_FILES)
+def _console() -> PrintableConsole:
+    console = PrintableConsole()
+    return console if console.is_terminal else PrintableConsole(width=WIDTH_OF_FILES)
 
 
 app = typer.Typer(
@@ -122,7 +113,7 @@ Address = Annotated[str | None, typer.Option(help="Ray cluster to join; without 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"gs-dist {__version__}")
+        say(f"gs-dist {__version__}")
         raise typer.Exit
 
 
@@ -240,7 +231,7 @@ def show_recipe_keys(
         paths = [key.path for key in recipe_keys(CalibrationConfig)]
         near = difflib.get_close_matches(prefix, [*paths, *(path.rsplit(".")[0] for path in paths)], n=1, cutoff=0.4)
         raise UserError(f"no recipe has a key {prefix!r}" + (f": do you mean {near[0]}?" if near else ""))
-    typer.echo("\n".join(map(str, keys)))
+    say("\n".join(map(str, keys)))
 
 
 @app.command()
@@ -346,7 +337,7 @@ def _show_result(config: CalibrationConfig, summary: CalibrationSummary) -> None
     print_summary(console, summary)
     chosen = Path(config.output) / "layer_policies.yaml"
     if config.bits == "auto" and chosen.is_file():
-        typer.echo(chosen.read_text(encoding="utf-8"), nl=False)
+        say(chosen.read_text(encoding="utf-8"), nl=False)
     for name in summary.formats:
         console.print(f"model: {Path(config.output) / name}", markup=False, highlight=False, soft_wrap=True)
 
@@ -365,7 +356,7 @@ def summary(
     """Show a job's summary again."""
     found = read_summary(_run_directory(directory))
     if json:
-        typer.echo(found.to_json(), nl=False)
+        say(found.to_json(), nl=False)
     else:
         print_summary(_console(), found, sort=sort, limit=limit)
 
@@ -427,7 +418,7 @@ def evaluate(
 
 def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
     """A line a model, the float one first."""
-    typer.echo(f"over {found[0].basis()}")
+    say(f"over {found[0].basis()}")
     lines = [("the float model", found[0].float_perplexity, "")]
     for entry in found:
         reference = entry.float_perplexity
@@ -436,7 +427,7 @@ def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
     width = max(len(name) for name, _, _ in lines)
     for name, perplexity, change in lines:
         if perplexity is not None:
-            typer.echo(f"perplexity of {name + ':':<{width + 1}} {perplexity:.4f}{change}")
+            say(f"perplexity of {name + ':':<{width + 1}} {perplexity:.4f}{change}")
 
 
 def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:
@@ -473,7 +464,7 @@ def check(
     reports = check_all(directory, engine, model)
     for number, report in enumerate(reports.values()):
         text = report.render(limit)
-        typer.echo(f"\n{text}" if number else text, err=not report.clean)
+        say(f"\n{text}" if number else text, err=not report.clean)
     raise typer.Exit(max(report.exit_code for report in reports.values()))
 
 

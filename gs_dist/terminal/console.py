@@ -9,16 +9,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
+from rich.segment import Segment
 from rich.text import Text
 
 from gs_dist.progress import Progress
+from gs_dist.wording import printable
 
-__all__ = ["BarProgress", "LineProgress", "show_progress"]
+__all__ = ["BarProgress", "LineProgress", "PrintableConsole", "say", "show_progress"]
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Prints a text as it is, but for what would steer the terminal; on stderr with `err`."""
+    typer.echo(printable(text), err=err, nl=nl)
+
+
+class PrintableConsole(Console):
+    """Spells out what would steer the terminal in whatever is printed; rich removes a few such characters only.
+
+    A reader that has enough is left to the command line, instead of ending with exit code 1.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """The segments of text; rich's own control sequences are segments of another kind."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise BrokenPipeError
 
 
 @dataclass(kw_only=True)
@@ -71,7 +95,7 @@ class LineProgress:
 
     def message(self, text: str) -> None:
         """Prints the text as a line."""
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 class _RateColumn(TextColumn):
@@ -125,7 +149,7 @@ class BarProgress:
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
     """Bars where `stream` (stderr) is a terminal, else plain lines."""
     target = sys.stderr if stream is None else stream
-    console = Console(file=target)
+    console = PrintableConsole(file=target)
     if not console.is_terminal:
         yield LineProgress(target)
         return

@@ -5,7 +5,6 @@ Sources: compressed_tensors quant_config.py, compressors/quantized_compressors/{
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -15,6 +14,8 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, all_linears, with_single
+from gs_dist.checkpoint.name_patterns import NamePatterns
+from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 
 __all__ = ["LAYOUT", "CompressedTensorsLayout", "SchemeGroup", "scheme_groups"]
@@ -29,14 +30,10 @@ class CompressedTensorsLayout:
         """See `DialectLayout.quantised`."""
         config = inventory.quantization_config
         groups = scheme_groups(inventory)
-        ignore = config.get("ignore") or []
-        if not isinstance(ignore, list) or not all(isinstance(target, str) for target in ignore):
-            inventory.report(CONFIG_FILE, "config-groups", f"ignore {ignore!r:.100}", "a list of names")
-            ignore = []
+        ignore = _patterns(inventory, "ignore", config.get("ignore") or [])
         quantised = {}
         for name, linear in all_linears(architecture):
-            ignored = any(_matches(name, target) for target in ignore)
-            group = None if ignored else next((group for group in groups if group.takes(name)), None)
+            group = None if ignore.match(name) else next((group for group in groups if group.takes(name)), None)
             if group is None:
                 layout.kinds[name] = "FLOAT"
                 continue
@@ -140,13 +137,14 @@ class SchemeGroup:
 
     label: str
     targets: tuple[str, ...]
+    patterns: NamePatterns
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None
     format: object
 
     def takes(self, name: str) -> bool:
         """Whether the group targets a linear."""
-        return any(target == "Linear" or _matches(name, target) for target in self.targets)
+        return "Linear" in self.targets or self.patterns.match(name)
 
 
 def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
@@ -162,16 +160,25 @@ def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
             inventory.report(CONFIG_FILE, "config-groups", f"{label}: {group!r:.160}", expected)
             continue
         form = content.get("format") or config.get("format")
-        found.append(SchemeGroup(label=label, targets=tuple(targets), weights=weights, inputs=inputs, format=form))
+        patterns = _patterns(inventory, label, targets)
+        found.append(
+            SchemeGroup(
+                label=label, targets=tuple(targets), patterns=patterns, weights=weights, inputs=inputs, format=form
+            )
+        )
     return found
+
+
+def _patterns(inventory: Inventory, where: str, targets: object) -> NamePatterns:
+    """Targets or exceptions that are well formed; of a list that is not, nothing."""
+    try:
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CheckpointError(f"{targets!r:.100}")
+        return NamePatterns(targets)
+    except CheckpointError as error:
+        inventory.report(CONFIG_FILE, "config-groups", f"{where}: {error}", "a list of names and patterns")
+        return NamePatterns(())
 
 
 def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-def _matches(name: str, target: str) -> bool:
-    try:
-        return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-    except (re.error, OverflowError, RecursionError):
-        return False

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gs_dist.checkpoint.dialects.base import Policies
+from gs_dist.checkpoint.name_patterns import matches
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
@@ -148,12 +149,10 @@ def matching_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | 
 def _matches(name: str, target: Any) -> bool:
     if not isinstance(target, str):
         raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}, which is not a name")
-    if not target.startswith("re:"):
-        return target == name
     try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise CheckpointError(f"config.json: quantization_config targets {target!r:.100}: {error}") from error
+        return matches(name, target)
+    except CheckpointError as error:
+        raise CheckpointError(f"config.json: quantization_config targets {error}") from error
 
 
 def policy_of(name: str, group: Mapping[str, Any]) -> QuantPolicy:
