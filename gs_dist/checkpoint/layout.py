@@ -26,12 +26,14 @@ __all__ = [
     "Leaves",
     "all_linears",
     "build_layout",
+    "shared_inputs",
     "described_linears",
     "detect_dialect",
     "with_single",
 ]
 
 FLOAT_NAMES = tuple(FLOATS)
+_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,15 @@ def all_linears(architecture: DecoderArchitecture) -> list[tuple[str, Linear]]:
     """Full name and linear of every linear of the decoder layers."""
     layers = range(architecture.num_layers)
     return [(architecture.layer_prefix(i) + linear.name, linear) for i in layers for linear in architecture.linears(i)]
+
+
+def shared_inputs(layout: Layout) -> list[tuple[str, ...]]:
+    """Full names of linears that read one input and that engines fuse into one, group by group."""
+    found = []
+    for members in _FUSED:
+        firsts = [name for name in layout.kinds if name.endswith(f".{members[0]}")]
+        found += [tuple(name.removesuffix(members[0]) + member for member in members) for name in firsts]
+    return found
 
 
 def described_linears(

@@ -17,6 +17,7 @@ __all__ = ["check_static_linears", "check_tensors"]
 
 Array = npt.NDArray[Any]
 
+_OUTLIER = 300  # times the median scale, from which a scale is told of
 _CLOSE = 0.02  # relative; scales may have been rounded to bfloat16 on the way, twice
 _SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -108,7 +109,20 @@ def _scale(inventory: Inventory, name: str, expected: Expectation) -> Finding:
             where = _position(seen + first, expected.shape)
             return "scale-positive", f"{block.reshape(-1)[first]} at {where}", "scales above 0"
         seen += block.size
+    _note_outlier(inventory, name, expected)
     return None
+
+
+def _note_outlier(inventory: Inventory, name: str, expected: Expectation) -> None:
+    scales = inventory.read(name).astype(np.float32).reshape(-1)
+    median = float(np.median(scales)) if scales.size else 0.0
+    if scales.size > 1 and scales.max() > _OUTLIER * median:
+        first = int(np.argmax(scales))
+        inventory.note(
+            "scale-outlier",
+            f"{name}: {scales[first]:.4g} at {_position(first, expected.shape)} is {scales[first] / median:.0f} times "
+            "the median of its neighbours",
+        )
 
 
 def _zero(inventory: Inventory, name: str, expected: Expectation) -> Finding:
@@ -116,6 +130,21 @@ def _zero(inventory: Inventory, name: str, expected: Expectation) -> Finding:
         values = block.astype(np.float32)
         if values.any():
             return "offset-zero", f"{values[values != 0][0]:g}", "0: weights and caches are symmetric"
+    return None
+
+
+def _codes(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    """Codes of `limit` bits, two's complement, in int8."""
+    top = 1 << (expected.limit - 1)
+    largest = 0
+    for block in inventory.chunks(name):
+        if block.min() < -top or block.max() >= top:
+            return "code-range", f"{block.min()} to {block.max()}", f"{expected.limit} bits: {-top} to {top - 1}"
+        largest = max(largest, int(block.max()), -int(block.min()))
+    if not largest:
+        inventory.note("weight-zero", f"{name}: every code is 0, so that the linear gives nothing but its bias")
+    elif expected.limit == 8 and largest < 16:
+        return "code-range", f"no code beyond {largest}", "8 bits: ranges reach the largest weight of each channel"
     return None
 
 
@@ -176,6 +205,7 @@ _RULES: Mapping[str, Callable[[Inventory, str, Expectation], Finding]] = {
     "float": _finite,
     "scale": _scale,
     "zero": _zero,
+    "codes": _codes,
     "offset": _offset,
     "bits": _bits,
     "shape": _shape,

@@ -43,7 +43,7 @@ class AscendLayout:
             rows, columns = linear.out_features, linear.in_features
             static = layout.kinds[name] == "W8A8"
             leaves = {
-                "weight": Expectation(dtypes=("int8",), shape=(rows, columns)),
+                "weight": Expectation(dtypes=("int8",), shape=(rows, columns), values="codes", limit=8),
                 "weight_rows": Expectation(dtypes=(), shape=(rows,)),
                 "weight_scale": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="scale", optional=static),
                 "weight_offset": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="zero", optional=static),
@@ -71,6 +71,7 @@ class AscendLayout:
         if layout.kv_layers and description.get("kv_cache_type") != "C8":
             found = f"kv_cache_type {description.get('kv_cache_type')!r:.40}"
             inventory.report(_DESCRIPTION, "description-kv", found, "C8, since there are KV cache scales")
+        _check_head(inventory, layout, description)
         return quantised
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
@@ -89,6 +90,21 @@ class AscendLayout:
 
 
 LAYOUT: DialectLayout = AscendLayout()
+
+
+def _check_head(inventory: Inventory, layout: Layout, description: Mapping[str, Any]) -> None:
+    """What the description says of the model as a whole: msmodelslim's version and the kind of most linears."""
+    kinds = sorted(set(layout.kinds.values()))
+    stated = description.get("model_quant_type")
+    if stated not in kinds:
+        inventory.report(
+            _DESCRIPTION, "description-kind", f"model_quant_type {stated!r:.40}", f"one of {', '.join(kinds)}"
+        )
+    written_since = {"group_size", "metadata", "optional"} & set(description)  # msmodelslim 1.0.0 of the description
+    if written_since and not isinstance(description.get("version"), str):
+        inventory.report(
+            _DESCRIPTION, "description-version", f"{description.get('version')!r:.40}", "a version as text"
+        )
 
 
 def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: DecoderArchitecture) -> None:

@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layout import DialectLayout, Expectation, Layout, Leaves, all_linears, with_single
+from gs_dist.checkpoint.layout import (
+    FLOAT_NAMES,
+    DialectLayout,
+    Expectation,
+    Layout,
+    Leaves,
+    all_linears,
+    shared_inputs,
+    with_single,
+)
 from gs_dist.checkpoint.name_patterns import NamePatterns
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
@@ -41,6 +50,9 @@ class CompressedTensorsLayout:
             layout.kinds[name] = kind
             if leaves:
                 quantised[name] = leaves
+        _check_format(inventory, groups)
+        if not ignore.match("lm_head"):
+            _check_head(inventory, groups)
         if config.get("kv_cache_scheme"):
             layout.kv_layers = list(range(architecture.num_layers))
             for layer in layout.kv_layers:
@@ -51,7 +63,16 @@ class CompressedTensorsLayout:
         return quantised
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
-        """None: nothing that is stored follows from something else."""
+        """Notes where linears that vLLM fuses have static inputs of their own; nothing else follows from the rest."""
+        for first, *others in shared_inputs(layout):
+            for leaf in ("input_scale", "input_zero_point"):
+                names = [f"{name}.{leaf}" for name in (first, *others)]
+                if sound.issuperset(names) and len({inventory.read(name).tobytes() for name in names}) > 1:
+                    inventory.note(
+                        "shared-input",
+                        f"{names[0]} and those of its neighbours differ: transformers runs them, vLLM fuses them into "
+                        "one linear with one of both",
+                    )
 
     def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         """See `DialectLayout.dequantised`; compressed_tensors forward.py, `dequantize`."""
@@ -77,6 +98,23 @@ class CompressedTensorsLayout:
 LAYOUT: DialectLayout = CompressedTensorsLayout()
 
 
+def _check_format(inventory: Inventory, groups: list[SchemeGroup]) -> None:
+    """`format` of the whole is that of the groups, or says that they differ (quant_config.py, `infer_model_format`)."""
+    stated = inventory.quantization_config.get("format")
+    formats = {str(group.format) for group in groups}
+    wanted = formats.pop() if len(formats) == 1 else "mixed-precision"
+    if groups and stated != wanted:
+        inventory.report(CONFIG_FILE, "format", f"format {stated!r:.60}", f"{wanted}, as its groups of linears say")
+
+
+def _check_head(inventory: Inventory, groups: list[SchemeGroup]) -> None:
+    """Transformers replaces every linear that is targeted and not ignored, the head among them."""
+    taken = next((group.label for group in groups if group.takes("lm_head")), None)
+    held = inventory.tensors.get("lm_head.weight")
+    if taken is not None and (held is None or held.dtype in FLOAT_NAMES):
+        inventory.report(CONFIG_FILE, "head", f"{taken} takes lm_head, which is float", "lm_head in ignore")
+
+
 def _scheme_tensors(
     inventory: Inventory, group: SchemeGroup, linear: Linear, name: str, architecture: DecoderArchitecture
 ) -> tuple[Leaves, str]:
@@ -99,7 +137,7 @@ def _scheme_tensors(
     scale = Expectation(dtypes=with_single(architecture.dtype), shape=(rows, groups), values="scale")
     leaves = {"weight_rows": Expectation(dtypes=(), shape=(rows,)), "weight_scale": scale}
     if group.format == "int-quantized":
-        leaves["weight"] = Expectation(dtypes=("int8",), shape=(rows, columns))
+        leaves["weight"] = Expectation(dtypes=("int8",), shape=(rows, columns), values="codes", limit=bits)
         zero_point = Expectation(dtypes=("int8",), shape=(rows, groups))
     elif group.format == "pack-quantized":
         factor = 32 // bits

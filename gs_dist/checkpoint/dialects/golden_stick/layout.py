@@ -38,7 +38,9 @@ class GoldenStickLayout:
                 )
             scales = (groups, rows) if groups > 1 else (rows,)
             leaves = {
-                "weight": Expectation(dtypes=("int8",), shape=(columns, rows // 2) if packed else (rows, columns)),
+                "weight": Expectation(dtypes=("int8",), shape=(columns, rows // 2))
+                if packed
+                else Expectation(dtypes=("int8",), shape=(rows, columns), values="codes", limit=8),
                 "weight_rows": Expectation(dtypes=(), shape=(rows,)),
                 "weight_scale": Expectation(dtypes=scale_dtypes, shape=scales, values="scale"),
                 "weight_offset": Expectation(dtypes=("int32",), shape=scales, values="zero"),
