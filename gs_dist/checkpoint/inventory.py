@@ -135,6 +135,9 @@ def _read_config(inventory: Inventory) -> None:
     inventory.config = _json(inventory, CONFIG_FILE) or {}
     if not inventory.config:
         return
+    model_type = inventory.config.get("model_type")
+    if not isinstance(model_type, str):
+        inventory.report(CONFIG_FILE, "config-model-type", f"model_type {model_type!r:.40}", "the model's type as text")
     plain = {key: value for key, value in inventory.config.items() if key != "quantization_config"}
     try:
         architecture = read_architecture(plain)

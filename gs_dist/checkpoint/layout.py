@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 FLOAT_NAMES = tuple(FLOATS)
+_CACHE = "C8"  # label of scales of an int8 KV cache
 _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
@@ -159,12 +160,21 @@ def described_linears(
         if label != "FLOAT":
             quantised[name] = linear
     _compare_entries(inventory, description, file)
+    _check_labels(inventory, description, file, ("FLOAT", _CACHE, *labels))
     return quantised
 
 
 def _guess(inventory: Inventory, name: str) -> str:
     """The kind of a linear whose label is missing or unknown, by its tensors."""
     return "W8A8" if name + ".deq_scale" in inventory.tensors else "W8A8_DYNAMIC"
+
+
+def _check_labels(inventory: Inventory, description: Mapping[str, Any], file: str, known: tuple[str, ...]) -> None:
+    """Entries of other tensors than weights of linears have known labels as well; loaders look some of them up."""
+    reported = {problem.tensor for problem in inventory.problems if problem.rule == "description-label"}
+    for name, label in description.items():
+        if "." in name and name in inventory.tensors and label not in known and name not in reported:
+            inventory.report(file, "description-label", f"{label!r:.60}", f"one of {', '.join(known)}", name)
 
 
 def _compare_entries(inventory: Inventory, description: Mapping[str, Any], file: str) -> None:

@@ -224,7 +224,7 @@ def show_recipe_keys(
 ) -> None:
     """Show every key of a recipe: what may be written, its default, and what it does."""
     if schemes:
-        typer.echo("\n".join(map(str, PRESETS.values())))
+        say("\n".join(map(str, PRESETS.values())))
         return
     keys = [key for key in recipe_keys(CalibrationConfig) if f"{key.path}.".startswith(f"{prefix}." if prefix else "")]
     if not keys:
@@ -275,14 +275,14 @@ def quantize(
     )
     config = request.config()
     for note in shipped_note(config.calibration.data):
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     from gs_dist.runtime import coordinator  # imports Ray
 
     with show_progress() as progress:
         summary = coordinator.quantize(config, address=address, progress=progress)
     _show_result(config, summary)
     if source.is_dir():
-        typer.echo(f"the recipe it stands for: {again(config)}")
+        say(f"the recipe it stands for: {again(config)}")
 
 
 @app.command()

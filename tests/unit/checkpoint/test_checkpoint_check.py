@@ -363,6 +363,13 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
     "no description": ("ascend", None, "description-present", remove(ASCEND)),
     "description that is no JSON": ("ascend", None, "json-valid", write(ASCEND, b"not json")),
     "cache scales without C8": ("ascend", None, "description-kv", without_entry(ASCEND, "kv_cache_type")),
+    "another kind of the whole": (
+        "ascend",
+        None,
+        "description-kind",
+        with_entry(ASCEND, model_quant_type="W4A8_DYNAMIC"),
+    ),
+    "no version": ("ascend", None, "description-version", without_entry(ASCEND, "version")),
     # golden-stick
     "one input scale for all": (
         "golden",
@@ -395,6 +402,11 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
     "bits in the padding": ("ct-w4-odd", None, "packing-padding", put(UP + "weight_packed", -1, 8)),
     "group size": ("ct-w4", None, "group-size", scheme(lambda g: g["weights"].update(group_size=100))),
     "three bits": ("ct", None, "scheme", scheme(lambda g: g["weights"].update(num_bits=3))),
+    "four bits over codes of eight": ("ct", None, "code-range", scheme(lambda g: g["weights"].update(num_bits=4))),
+    "eight bits over codes of four": ("ct-w4a8", None, "code-range", scheme(lambda g: g["weights"].update(num_bits=8))),
+    "a format that is not the groups'": ("ct", None, "format", quantization(format="pack-quantized")),
+    "a float head that is targeted": ("ct", None, "head", quantization(ignore=[])),
+    "a pattern that could take for ever": ("ct", None, "config-groups", quantization(ignore=["re:(?!a)b", "lm_head"])),
     "another packing": ("ct", None, "scheme", scheme(lambda g: g.update(format="marlin-24"))),
     "linear that should be ignored": (
         "ct",
@@ -510,6 +522,28 @@ def test_a_broken_directory_is_caught_by_the_name_of_its_rule(
     assert all(problem.file and problem.found and problem.expected for problem in report.problems)
     assert report.exit_code == 2
     assert f"[{rule}]" in report.render()
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "change"),
+    [
+        ("ct", "weight-zero", replace(UP + "weight", np.zeros_like)),
+        ("ascend", "weight-zero", replace(P + "self_attn.o_proj.weight", np.zeros_like)),
+        ("ct", "scale-outlier", put(UP + "weight_scale", 100)),
+        ("ct", "shared-input", replace(UP + "input_scale", lambda a: a * 2)),
+    ],
+)
+def test_what_is_odd_and_may_be_meant_is_noted(
+    name: str, rule: str, change: Break, pristine: dict[str, Path], tmp_path: Path
+) -> None:
+    """A weight of zeros, a scale far from its neighbours', static inputs that differ where vLLM fuses: no rule breaks
+    where the weights' owner wants them so.
+    """
+    directory = tmp_path / "model"
+    shutil.copytree(pristine[name], directory)
+    assert check(directory).notes == ()
+    change(directory)
+    assert rule in {note.rule for note in check(directory).notes}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ class CompressedTensorsLayout:
             if leaves:
                 quantised[name] = leaves
         _check_format(inventory, groups)
+        for group in groups:
+            _check_sides(inventory, group)
         if not ignore.match("lm_head"):
             _check_head(inventory, groups)
         if config.get("kv_cache_scheme"):
@@ -105,6 +107,28 @@ def _check_format(inventory: Inventory, groups: list[SchemeGroup]) -> None:
     wanted = formats.pop() if len(formats) == 1 else "mixed-precision"
     if groups and stated != wanted:
         inventory.report(CONFIG_FILE, "format", f"format {stated!r:.60}", f"{wanted}, as its groups of linears say")
+
+
+def _check_sides(inventory: Inventory, group: SchemeGroup) -> None:
+    """Arguments of both sides (quant_args.py, whose defaults are 8 bits, int, symmetric and static)."""
+    for side, args in (("weights", group.weights), ("input_activations", group.inputs or {})):
+        for key in ("symmetric", "dynamic"):
+            if not isinstance(args.get(key, False), bool):
+                found = f"{group.label}: {side}.{key} {args.get(key)!r:.40}"
+                inventory.report(CONFIG_FILE, "scheme", found, "true or false")
+    if group.weights.get("dynamic"):
+        inventory.report(CONFIG_FILE, "scheme", f"{group.label}: weights.dynamic", "false: weights are stored")
+    if group.inputs is None:
+        return
+    wanted = {
+        "num_bits": (8,),
+        "type": ("int",),
+        "strategy": ("token" if group.inputs.get("dynamic") else "tensor", None),
+    }
+    for key, values in wanted.items():
+        if group.inputs.get(key, values[-1]) not in values:
+            found = f"{group.label}: input_activations.{key} {group.inputs.get(key)!r:.40}"
+            inventory.report(CONFIG_FILE, "scheme", found, f"{values[0]}, which the stored weights are for")
 
 
 def _check_head(inventory: Inventory, groups: list[SchemeGroup]) -> None:
