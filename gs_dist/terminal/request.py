@@ -50,9 +50,13 @@ class Request:
         return load_recipe(self.source, [*self._settings(), *self.overrides])
 
     def _document(self) -> dict[str, Any]:
+        if not (self.source / "config.json").exists():
+            raise RecipeError(
+                f"{self.source} is a directory without config.json: name the directory of a model, or a recipe's file"
+            )
+        architecture = CheckpointReader(self.source).architecture
         if self.output is None:
             raise RecipeError(f"-o is missing: where is the quantised {self.source.name} to go? Write -o DIRECTORY")
-        architecture = CheckpointReader(self.source).architecture
         linears = {linear.in_features for layer in architecture.layers for linear in layer.linears}
         document = find_preset(self.scheme or _DEFAULT_SCHEME).document(linears)
         length = min(self.length or _DEFAULT_LENGTH, architecture.max_position_embeddings)

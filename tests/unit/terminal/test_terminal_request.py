@@ -8,7 +8,7 @@ import pytest
 from checkpoints import tiny_checkpoint
 
 from gs_dist.data.shipped_text import SHIPPED_TEXT, shipped_note
-from gs_dist.errors import CheckpointError, RecipeError
+from gs_dist.errors import RecipeError
 from gs_dist.terminal.request import Request, again
 
 
@@ -58,7 +58,7 @@ def test_what_is_missing_or_out_of_place_is_named(model: Path, tmp_path: Path) -
     with pytest.raises(RecipeError, match="is not there"):
         Request(source=tmp_path / "nowhere", scheme="w8a8").config()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(RecipeError, match=r"is a directory without config\.json: name the directory of a model"):
         Request(source=tmp_path / "empty", output=tmp_path / "out").config()
 
 
