@@ -26,7 +26,8 @@ class LinearSummary:
     `token_error` is |z - y|^2 / |y|^2 of the median token of a sample, y being the linear's output and z that of
     the rounded weight on the rounded input, computed as an engine does: the sums over all tokens may belong to a
     few. `scheme_errors` says, on the scale of `relative_error`, what plainly rounding the weight to W8 and to W4
-    would cost, where the recipe asked for it. `notes` records fallbacks and gates.
+    would cost, where the recipe asked for it. `notes` records fallbacks and gates. `num_given`
+    is set where a linear reads an expert's own input: of `num_tokens`, those that the router gave to the expert.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LinearSummary:
     activation_error: float | None = None
     scheme_errors: Mapping[str, float] | None = None
     token_error: float | None = None
+    num_given: int | None = None
 
     @property
     def energy_error(self) -> float | None:

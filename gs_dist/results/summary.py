@@ -298,6 +298,7 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("notes", pa.list_(pa.string())),
             pa.field("activation_error", pa.float64()),
             pa.field("token_error", pa.float64()),
+            pa.field("num_given", pa.int64()),
             pa.field("scheme_errors", pa.map_(pa.string(), pa.float64())),
         ],
         metadata=_parquet_metadata(summary),

@@ -278,6 +278,8 @@ def _solve_group(
             solved, row = _solve_linear(problem, name, policy, statistics, folded, rescaling, seen, objective, threads)
         except UserError as error:
             raise type(error)(f"{problem.prefix}{name}: {error}") from error
+        if layer_input.routed:
+            row = replace(row, num_given=statistics.num_tokens - statistics.num_borrowed)
         return name, solved, row
 
     return threads.map(solve, policies.items())

@@ -18,6 +18,7 @@ from gs_dist.planning.plan import CalibrationPlan, StagePlan
 from gs_dist.planning.spread import pass_operations
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import format_bytes
+from gs_dist.results.coverage import LayerCoverage, describe_coverage, expert_coverage
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, StageSummary
 from gs_dist.wording import counted
@@ -298,6 +299,12 @@ def _role_rows(rows: Sequence[LinearSummary]) -> list[list[str]]:
     return lines
 
 
+def _coverage_row(layer: LayerCoverage) -> list[str]:
+    counts = layer.given
+    figures = (len(counts), min(counts), round(statistics.median(counts)), layer.unreached, layer.borrowed)
+    return [str(layer.layer), *map(str, figures)]
+
+
 def _worker_row(stage: StageSummary) -> list[str]:
     measured = stage.peak_memory_measured
     return [
@@ -344,6 +351,10 @@ def print_summary(
         console.print(_linear_table(title, shown, console.width))
         if len(shown) < len(rows):
             console.print(f"{len(rows) - len(shown)} more linears are not shown", markup=False, highlight=False)
+    scarce = sorted((c for c in expert_coverage(summary.rows) if c.borrowed), key=lambda c: (-c.borrowed, c.layer))
+    if scarce:
+        columns = ("layer", "experts", "fewest tokens", "median", "reached by none", "by too few")
+        console.print(_table("Experts that few tokens reach", columns, map(_coverage_row, scarce[:WORST_ROWS])))
     if summary.stages:
         names = ("stage", "replica", "layers", "seconds", "idle", "peak planned", "peak measured")
         workers = [_worker_row(stage) for stage in summary.stages]
@@ -363,6 +374,8 @@ def _totals(summary: CalibrationSummary) -> list[str]:
         f"model {summary.model} as {', '.join(summary.formats)}; {summary.num_samples} samples, "
         f"{summary.num_tokens} tokens, propagation {summary.propagation}, {summary.seconds:.1f} s",
     ]
+    covered = describe_coverage(expert_coverage(summary.rows))
+    lines += [covered] if covered else []
     lines += [f"{found.format}: {found.sentence()}" for found in summary.evaluations]
     lines += [f"probe of {probe.format}: {probe.sentence()}" for probe in summary.probes]
     return [*lines, *(f"note: {note}" for note in summary.notes)]

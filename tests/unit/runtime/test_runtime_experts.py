@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import random_tensors, save_checkpoint, tiny_checkpoint, tiny_config
-from runs import plan_of, published_hashes, run_inline, save_samples, small_recipe
+from runs import SEQUENCE_LENGTH, plan_of, published_hashes, run_inline, save_samples, small_recipe
 from safetensors import safe_open
 
 from gs_dist.calibration.device import open_device
@@ -19,6 +19,8 @@ from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import RecipeError, UserError
+from gs_dist.results.coverage import describe_coverage, expert_coverage
+from gs_dist.results.summary import read_summary
 
 Array = npt.NDArray[Any]
 
@@ -139,12 +141,19 @@ def starving(directory: Path) -> Path:
 def test_experts_that_no_token_reaches_are_quantised_and_named(ptq: dict[str, Any], tmp_path: Path) -> None:
     """They take the tokens that came closest, the summary says so, and no scale is 0, infinite or NaN."""
     config = small_recipe(starving(tmp_path), ptq=ptq)
-    rows = {row.name: row for row in run_inline(config).rows}
+    summary = run_inline(config)
+    rows = {row.name: row for row in summary.rows}
     downs = [rows[f"model.layers.0.mlp.experts.{expert}.down_proj"] for expert in range(8)]
     starved = [row for row in downs if any(note.startswith("0 tokens reached this expert") for note in row.notes)]
     assert 0 < len(starved) < 7
     assert all(row.num_tokens > 0 for row in downs)
     assert not any("reached" in note for note in downs[0].notes)
+    coverage = expert_coverage(summary.rows)
+    # Each of a block's tokens goes to two experts.
+    assert [sum(layer.given) for layer in coverage] == [2 * 20 * SEQUENCE_LENGTH] * 2
+    assert coverage[0].unreached == len(starved)
+    assert f"{sum(layer.unreached for layer in coverage)} reached by none" in describe_coverage(coverage)
+    assert read_summary(tmp_path / "out").rows == summary.rows
     for name, tensor in stored(tmp_path / "out" / "compressed-tensors").items():
         assert np.isfinite(tensor.astype(np.float64)).all(), name
         assert not name.endswith("scale") or (tensor > 0).all(), name
