@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from gs_dist.recipe.keys import Values
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 
 __all__ = ["ConversionConfig"]
@@ -41,19 +42,28 @@ class ConversionConfig(BaseModel):
     """Directory of the model, of any type: config.json and safetensors of floats, FP8 blocks, MXFP4 or packed int4."""
     output: Annotated[str, Field(min_length=1)]
     """Directory of the job; a job that is submitted again goes on from there."""
-    scheme: Annotated[str, Field(min_length=1)] = "W8A8_DYNAMIC"
+    scheme: Annotated[str, Field(min_length=1), Values("a scheme's name; docs/convert.md has them")] = "W8A8_DYNAMIC"
     """How linears are quantised."""
     group_size: Annotated[int, Field(gt=0)] | None = None
     """Input channels that share a scale in schemes with groups; null for the scheme's own."""
-    layer_policies: dict[str, str | None] = Field(default={}, json_schema_extra={"table": True})
+    layer_policies: Annotated[dict[str, str | None], Values("a table: pattern to a scheme, or to null")] = Field(
+        default={}, json_schema_extra={"table": True}
+    )
     """Linears with a scheme of their own, or null to leave them alone, by regular expressions on full names."""
-    format: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = ("compressed-tensors",)
+    format: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_one_or_more),
+        Field(min_length=1),
+        Values(f"one or more of {', '.join(FORMATS)}"),
+    ] = ("compressed-tensors",)
     """Forms the model is published in, each in a directory of its own."""
     engine: str | None = None
     """Engine that is to load the result, such as vllm-ascend==0.23 or sglang: what it does not load is refused."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that share the work; auto takes one a core, as far as their memory goes."""
-    memory_per_worker: Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)] = "auto"
+    memory_per_worker: Annotated[
+        int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{SIZE_HELP}, or auto")
+    ] = "auto"
     """The most memory that a worker may use; auto takes what the largest weight needs."""
 
     @field_validator("format", mode="after")
@@ -86,7 +96,7 @@ class ConversionConfig(BaseModel):
         """Everything that decides the published bytes, given the checkpoint."""
         return {
             "mode": "convert",
-            "scheme": self.scheme.upper(),
+            "scheme": self.scheme.upper().replace("-", "_"),
             "group_size": self.group_size,
             "layer_policies": dict(sorted(self.layer_policies.items())),
             "format": sorted(self.format),

@@ -102,16 +102,17 @@ def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
     """The scheme of that name, with groups of another size where `group_size` is given.
 
     Args:
-        name: as users write it; case does not matter.
+        name: as users write it: `W8A8_DYNAMIC`, or `w8a8-dynamic`.
         group_size: of schemes with groups; None for the scheme's own.
         where: what named it, for messages.
 
     Raises:
         UserError: no such scheme.
     """
-    scheme = SCHEMES.get(name.upper())
+    wanted = name.upper().replace("-", "_")
+    scheme = SCHEMES.get(wanted)
     if scheme is None:
-        near = difflib.get_close_matches(name.upper(), SCHEMES, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(wanted, SCHEMES, n=1, cutoff=0.5)
         meant = f"do you mean {near[0]}? " if near else ""
         raise UserError(f"{where}: {name!r:.60} is not a scheme; {meant}Schemes are {', '.join(SCHEMES)}")
     weights = scheme.weights

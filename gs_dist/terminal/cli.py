@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from gs_dist import __version__
+from gs_dist.conversion.config import ConversionConfig
 from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import UserError
 from gs_dist.planning.cluster_facts import ClusterFacts
@@ -30,6 +31,7 @@ from gs_dist.recipe.sizes import parse_size
 from gs_dist.recipe.text import problems_of
 from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
 from gs_dist.terminal.console import PrintableConsole, say, show_progress
+from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, read_conversion
 from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 
@@ -152,6 +154,9 @@ def plan(
     Without --address or a description of the nodes it is planned for this machine; if that has no Ascend card and the
     recipe needs some, memory and cores of their nodes are unknown, and said to be.
     """
+    if asks_for_conversion(recipe, overrides or ()):
+        convert_as_told(read_conversion(recipe, overrides or (), {}), _console(), dry_run=True)
+        return
     config = load_recipe(recipe, overrides or ())
     described = ClusterFacts.described(
         num_nodes=nodes,
@@ -216,13 +221,16 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
 
 @app.command("recipe")
 def show_recipe_keys(
-    prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="A key or section, such as parallel.")] = "",
+    prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="A key or section; or convert.")] = "",
     *,
     schemes: Annotated[
         bool, typer.Option("--schemes", help="List the schemes of `quantize --scheme` instead.")
     ] = False,
 ) -> None:
     """Show every key of a recipe: what may be written, its default, and what it does."""
+    if prefix == "convert":
+        say("\n".join(map(str, recipe_keys(ConversionConfig))))
+        return
     if schemes:
         say("\n".join(map(str, PRESETS.values())))
         return
@@ -262,6 +270,9 @@ def quantize(
 
     gs-dist quantize models/Qwen3-8B --scheme w8a8 --data 'calib/*.parquet' -o runs/qwen3-w8a8
     """
+    if asks_for_conversion(source, overrides or ()):
+        convert_as_told(read_conversion(source, overrides or (), {}), _console(), dry_run=False)
+        return
     extra = ["keep_statistics=true"] if keep_statistics else []
     request = Request(
         source=source,
@@ -302,17 +313,8 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
 ) -> None:
     """Quantise any checkpoint without data, tensor by tensor; run it again to resume."""
-    from gs_dist.terminal import conversion
-
     options = {"output": output, "scheme": scheme, "format": format, "engine": engine, "workers": workers}
-    config = conversion.read_config(model, overrides or (), options)
-    made = conversion.plan(config, _console())
-    if dry_run:
-        return
-    with show_progress() as progress:
-        found = conversion.run(made, progress)
-    for path in found.values():
-        _console().print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)
+    convert_as_told(read_conversion(model, overrides or (), options), _console(), dry_run=dry_run)
 
 
 @app.command()

@@ -16,17 +16,17 @@ from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.job import convert
 from gs_dist.conversion.plan import ConversionPlan, plan_conversion
 from gs_dist.errors import RecipeError
-from gs_dist.progress import Progress
 from gs_dist.recipe.sizes import format_bytes
 from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
+from gs_dist.terminal.console import show_progress
 from gs_dist.wording import counted
 
-__all__ = ["plan", "read_config", "run"]
+__all__ = ["asks_for_conversion", "convert_as_told", "read_conversion"]
 
 _SHOWN = 12  # reasons listed of what stays in floats
 
 
-def read_config(model: Path, overrides: Sequence[str], options: Mapping[str, object]) -> ConversionConfig:
+def read_conversion(model: Path, overrides: Sequence[str], options: Mapping[str, object]) -> ConversionConfig:
     """A conversion as a recipe or the command line tells it, options over the recipe.
 
     Args:
@@ -41,7 +41,7 @@ def read_config(model: Path, overrides: Sequence[str], options: Mapping[str, obj
     source = "convert"
     if model.is_file():
         source = model.name
-        document = parse_document(model.read_text(encoding="utf-8"), source)
+        document = parse_document(_text(model), source)
     document, problems = apply_overrides(document, overrides)
     given = {key: _plain(value) for key, value in options.items() if value is not None}
     document = {**document, **given}
@@ -56,11 +56,30 @@ def read_config(model: Path, overrides: Sequence[str], options: Mapping[str, obj
     return config
 
 
+def asks_for_conversion(recipe: Path, overrides: Sequence[str]) -> bool:
+    """Whether a recipe says `mode: convert`; one that cannot be read does not, and is complained of elsewhere."""
+    try:
+        document, _ = apply_overrides(parse_document(_text(recipe), recipe.name), overrides)
+    except RecipeError:
+        return False
+    return isinstance(document, Mapping) and document.get("mode") == "convert"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(
+            f"{path.name} cannot be read: {reason}; name a model's directory, or a recipe with mode: convert"
+        ) from None
+
+
 def _plain(value: object) -> object:
     return os.fspath(value) if isinstance(value, Path) else value
 
 
-def plan(config: ConversionConfig, console: Console) -> ConversionPlan:
+def _show_plan(config: ConversionConfig, console: Console) -> ConversionPlan:
     """Plans and shows what will be done."""
     made = plan_conversion(config)
     catalogue = made.catalogue
@@ -84,6 +103,12 @@ def plan(config: ConversionConfig, console: Console) -> ConversionPlan:
     return made
 
 
-def run(made: ConversionPlan, progress: Progress) -> dict[str, Path]:
-    """Converts; format to model directory."""
-    return convert(made, progress)
+def convert_as_told(config: ConversionConfig, console: Console, *, dry_run: bool) -> None:
+    """Shows the plan and, unless `dry_run`, converts and says where the models are."""
+    made = _show_plan(config, console)
+    if dry_run:
+        return
+    with show_progress() as progress:
+        found = convert(made, progress)
+    for path in found.values():
+        console.print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)
