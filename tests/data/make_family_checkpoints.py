@@ -32,14 +32,10 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MIXTURE: dict[str, Any] = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
+QWEN: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED: dict[str, Any] = {**QWEN, "shared_expert_intermediate_size": 32}
+ROUTED: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MLA: dict[str, Any] = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -68,16 +64,16 @@ VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [0],
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {**SMALL, **MIXTURE},
-    "qwen3_next": {**SMALL, **MIXTURE, **LINEAR_ATTENTION},
-    "qwen3_5_moe": {"text_config": {**SMALL, **MIXTURE, **LINEAR_ATTENTION}, "vision_config": VISION},
-    "deepseek_v3": {**SMALL, **MIXTURE, **MLA},
-    "glm4_moe": {**SMALL, **MIXTURE, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    "mixtral": {**SMALL, **MIXTURE},
-    "gpt_oss": {**SMALL, **MIXTURE, "intermediate_size": 32},
+    "qwen3_moe": {**SMALL, **QWEN},
+    "qwen3_next": {**SMALL, **SHARED, **LINEAR_ATTENTION},
+    "qwen3_5_moe": {"text_config": {**SMALL, **SHARED, **LINEAR_ATTENTION}, "vision_config": VISION},
+    "deepseek_v3": {**SMALL, **ROUTED, **MLA},
+    "glm4_moe": {**SMALL, **ROUTED, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "mixtral": {**SMALL, **LOCAL},
+    "gpt_oss": {**SMALL, **LOCAL, "intermediate_size": 32},
     "gemma3_text": SMALL,
     "qwen3_vl": {"text_config": SMALL, "vision_config": VISION},
-    "qwen3_vl_moe": {"text_config": {**SMALL, **MIXTURE}, "vision_config": VISION},
+    "qwen3_vl_moe": {"text_config": {**SMALL, **QWEN}, "vision_config": VISION},
 }
 
 

@@ -48,7 +48,6 @@ def test_converted_families_break_no_rule(tmp_path: Path, family: str, scheme: s
     for directory in made.values():
         report = check(directory, "vllm-ascend" if directory.name == "ascend" else None)
         assert not report.problems, report.render(10)
-        assert "by its own description" in report.facts["model"]
 
 
 @pytest.mark.parametrize("dialect", ["ascend", "compressed-tensors"])
@@ -88,13 +87,13 @@ def test_faults_of_an_ascend_directory_are_found(tmp_path: Path) -> None:
 
 def test_faults_of_a_compressed_tensors_directory_are_found(tmp_path: Path) -> None:
     """A scale that is gone, and a linear that no group takes although it has one."""
-    model, _ = family_checkpoint(tmp_path / "model", "mixtral")
+    model, _ = family_checkpoint(tmp_path / "model", "glm4_moe")
     made = run_conversion(model, tmp_path / "out")["compressed-tensors"]
-    change(made, "model.layers.1.block_sparse_moe.experts.3.w2.weight_scale", None)
+    change(made, "model.layers.1.mlp.experts.3.down_proj.weight_scale", None)
     assert rules(made) == {"tensor-present"}
     made = run_conversion(model, tmp_path / "other")["compressed-tensors"]
     config = json.loads((made / "config.json").read_text())
-    config["quantization_config"]["ignore"].append(r"re:.*w2$")
+    config["quantization_config"]["ignore"].append(r"re:.*experts.*down_proj$")
     (made / "config.json").write_text(json.dumps(config))
     assert "config-groups" in rules(made)
 
