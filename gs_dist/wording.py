@@ -35,5 +35,5 @@ def _spelt(char: str) -> str:
 
 def counted(count: int, noun: str) -> str:
     """`1 worker`, `2 workers`, `2 micro-batches`."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("ch", "ss")) else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"

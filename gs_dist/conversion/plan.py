@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.parts import Part, cut, working_bytes
 from gs_dist.conversion.schemes import FLOAT, find_scheme
 from gs_dist.errors import PlanError, UserError
+from gs_dist.planning.surroundings import Surroundings
 from gs_dist.recipe.sizes import format_bytes
 
 __all__ = ["ConversionPlan", "plan_conversion"]
@@ -125,7 +125,7 @@ def _refuse_unloadable(engine: str, formats: Sequence[str], catalogue: Catalogue
 
 
 def _workers(config: ConversionConfig, num_parts: int) -> int:
-    asked = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
+    asked = Surroundings.of_this_process().num_cpus if config.workers == "auto" else config.workers
     return max(1, min(asked, num_parts))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.errors import UserError
 from gs_dist.model.device_kind import DeviceKind
+from gs_dist.planning.surroundings import Surroundings
 
 __all__ = ["ClusterFacts"]
 
@@ -30,14 +30,10 @@ class ClusterFacts:
 
     @classmethod
     def of_this_machine(cls) -> ClusterFacts:
-        """Cores, memory (or the container's limit) and Ascend cards of the machine this runs on."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            memory = min(memory, int(text))
+        """Cores and memory that this process may use of its machine, and the machine's Ascend cards."""
+        here = Surroundings.of_this_process()
         cards = [path for path in Path("/dev").glob("davinci*") if path.name.removeprefix("davinci").isdigit()]
-        num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(num_cpus=num_cpus, num_npus=len(cards), memory_bytes=memory)
+        return cls(num_cpus=here.num_cpus, num_npus=len(cards), memory_bytes=here.memory_bytes)
 
     @classmethod
     def described(

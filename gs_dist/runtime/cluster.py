@@ -185,7 +185,7 @@ def cluster(
             "job's own is started on this machine"
         )
     options |= {"address": "local", "include_dashboard": False}
-    options |= {"num_cpus": max(num_cpus or 1, len(os.sched_getaffinity(0)))}
+    options |= {"num_cpus": max(num_cpus or 1, ClusterFacts.of_this_machine().num_cpus)}
     with _own_environment(), _initialised(None, options):
         facts = _wait_for_nodes(None, 0.0, tell)
         yield dataclasses.replace(facts, memory_bytes=ClusterFacts.of_this_machine().memory_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def evaluate(
     fingerprint = dataset.fingerprint()
     for note in dataset.notes:
         progress.message(note)
-    threads = len(os.sched_getaffinity(0))
+    threads = ClusterFacts.of_this_machine().num_cpus
     num_stages = pipeline_parallel_size or min(2, threads, num_layers)
     edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     evaluation = Evaluation(

@@ -16,8 +16,10 @@ from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory, locked
 from gs_dist.errors import DamagedError
+from gs_dist.planning.surroundings import memory_kills
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.sizes import format_bytes
 from gs_dist.results.costs import LayerCosts
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.attempt import MakeGroup, OfLayer, run_attempt
@@ -29,6 +31,7 @@ from gs_dist.runtime.retry import retry
 from gs_dist.runtime.software import Software
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.tasks import JUDGE, SOLVE, Task
+from gs_dist.wording import counted
 
 __all__ = ["run_job", "run_locked_job", "run_of"]
 
@@ -157,6 +160,7 @@ def _finish_layers(
 ) -> None:
     """Runs passes until the task is done to every layer; `finished` and `times` are filled in."""
     num_layers = job.plan.architecture.num_layers
+    killed = memory_kills()
 
     def on_finished(layer: int) -> None:
         if task is SOLVE:
@@ -169,8 +173,19 @@ def _finish_layers(
         max_restarts=job.config.parallel.max_restarts,
         giving_up=lambda failures: (
             f"{failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers are {task.done}: "
-            "submit the same recipe again to go on from there"
+            f"submit the same recipe again to go on from there{_if_by_memory(job, memory_kills() - killed)}"
         ),
         going_on=lambda: f"starting the workers again, {num_layers - len(finished)} layers to go",
         tell=progress.message,
     )
+
+
+def _if_by_memory(job: Job, killed: int) -> str:
+    """What to change where workers died of memory, which is known of this machine alone."""
+    planned = f"each was planned with {format_bytes(job.plan.host_peak)} of host memory"
+    cure = f"{planned}: set parallel.memory_per_worker to less, or take fewer workers a node"
+    if not job.plan.device.on_host:
+        cure = f"{planned}: lower calibration.sequence_length, or take fewer workers a node"
+    if killed > 0:
+        return f". The kernel has ended {counted(killed, 'process')} here for lack of memory; {cure}"
+    return f". If they were ended for lack of memory (OOMKilled, or `Out of memory` in dmesg), {cure}"

@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"words", "recipe", "data"},
     "calibration": PLAIN | {"solvers", "checkpoint", "data", "calibration"},
     "ptq": PLAIN | {"solvers", "checkpoint", "data", "calibration", "ptq"},
-    "conversion": PLAIN | {"solvers", "checkpoint", "conversion"},
+    "conversion": PLAIN | {"planning", "solvers", "checkpoint", "conversion"},
     "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "conversion", "runtime"},
     "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "conversion", "runtime", "terminal"},
 }
