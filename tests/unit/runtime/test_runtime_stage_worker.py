@@ -123,7 +123,7 @@ def test_a_job_that_keeps_losing_workers_ends_and_says_what_was_kept(
 
     with pytest.raises(
         WorkerLostError,
-        match=r"2 attempts in a row .* 0 of 6 layers .* memory_per_worker to less",
+        match=r"2 attempts in a row .* 0 of 6 layers .*memory_per_worker to less",
     ):
         run_inline(config, make_group)
     assert len(attempts) == 2
