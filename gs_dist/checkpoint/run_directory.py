@@ -6,7 +6,6 @@ A dead job leaves finished layers and no lock; `done` is written last, when ever
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -45,8 +44,9 @@ from gs_dist.checkpoint.run_record import (
 )
 from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
+from gs_dist.checkpoint.storage import LockState, is_of_storage, sync_directory, try_lock
 from gs_dist.checkpoint.weight_files import INDEX_FILE
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, sync_directory, write_json
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
@@ -75,6 +75,7 @@ DONE = "done"
 LOCK = ".lock"
 STATISTICS = "statistics"
 UNJUDGED = ".gs-dist-unjudged"
+_ATTEMPTS = 20  # where a lock's file is removed by its holder in the instant that it is asked for
 LAYER_POLICIES = "layer_policies.yaml"
 _KEEP = "run the job with --keep-statistics first"
 _HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
@@ -82,10 +83,11 @@ _FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[str]:
     """Keeps other jobs out of an output while the block runs; the lock goes with the process that holds it.
 
-    An output that is still empty at the end is removed again.
+    Gives what a user should be told: "", or that the file system knows no locks, where nothing keeps others out. An
+    output that is still empty at the end is removed again.
 
     Raises:
         OutputError: another job is at work here, something else lies here, or the directory cannot be written.
@@ -94,41 +96,46 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         make_directory(path)
         _refuse_foreign(path)  # before anything is written here
-        descriptor = _take_lock(path)
+        descriptor, note = _take_lock(path)
     except OSError as error:
         raise OutputError(
             f"output {str(path)!r} cannot be written ({error.strerror}); set output to a directory that can be made "
             "and written"
         ) from error
     try:
-        yield
+        yield note
     finally:
         _remove_empty(path)
         os.close(descriptor)
 
 
-def _take_lock(path: Path) -> int:
-    """Descriptor of the lock that is held."""
-    while True:
+def _take_lock(path: Path) -> tuple[int, str]:
+    """Descriptor of the lock that is held, and a note where it keeps no one out."""
+    for _ in range(_ATTEMPTS):
         descriptor = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
-                return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OutputError(
-                f"output {str(path)!r} is in use by another job: wait for it, or set output to another directory"
-            ) from error
+            state = try_lock(descriptor)
+            if state is LockState.UNKNOWN:
+                return descriptor, (
+                    f"the file system of output {str(path)!r} knows no locks: see to it that no other job writes there"
+                )
+            if state is LockState.OURS and os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor, ""
+        except FileNotFoundError:
+            state = LockState.OURS  # of a lock that its holder removed meanwhile
         except OSError:
             os.close(descriptor)
+            _remove_empty(path)
             raise
-        os.close(descriptor)  # of a lock that its holder removed meanwhile
+        os.close(descriptor)
+        if state is LockState.ANOTHERS:
+            break
+    raise OutputError(f"output {str(path)!r} is in use by another job: wait for it, or set output to another directory")
 
 
 def _remove_empty(path: Path) -> None:
     with suppress(OSError):
-        if [entry.name for entry in path.iterdir()] == [LOCK]:
+        if [entry.name for entry in path.iterdir() if not is_of_storage(entry.name)] == [LOCK]:
             (path / LOCK).unlink()
             path.rmdir()
 
@@ -137,6 +144,7 @@ def _refuse_foreign(path: Path) -> None:
     ours = {*DIALECTS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
     names = sorted(entry.name for entry in path.iterdir())
     foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
+    foreign = [name for name in foreign if not is_of_storage(name)]
     if foreign:
         raise OutputError(
             f"output {str(path)!r} holds {foreign[0]!r}, which is not of a job: set output to an empty directory"

@@ -7,7 +7,6 @@ can be told from work in progress on any host that shares the directory.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
+from gs_dist.checkpoint.storage import LockState, rename, sync_directory, sync_file, try_lock
 from gs_dist.errors import OutputError
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "make_directory",
     "publish",
     "remove_leftovers",
-    "sync_directory",
     "write_bytes",
     "write_json",
     "write_safetensors",
@@ -43,7 +42,7 @@ _PREFIX = ".gs-dist-"
 _SUFFIX = ".tmp"
 _CHUNK = 16 << 20  # bytes hashed and written at a time
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_ATTEMPTS = 20  # names tried for a temporary file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,8 @@ def publish(path: Path) -> Iterator[BinaryIO]:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)  # while the lock is held: no one may take it for a leftover
+                sync_file(file.fileno())
+                rename(file.fileno(), temporary, path)  # while the lock is held: no one may take it for a leftover
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -183,40 +182,35 @@ def remove_leftovers(directory: Path) -> list[str]:
         except OSError:
             continue  # renamed or removed meanwhile, or not ours to open
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            removed.append(path.name)
+            if try_lock(descriptor) is LockState.OURS:  # else its writer lives, or may live
+                path.unlink()
+                removed.append(path.name)
         except OSError:
-            pass  # its writer lives
+            pass  # removed meanwhile
         finally:
             os.close(descriptor)
     return removed
 
 
 def _open_locked(path: Path) -> tuple[int, Path]:
-    while True:
+    for _ in range(_ATTEMPTS):
         temporary = path.with_name(f"{_PREFIX}{path.name}.{secrets.token_hex(6)}{_SUFFIX}")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return descriptor, temporary
-            # Someone cleaning up took the file in the instant before it was locked, and will delete it.
-            os.close(descriptor)
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
             continue
-        if os.fstat(descriptor).st_nlink:
+        try:
+            state = try_lock(descriptor)
+        except OSError:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        if state is LockState.UNKNOWN or (state is LockState.OURS and os.fstat(descriptor).st_nlink):
             return descriptor, temporary
-        os.close(descriptor)  # cleaned up in that same instant
-
-
-def sync_directory(directory: Path) -> None:
-    """Flushes a directory's entries to disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
+        # Someone cleaning up took the file in the instant before it was locked, and deletes it.
         os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+    raise OSError(errno.EAGAIN, f"every file that was made for it was taken at once, {_ATTEMPTS} times")
 
 
 def lay_out(

@@ -44,7 +44,9 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
         reader.tokenizer_file,
         eos_token_id=reader.architecture.end_of_text_id,
     )
-    with locked(Path(config.output)):
+    with locked(Path(config.output)) as without_lock:
+        if without_lock:
+            progress.message(without_lock)
         progress.message("reading the calibration samples")
         samples = dataset.digests()
         fingerprints = Fingerprints(
@@ -82,7 +84,9 @@ def resolve(
         progress.message(note)
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
     planned = _planned_early(config, reader, address, solves_only=True)
-    with locked(Path(config.output)):
+    with locked(Path(config.output)) as without_lock:
+        if without_lock:
+            progress.message(without_lock)
         return _run_on_ray(config, reader, fingerprints, address, planned, progress, statistics_from=run)
 
 
