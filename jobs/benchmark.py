@@ -1,11 +1,13 @@
 """How fast a job calibrates and solves, as a ratio to this machine's own matrix products.
 
-    python jobs/benchmark.py RECIPE [key.path=value ...] [--repeat 3]
+    python jobs/benchmark.py RECIPE [key.path=value ...] [--repeat 3] [--peer PYTHON]
 
 Runs the recipe (output in a temporary directory) and, before and after it, float32 matrix products of the
 sizes of the model on as many processes and threads as the job has workers. Prints the floating-point
 operations that the job needs over its wall time from workers up to last layer solved, as a share of the
-products' rate; and each worker's peak memory against the plan. Only ratios within one run mean anything.
+products' rate; and each worker's peak memory against the plan. With --peer, an interpreter that has llm-compressor
+quantises the same model on the same tokens in turn, and wall, CPU and memory of both are told. Only ratios within one
+run mean anything.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from peer import compare
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import UserError
@@ -127,9 +131,13 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--repeat", type=int, default=3, help="runs; the median is reported")
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with llm-compressor: compare whole processes")
     arguments = parser.parse_args()
     try:
         config = load_recipe(Path(arguments.recipe), arguments.overrides)
+        if arguments.peer is not None:
+            print("\n".join(compare(arguments.recipe, arguments.overrides, config, arguments.peer, arguments.repeat)))
+            return 0
         runs = [measure(config) for _ in range(arguments.repeat)]
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
