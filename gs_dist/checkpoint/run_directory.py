@@ -44,13 +44,13 @@ from gs_dist.checkpoint.run_record import (
 )
 from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
-from gs_dist.checkpoint.storage import LockState, is_of_storage, sync_directory, try_lock
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.storage import LockState, is_of_storage, sync_directory, try_lock
 
 __all__ = [
     "LAYER_POLICIES",

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
-from gs_dist.checkpoint.storage import LockState, rename, sync_directory, sync_file, try_lock
 from gs_dist.errors import OutputError
+from gs_dist.storage import LockState, rename, sync_directory, sync_file, try_lock
 
 __all__ = [
     "ShardRecord",

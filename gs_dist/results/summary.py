@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from gs_dist.errors import OutputError
 from gs_dist.results.quantized import LinearSummary
+from gs_dist.storage import rename, sync_directory, sync_file
 
 __all__ = [
     "CalibrationSummary",
@@ -299,7 +300,8 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("activation_error", pa.float64()),
             pa.field("token_error", pa.float64()),
             pa.field("num_given", pa.int64()),
-            pa.field("scheme_errors", pa.map_(pa.string(), pa.float64())),
+            # Not a map, which `datasets` cannot load.
+            pa.field("scheme_errors", pa.list_(pa.struct([("scheme", pa.string()), ("relative_error", pa.float64())]))),
         ],
         metadata=_parquet_metadata(summary),
     )
@@ -317,7 +319,9 @@ def _parquet_metadata(summary: CalibrationSummary) -> dict[str, str]:
 
 
 def _parquet_row(row: LinearSummary) -> dict[str, Any]:
-    errors = None if row.scheme_errors is None else list(row.scheme_errors.items())
+    errors = None
+    if row.scheme_errors is not None:
+        errors = [{"scheme": scheme, "relative_error": error} for scheme, error in row.scheme_errors.items()]
     return {**_finite(dataclasses.asdict(row)), "notes": list(row.notes), "scheme_errors": errors}
 
 
@@ -328,12 +332,8 @@ def _publish(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(beside)
         with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
+            sync_file(stream.fileno())
+            rename(stream.fileno(), beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)

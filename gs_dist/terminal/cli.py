@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import sys
 import traceback
@@ -149,7 +150,7 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Show stages, waves and memory of a job, from headers alone; refuse one that cannot fit.
+    """Show stages, waves and memory of a job, from headers and data alone; refuse one that cannot fit.
 
     Without --address or a description of the nodes it is planned for this machine; if that has no Ascend card and the
     recipe needs some, memory and cores of their nodes are unknown, and said to be.
@@ -175,6 +176,7 @@ def plan(
 
     made, told = plan_job(config, CheckpointReader(Path(config.model)), facts)
     notes = list(told)
+    notes += _data_notes(config)
     if described is not None or address is not None:
         notes += _lacking(config, made, facts, waits=described is None)
     console = _console()
@@ -183,6 +185,26 @@ def plan(
         print_policies(console, made)
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _data_notes(config: CalibrationConfig) -> list[str]:
+    """What a job would say of its data; refuses what it would refuse, if the data are on this machine."""
+    if any("://" in entry for entry in config.calibration.data):
+        return ["the calibration data are not on this machine, and were not looked at"]
+    if not any(glob.glob(os.path.expanduser(entry), recursive=True) for entry in config.calibration.data):
+        return [f"there are no calibration data here at {', '.join(config.calibration.data)}"]
+    from gs_dist.checkpoint.reader import CheckpointReader
+    from gs_dist.data.dataset import open_dataset  # imports Arrow
+
+    reader = CheckpointReader(Path(config.model))
+    dataset = open_dataset(
+        config.calibration,
+        reader.architecture.vocab_size,
+        reader.tokenizer_file,
+        eos_token_id=reader.architecture.end_of_text_id,
+    )
+    dataset.digests()
+    return list(dataset.notes)
 
 
 def _size(text: str, option: str) -> int:

@@ -33,7 +33,7 @@ ALLOWED = {
     "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "conversion", "runtime"},
     "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "conversion", "runtime", "terminal"},
 }
-LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "wording"}
+LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "storage", "wording"}
 FRAMEWORKS = {
     "ray": ("runtime/worker_group.py", "runtime/cluster.py"),
     "mindspore": ("calibration/", "ptq/"),

@@ -242,11 +242,13 @@ JUDGED = make(
 
 
 def test_what_schemes_would_cost_is_kept_ranked_and_shown(tmp_path: Path) -> None:
-    """Costs of schemes come back from JSON, are a map in Parquet, rank linears and have a column of their own."""
+    """Costs of schemes come back from JSON, are structs in Parquet, rank linears and have a column of their own."""
     write_summary(tmp_path, JUDGED)
     assert read_summary(tmp_path) == JUDGED
     column = pq.read_table(tmp_path / "summary.parquet").column("scheme_errors").to_pylist()
-    assert column == [None, [("W8", 1e-5), ("W4", 2e-3)], [("W8", 2e-5), ("W4", 7e-3)]]
+    found = [None if row is None else [tuple(entry.values()) for entry in row] for row in column]
+    assert found == [None, [("W8", 1e-5), ("W4", 2e-3)], [("W8", 2e-5), ("W4", 7e-3)]]
+    assert list(column[1][0]) == ["scheme", "relative_error"]
     names = [r.name.rpartition(".")[2] for r in JUDGED.sorted_rows("sensitivity")]
     assert names == ["down_proj", "up_proj", "q_proj"], "those that were not judged come last"
     assert "W8 2e-05, W4 0.007" in shown(JUDGED, sort="sensitivity")

@@ -571,3 +571,20 @@ def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
     finally:
         os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_plan_looks_at_data_that_are_there(tmp_path: Path, recipe: str) -> None:
+    """Data on this machine are read and counted, and refused as a job would refuse them; without them, that is told."""
+    absent = run("plan", recipe)
+    assert absent.exit_code == 0
+    assert "there are no calibration data here at none.parquet" in absent.stdout
+    data = tmp_path / "c.jsonl"
+    data.write_text('{"input_ids": [1, 2, 3, 4]}\n' * 64)
+    enough = run("plan", recipe, f"calibration.data={data}")
+    assert enough.exit_code == 0
+    assert "note: calibration.column is auto: input_ids is read (lists of integers)" in enough.stdout
+    short = run("plan", recipe, f"calibration.data={data}", "calibration.num_samples=9")
+    assert short.exit_code == 2
+    assert "8 samples of 32 tokens in column input_ids, while calibration.num_samples asks for 9" in short.stderr
+    remote = run("plan", recipe, "calibration.data=s3://bucket/c.parquet")
+    assert "the calibration data are not on this machine, and were not looked at" in remote.stdout

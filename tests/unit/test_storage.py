@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gs_dist.checkpoint.run_directory import locked
-from gs_dist.checkpoint.storage import LockState, try_lock
 from gs_dist.checkpoint.writer import remove_leftovers, write_bytes
 from gs_dist.errors import OutputError
+from gs_dist.storage import LockState, try_lock
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 NO_DIRECTORY_SYNC = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF]
