@@ -12,6 +12,7 @@ from typing import Any
 
 from gs_dist.checkpoint.check import EngineVerdict, judge
 from gs_dist.checkpoint.engines import ENGINES
+from gs_dist.checkpoint.markdown import code, fenced, prose, quoted
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.numbers.table import WEIGHT_FORMATS
@@ -59,7 +60,7 @@ def render_model_card(
     """
     sections = [
         _front_matter(summary, dialect),
-        f"# {summary.model}, quantised\n\n{_introduction(summary, architecture, dialect, verdicts)}",
+        f"# {prose(summary.model)}, quantised\n\n{_introduction(summary, architecture, dialect, verdicts)}",
         f"## Linears\n\n{_strategies(summary)}",
         f"## Quality\n\n{_quality(summary, dialect)}",
         f"## How it was made\n\n{_recipe(config, summary)}",
@@ -73,8 +74,8 @@ def _front_matter(summary: CalibrationSummary, dialect: str) -> str:
     parts = {part for name in summary.strategies for part in name.split("-")}
     numbers = sorted(form.title for form in WEIGHT_FORMATS.values() if form.label in parts)
     tags = [*numbers, dialect, "gs-dist"]
-    # JSON strings are YAML strings, whatever a model's name holds.
-    return "\n".join(["---", f"base_model: {json.dumps(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
+    # Strings in JSON are strings in YAML, whatever a model's name holds.
+    return "\n".join(["---", f"base_model: {quoted(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
 
 
 def _introduction(
@@ -88,7 +89,7 @@ def _introduction(
     kind = f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}"
     head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
     return (
-        f"Weights of `{summary.model}` ({kind}, {architecture.dtype}, {head}) after post-training quantisation by "
+        f"Weights of {code(summary.model)} ({kind}, {architecture.dtype}, {head}) after post-training quantisation by "
         f"gs_dist, in {form}. Embedding, norms and head are as they were, "
         "except for norms that took up a rescaling or a shift of channels."
     )
@@ -131,15 +132,15 @@ def _quality(summary: CalibrationSummary, dialect: str) -> str:
         if found.float_perplexity is not None:
             change = found.perplexity / found.float_perplexity - 1
             rows = [("float", f"{found.float_perplexity:.4f}"), (f"quantised ({change:+.2%})", rows[0][1])]
-        parts.append(f"{_table(('model', 'perplexity'), rows)}\n\nOver {found.basis()}.")
+        parts.append(f"{_table(('model', 'perplexity'), rows)}\n\nOver {prose(found.basis())}.")
     if not probed and not evaluated:
         parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
-    parts += [f"Before it was published: {sentence}." for sentence in probed]
+    parts += [f"Before it was published: {prose(sentence)}." for sentence in probed]
     if worst:
         lines = [(f"`{row.name}`", f"`{row.strategy}`", f"{row.relative_error:.2e}") for row in worst]
         table = _table(("linear", "strategy", "relative error"), lines)
         parts.append(f"The linears with the largest relative output error:\n\n{table}")
-    parts += [f"* {note}" for note in summary.notes]
+    parts += [f"* {prose(note)}" for note in summary.notes]
     return "\n\n".join(parts)
 
 
@@ -151,12 +152,11 @@ def _recipe(config: CalibrationConfig, summary: CalibrationSummary) -> str:
     ]
     # What a recipe leaves out and what it sets to the default are one; the recipe in full has both.
     set_apart = config.ptq.model_dump(exclude_defaults=True, exclude={"opname_blacklist"})
-    rows += [(f"`ptq.{name}`", f"`{_plain(value)}`") for name, value in set_apart.items()]
+    rows += [(f"`ptq.{name}`", code(_plain(value))) for name, value in set_apart.items()]
     for pattern, override in config.layer_policies.items():
-        rows.append((f"`layer_policies` `{pattern}`", f"`{_plain(override)}`"))
+        rows.append((f"`layer_policies` {code(pattern)}", code(_plain(override))))
     recipe = published_recipe(config).rstrip("\n")
-    # Tildes, so that backticks in a pattern do not end the block.
-    return _table(("setting", "value"), rows) + f"\n\nThe recipe in full:\n\n~~~~yaml\n{recipe}\n~~~~"
+    return _table(("setting", "value"), rows) + f"\n\nThe recipe in full:\n\n{fenced(recipe, 'yaml')}"
 
 
 def _plain(value: Any) -> str:
@@ -176,7 +176,9 @@ def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, dialect: 
     """How to serve with an engine and what to know of it, or why not to."""
     name = ENGINES[verdict.engine].title
     if verdict.problems:
-        reasons = list(dict.fromkeys(f"* found {p.found}; expected {p.expected}" for p in verdict.problems))
+        reasons = list(
+            dict.fromkeys(f"* found {prose(p.found)}; expected {prose(p.expected)}" for p in verdict.problems)
+        )
         if len(reasons) > _REASONS:
             more = f"* and {len(reasons) - _REASONS} more, which `gs-dist check DIRECTORY --for {verdict.engine}` lists"
             reasons[_REASONS:] = [more]
@@ -187,7 +189,7 @@ def _engine(verdict: EngineVerdict, architecture: DecoderArchitecture, dialect: 
 
 def _origin(summary: CalibrationSummary) -> str:
     rows = [(f"{name} (sha256)", f"`{digest}`") for name, digest in summary.fingerprints.items()]
-    rows += [(name, version) for name, version in summary.versions.items()]
+    rows += [(prose(name), prose(version)) for name, version in summary.versions.items()]
     return _table(("made from or with", "value"), rows) + (
         "\n\n`gs-dist check DIRECTORY` compares names, shapes, dtypes and values with what the dialect calls for."
     )

@@ -11,6 +11,7 @@ import dialects
 import pytest
 import yaml
 from checkpoints import tiny_config
+from markdown_it import MarkdownIt
 
 from gs_dist.checkpoint.check import EngineVerdict, Problem
 from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
@@ -270,3 +271,25 @@ def test_provenance_and_notes_travel_with_the_model(tmp_path: Path) -> None:
     assert "cc" * 32 in card
     assert "| mindspore | 2.10.0 |" in card
     assert "* layer 3 stayed in float" in card
+
+
+HOSTILE = "x<script>alert(1)</script>`b`|c [d](javascript:e)\n# f ~~~~"
+
+
+def test_foreign_text_is_shown_and_never_markup() -> None:
+    """A model's name, a pattern, a note, a package's version: none becomes HTML, a link, a heading or a cell."""
+    policies = {HOSTILE.replace("(", "[(]").replace(")", "[)]"): None}
+    card = render_model_card(
+        recipe(layer_policies=policies),
+        summary(model=HOSTILE, notes=(HOSTILE,), versions={"gs-dist": HOSTILE}),
+        ARCHITECTURE,
+        "ascend",
+    )
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == HOSTILE
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(card)
+    assert "<script" not in html
+    assert "<a " not in html
+    assert "alert(1)" in html
+    assert [line for line in html.splitlines() if line.startswith("<h1")] == [
+        "<h1>x&lt;script&gt;alert(1)&lt;/script&gt;`b`|c [d](javascript:e) # f ~~~~, quantised</h1>"
+    ]
