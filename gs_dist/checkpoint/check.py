@@ -105,7 +105,7 @@ def _check_engine(inventory: Inventory, layout: Layout, engine: str, kinds: Engi
     """The rules of the engine's loader; and its registry of kinds where those do not hold for the version."""
     name, version = split_version(engine)
     if name in ENGINES:
-        ENGINES[name].check(inventory, layout)
+        ENGINES[name].check(inventory, layout, version)
     if kinds is not None and (name not in ENGINES or (version and layout.dialect == "ascend")):
         check_kinds(inventory, layout, kinds)
 
@@ -150,7 +150,7 @@ def judge(directory: Path, engine: str) -> EngineVerdict:
     if dialect and inventory.architecture is not None:
         layout = build_layout(inventory, dialect, layout_of(dialect), inventory.architecture)
         inventory.problems.clear()  # those of the dialect's own rules
-        ENGINES[engine].check(inventory, layout)
+        ENGINES[engine].check(inventory, layout, "")
     return EngineVerdict(
         engine=engine,
         problems=tuple(dict.fromkeys(inventory.problems)),

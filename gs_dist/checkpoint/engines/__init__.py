@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gs_dist.checkpoint.engines import transformers, vllm, vllm_ascend, vllm_mindspore
+from gs_dist.checkpoint.engines import mindformers, transformers, vllm, vllm_ascend, vllm_mindspore
 from gs_dist.checkpoint.engines.base import Engine
 
 __all__ = ["ENGINES", "Engine"]
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
-    {module.ENGINE.name: module.ENGINE for module in (transformers, vllm, vllm_ascend, vllm_mindspore)}
+    {module.ENGINE.name: module.ENGINE for module in (transformers, vllm, vllm_ascend, vllm_mindspore, mindformers)}
 )
 """Name in `gs-dist check --for` to the engine, in the order in which a model card tells of them."""

@@ -21,14 +21,15 @@ class Engine:
         name: spelling in `gs-dist check --for`.
         title: what a model card calls it.
         dialects: those that its card is shown for.
-        check: applies the loader's rules to a directory; problems and notes go to the inventory.
+        check: applies the loader's rules to a directory, those of a version or ("") of the newest that is known;
+            problems and notes go to the inventory.
         serve: Markdown that says how to serve a directory, given its dialect, the model, and what `check` noted.
     """
 
     name: str
     title: str
     dialects: tuple[str, ...]
-    check: Callable[[Inventory, Layout], None]
+    check: Callable[[Inventory, Layout, str], None]
     serve: Callable[[str, DecoderArchitecture, Sequence[Note]], str]
 
 

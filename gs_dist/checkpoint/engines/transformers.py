@@ -17,14 +17,14 @@ __all__ = ["ENGINE"]
 _DEQUANTIZE = "dequantize"  # rule of the note on packed zero points
 
 
-def _check(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     """The library's rules; packed zero points are a note, since they load by a way of their own."""
     if not check_library(inventory, layout):
         return
     if any(group.inputs is None and not is_symmetric(group.weights) for group in scheme_groups(inventory)):
         inventory.note(
             _DEQUANTIZE,
-            "packed zero points: transformers 5.23 with compressed-tensors 0.20 loads them only by "
+            "packed zero points: transformers up to 5.19 loads them plainly, 5.24 with compressed-tensors 0.20 only by "
             "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)), as float weights",
         )
 

@@ -25,7 +25,7 @@ __all__ = ["ENGINE"]
 _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def _check(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     """The library's rules, schemes with a kernel, one scheme for linears that are fused, and no int8 cache."""
     if not check_library(inventory, layout):
         return
@@ -111,12 +111,12 @@ def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
 
 
 def _check_cache(inventory: Inventory) -> None:
-    """`layers/attention/attention.py`: any kv_cache_scheme sets kv_cache_dtype to fp8, whatever its type."""
+    """`layers/attention/attention.py`: a kv_cache_scheme is for an FP8 cache."""
     scheme = inventory.quantization_config.get("kv_cache_scheme")
     if scheme and not (isinstance(scheme, Mapping) and scheme.get("type") == "float"):
         expected = (
-            "null: vLLM takes any kv_cache_scheme for an FP8 cache (attention.py) and rounds keys and values by these "
-            "int8 steps to e4m3; for an int8 KV cache write the ascend format, for vLLM-Ascend"
+            "null: vLLM 0.23 to 0.32 refuse it at load (NotImplementedError, type=int); for an int8 KV cache write the "
+            "ascend format, for vLLM-Ascend"
         )
         inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme of type int", expected)
 

@@ -28,14 +28,16 @@ _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_CACHE_LOADERS = ("qwen3",)  # served model types among those that patch_gqa_c8.py names
+_WITHOUT_CACHE_LOADER = ("0.18", "0.23")
 _KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
 
 
-def _check(inventory: Inventory, layout: Layout) -> None:
+def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     """Applies the loader's rules to an ascend or a compressed-tensors directory; no other dialect is loaded."""
     if layout.dialect == "ascend":
         _check_description(inventory, layout)
-        _check_kv(inventory, layout)
+        _check_kv(inventory, layout, version)
         _check_dtype(inventory, layout)
     elif layout.dialect == "compressed-tensors":
         _check_compressed_tensors(inventory)
@@ -74,10 +76,27 @@ def _check_description(inventory: Inventory, layout: Layout) -> None:
             inventory.report(_DESCRIPTION, "float-entry", found, expected, key)
 
 
-def _check_kv(inventory: Inventory, layout: Layout) -> None:
-    """`attention_v1.py`: the int8 cache is viewed in blocks of 32 channels of a head."""
+def _check_kv(inventory: Inventory, layout: Layout, version: str) -> None:
+    """`attention_v1.py`: the int8 cache is viewed in blocks of 32 channels of a head. Its scales need a loader.
+
+    Up to 0.23 `patch/worker/patch_gqa_c8.py` gives Qwen3, GLM-4 MoE and MiniMax-M2 one, and other models fail with a
+    KeyError on `kv_cache_offset`; 0.25.1rc1 maps them for every model.
+    """
     architecture = inventory.architecture
     assert architecture is not None
+    if layout.kv_layers and architecture.model_type not in _CACHE_LOADERS:
+        model = architecture.model_type
+        if version.startswith(_WITHOUT_CACHE_LOADER):
+            expected = (
+                f"vllm-ascend 0.25.1rc1 or later: before, no loader of {model} takes the scales (patch_gqa_c8.py)"
+            )
+            inventory.report(_DESCRIPTION, "engine-kv", f"an int8 KV cache of {model}", expected)
+        else:
+            inventory.note(
+                "kv-version",
+                f"the int8 KV cache needs vllm-ascend 0.25.1rc1 or later: up to 0.23 loading a {model} fails with a "
+                "KeyError on kv_cache_offset (patch_gqa_c8.py)",
+            )
     if layout.kv_layers and architecture.head_dim % _KV_BLOCK:
         expected = f"a multiple of {_KV_BLOCK} for an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)"
         inventory.report(CONFIG_FILE, "kv-head-dim", f"head_dim {architecture.head_dim}", expected)
@@ -92,6 +111,16 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
     dtype = inventory.config.get("torch_dtype", inventory.config.get("dtype"))
     if "W8A8" in layout.kinds.values() and dtype is None:
         inventory.report(CONFIG_FILE, "engine-dtype", "no torch_dtype", "torch_dtype, which decides deq_scale's form")
+    elif "W8A8" in layout.kinds.values():
+        half = dtype in ("float16", "torch.float16")
+        stored, lost = ("64-bit words", "float16") if half else ("float32", "bfloat16")
+        wrong = "bfloat16" if half else "float16"
+        inventory.note(
+            "serving-dtype",
+            f"deq_scale is stored as {stored}, for {lost}: served with --dtype {wrong}"
+            f"{'' if half else ', as 310P cards serve everything,'} it loads without a word and every static linear is "
+            "wrong (w8a8_static.py, get_perchannel_param)",
+        )
 
 
 def _check_compressed_tensors(inventory: Inventory) -> None:

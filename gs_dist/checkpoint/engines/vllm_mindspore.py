@@ -1,4 +1,4 @@
-"""vLLM-MindSpore at a7b56a4: what its reader demands of a directory.
+"""vLLM-MindSpore 0.5.1 and a7b56a4: what its reader demands of a directory.
 
 Sources: `vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py` (description file),
 `golden_stick/a8w8.py` (tensors), `model_executor/layers/linear.py` (shapes are asserted, dtypes of row-parallel
@@ -19,32 +19,31 @@ from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["ENGINE"]
 
-_READ = ("golden-stick", "ascend")
-_FILES = (*(DIALECTS[name].describing_file for name in _READ), "quant_model_description_w8a8sc.json")
+_OWN = DIALECTS["golden-stick"].describing_file
+_FILES = (_OWN, DIALECTS["ascend"].describing_file, "quant_model_description_w8a8sc.json")
 _KINDS = ("FLOAT", "W8A8")  # quantization_method_mapping, without W8A8S, which is for the 310P alone
 _FUSED = ((r"\b[qkv]_proj$", "qkv_proj"), (r"\b(gate|up)_proj$", "gate_up_proj"))
 
 
-def _check(inventory: Inventory, layout: Layout) -> None:
-    """Applies the reader's rules to a golden-stick or an ascend directory; no other dialect is loaded."""
-    if layout.dialect not in _READ:
-        expected = f"{_FILES[0]} (golden_stick.py, get_config_filenames)"
+def _check(inventory: Inventory, layout: Layout, version: str) -> None:
+    """Applies the reader's rules to a golden-stick directory; no other dialect is loaded.
+
+    ModelSlim's layout has a class of its own, which fails: 0.5.1 ends building its linear with an AttributeError.
+    """
+    if layout.dialect != "golden-stick":
+        expected = f"{_OWN}: of ModelSlim's layout 0.5.1 builds no linear (AttributeError, _primitives)"
         inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", expected)
         return
     found = sorted(p.name for p in inventory.directory.glob("*.json") if p.name.endswith(_FILES))
     if len(found) > 1:
         expected = "one description file by the end of its name (weight_utils.py, get_quant_config)"
         inventory.report(found[1], "description-single", " and ".join(found), expected)
-    file = DIALECTS[layout.dialect].describing_file
-    _check_consistency(inventory, file)
+    _check_consistency(inventory, _OWN)
     for name, kind in layout.kinds.items():
         if kind not in _KINDS:
             expected = "FLOAT or W8A8 (golden_stick.py, quantization_method_mapping)"
-            inventory.report(file, "engine-kind", kind, expected, name)
-    if layout.dialect == "golden-stick":
-        _check_row_parallel(inventory, layout)
-    else:
-        _check_folded_bias(inventory, layout, file)
+            inventory.report(_OWN, "engine-kind", kind, expected, name)
+    _check_row_parallel(inventory, layout)
 
 
 def _check_consistency(inventory: Inventory, file: str) -> None:
@@ -73,14 +72,6 @@ def _check_row_parallel(inventory: Inventory, layout: Layout) -> None:
         info = inventory.tensors.get(name + ".input_scale")
         if kind == "W8A8" and info is not None and info.dtype != architecture.dtype:
             inventory.report_tensor(info.name, "engine-dtype", info.dtype, f"{architecture.dtype}, the model's")
-
-
-def _check_folded_bias(inventory: Inventory, layout: Layout, file: str) -> None:
-    """`a8w8.py`, apply: the bias is added after the matmul, so one folded into quant_bias counts twice."""
-    for name, kind in layout.kinds.items():
-        if kind == "W8A8" and name + ".bias" in inventory.tensors:
-            expected = "no bias beside a quant_bias that holds it: use the golden-stick format for this engine"
-            inventory.report(file, "folded-bias", "a bias", expected, name)
 
 
 def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note]) -> str:

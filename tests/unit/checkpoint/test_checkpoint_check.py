@@ -443,8 +443,20 @@ BROKEN: dict[str, tuple[str, str | None, str, Break]] = {
         "module-label",
         labelled(GOLDEN, self_attn__q_proj__bias="FLOAT"),
     ),
-    "cache scales beside k_proj": ("ascend", "vllm-mindspore", "module-label", lambda directory: None),
-    "bias counted twice": ("ascend", "vllm-mindspore", "folded-bias", lambda directory: None),
+    "ModelSlim's layout in vLLM-MindSpore": (
+        "ascend-no-bias",
+        "vllm-mindspore",
+        "engine-format",
+        lambda directory: None,
+    ),
+    "a kind without a method in MindFormers": ("golden-w8a16", "mindformers", "engine-kind", lambda directory: None),
+    "ModelSlim's layout in MindFormers": ("ascend-no-bias", "mindformers", "engine-format", lambda directory: None),
+    "an int8 cache that vllm-ascend 0.23 has no loader for": (
+        "ascend",
+        "vllm-ascend==0.23.0",
+        "engine-kv",
+        lambda directory: None,
+    ),
     "kind without a method": ("golden-w8a16", "vllm-mindspore", "engine-kind", lambda directory: None),
     "float32 input scale": (
         "golden",
@@ -552,9 +564,9 @@ def test_what_is_odd_and_may_be_meant_is_noted(
         ("ascend", "vllm-ascend"),
         ("ascend-float16", "vllm-ascend"),
         ("ascend-no-bias", "vllm-ascend"),
-        ("ascend-no-bias", "vllm-mindspore"),
         ("ascend-tied", "vllm-ascend"),
         ("golden", "vllm-mindspore"),
+        ("golden", "mindformers"),
         ("golden-w4", None),
         ("golden-w8a16", None),
         ("ct", "vllm"),
@@ -590,6 +602,9 @@ def test_a_clean_directory_passes(name: str, engine: str | None, pristine: dict[
     [
         ("ct-w4-zero-points", "transformers", "dequantize", "CompressedTensorsConfig(dequantize=True)"),
         ("ct-w8-zero-points", "vllm", "zero-points", "Hopper"),
+        ("ascend", "vllm-ascend", "kv-version", "0.25.1rc1 or later"),
+        ("ascend", "vllm-ascend", "serving-dtype", "served with --dtype float16, as 310P cards serve everything"),
+        ("ascend-float16", "vllm-ascend", "serving-dtype", "served with --dtype bfloat16 it loads"),
         ("ct-w4", "vllm", "tensor-parallel", "up to tensor_parallel_size 1 (2 on Hopper cards)"),
     ],
 )
@@ -649,7 +664,7 @@ def test_an_unknown_engine_or_directory_is_the_users_mistake(pristine: dict[str,
         check(pristine["ascend"], "vllm-gpu")
     with pytest.raises(UserError, match="nowhere"):
         check(tmp_path / "nowhere")
-    assert set(ENGINES) == {"vllm-ascend", "vllm-mindspore", "vllm", "transformers"}
+    assert set(ENGINES) == {"vllm-ascend", "vllm-mindspore", "mindformers", "vllm", "transformers"}
 
 
 def test_a_float_checkpoint_is_not_a_quantised_one(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ SERVED: list[tuple[str, str, QuantPolicy, dict[str, Any], list[str], list[str]]]
         "compressed-tensors",
         dialects.W8A16,
         {"kv_cache": "per_channel"},
-        [PLAIN, "Not with vLLM**", "FP8"],
+        [PLAIN, "Not with vLLM**", "NotImplementedError"],
         ["vllm serve"],
     ),
     (

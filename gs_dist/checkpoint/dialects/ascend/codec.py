@@ -101,9 +101,24 @@ class AscendCodec:
                 )
                 reasons.setdefault(reason, []).append(name)
         refuse(self.name, {**reasons, **mixed_fusions(policies, architecture), **mixed_experts(policies, architecture)})
+        notes = []
         if architecture.dtype == "float32":
-            return ("ascend: the model is float32, which the engine computes in bfloat16: serve with --dtype bfloat16",)
-        return ()
+            notes.append(
+                "ascend: the model is float32, which the engine computes in bfloat16: serve with --dtype bfloat16"
+            )
+        static = any(policy is not None and policy.is_static for policy in policies.values())
+        if static and architecture.dtype != "float16":
+            notes.append(
+                "ascend: static W8A8 of a model that is not float16 is for serving in bfloat16; with --dtype float16, "
+                "as 310P cards serve everything, its scales load as zeros: convert the source to float16 for those, or "
+                "set act_quant_granularity: per_token"
+            )
+        if kv_layers(policies, architecture) and architecture.model_type != "qwen3":
+            notes.append(
+                "ascend: an int8 KV cache of this model loads in vllm-ascend from 0.25.1rc1 on; up to 0.23 Qwen3 alone "
+                "has a loader for its scales"
+            )
+        return tuple(notes)
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """Tensors of a decoder layer under their full names.

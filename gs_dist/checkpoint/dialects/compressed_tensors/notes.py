@@ -32,8 +32,8 @@ def engine_notes(policies: Policies, architecture: DecoderArchitecture) -> tuple
     if any(policy.kvcache_quant_dtype for policy in policies.values() if policy is not None):
         notes.append(
             "kvcache_quant_dtype: int8 in compressed-tensors is one scale for a layer's keys and one for its values, "
-            "which transformers runs; vLLM takes them for an FP8 cache's and rounds with the wrong steps, vLLM-Ascend "
-            "ignores them: for an int8 KV cache set format: [ascend]"
+            "which transformers runs; vLLM refuses to load them, vLLM-Ascend ignores them: for an int8 KV cache set "
+            "format: [ascend]"
         )
     notes += _fusion_notes(quantised, architecture)
     packed = {name: _packed(policy) for name, policy in quantised.items() if policy.act_quant_dtype is None}
@@ -57,8 +57,8 @@ _RULES: tuple[tuple[Holds, str], ...] = (
     ),
     (
         lambda policy: _asymmetric(policy, activations=False),
-        "weight_symmetric: false stores packed zero points: vLLM loads them, transformers (5.23 with "
-        "compressed-tensors 0.20) only with quantization_config=CompressedTensorsConfig(dequantize=True)",
+        "weight_symmetric: false stores packed zero points: vLLM and transformers up to 5.19 load them, transformers "
+        "5.24 with compressed-tensors 0.20 only with quantization_config=CompressedTensorsConfig(dequantize=True)",
     ),
     (
         lambda policy: _asymmetric(policy, activations=False) and policy.weight_format is INT8,
