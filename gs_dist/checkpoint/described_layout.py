@@ -40,8 +40,9 @@ def told_by_description(inventory: Inventory, dialect: str) -> bool:
         labels = {str(label) for key, label in inventory.descriptions.get(_DESCRIPTION, {}).items() if "." in key}
         return inventory.architecture is None or bool(labels - set(_TOLD_BY_ARCHITECTURE))
     if dialect == "compressed-tensors":
-        floats = any(group.weights.get("type") == "float" for group in scheme_groups(inventory))
-        return inventory.architecture is None or floats
+        floats = [group for group in scheme_groups(inventory) if group.weights.get("type") == "float"]
+        known = all(group.format == "mxfp4-pack-quantized" and group.inputs is None for group in floats)
+        return inventory.architecture is None or not known
     return False
 
 
@@ -141,14 +142,14 @@ def _fp8_channels(rows: int, columns: int) -> Leaves:
 def _mxfp8(rows: int, columns: int) -> Leaves:
     return {
         "weight": Expectation(dtypes=(_FP8,), shape=(rows, columns), values="float"),
-        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, -(-columns // _MX_BLOCK))),
+        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, -(-columns // _MX_BLOCK)), values="exponent"),
     }
 
 
 def _mxfp4(rows: int, pairs: int) -> Leaves:
     return {
         "weight": Expectation(dtypes=("uint8",), shape=(rows, pairs)),
-        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, 2 * pairs // _MX_BLOCK)),
+        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, 2 * pairs // _MX_BLOCK), values="exponent"),
     }
 
 

@@ -125,6 +125,13 @@ def _note_outlier(inventory: Inventory, name: str, expected: Expectation) -> Non
         )
 
 
+def _exponent(inventory: Inventory, name: str, expected: Expectation) -> Finding:
+    for block in inventory.chunks(name):
+        if (block == 255).any():
+            return "scale-exponent", "255, which is NaN", "exponents of two plus 127, up to 254"
+    return None
+
+
 def _zero(inventory: Inventory, name: str, expected: Expectation) -> Finding:
     for block in inventory.chunks(name):
         values = block.astype(np.float32)
@@ -204,6 +211,7 @@ def _tied(inventory: Inventory, name: str, expected: Expectation) -> Finding:
 _RULES: Mapping[str, Callable[[Inventory, str, Expectation], Finding]] = {
     "float": _finite,
     "scale": _scale,
+    "exponent": _exponent,
     "zero": _zero,
     "codes": _codes,
     "offset": _offset,

@@ -50,5 +50,5 @@ class Integer(NumberFormat):
 
 _GROUPS = (0, 64, 128, 256)
 
-INT8 = Integer(name="int8", title="int8", label="W8", bits=8, group_sizes=_GROUPS)
-INT4 = Integer(name="qint4x2", title="int4", label="W4", bits=4, group_sizes=_GROUPS)
+INT8 = Integer(name="int8", title="int8", label="W8", bits=8, group_sizes=_GROUPS, activations=("int8",))
+INT4 = Integer(name="qint4x2", title="int4", label="W4", bits=4, group_sizes=_GROUPS, activations=("int8",))

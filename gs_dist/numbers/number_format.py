@@ -28,6 +28,8 @@ class NumberFormat(ABC):
         group_sizes: input channels of a weight that may share a scale; 0 is all of an output channel.
         scale_bits: of a stored scale, None where it has the checkpoint's dtype.
         zero_points: whether ranges may be asymmetric.
+        activations: number formats of activations that its products are made with, beside floats.
+        range_ratios: shares of a range worth trying in a search; empty where a method's own list does.
     """
 
     name: str
@@ -36,6 +38,8 @@ class NumberFormat(ABC):
     bits: int
     group_sizes: tuple[int, ...]
     scale_bits: int | None = None
+    activations: tuple[str, ...] = ()
+    range_ratios: tuple[float, ...] = ()
     zero_points: ClassVar[bool] = False
 
     @property

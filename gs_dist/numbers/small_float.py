@@ -95,4 +95,5 @@ MXFP4 = SmallFloat(
     scale_bits=8,
     dtype=ml_dtypes.float4_e2m1fn,
     unit=2.0,
+    range_ratios=(1.0, 2.0, 0.5),  # a scale that is a power of two has no others
 )

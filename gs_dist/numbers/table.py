@@ -8,9 +8,12 @@ from typing import Literal
 
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.numbers.number_format import NumberFormat
+from gs_dist.numbers.small_float import MXFP4
 
 __all__ = ["WEIGHT_FORMATS", "WeightFormatName"]
 
-WeightFormatName = Literal["int8", "qint4x2"]
+WeightFormatName = Literal["int8", "qint4x2", "mxfp4"]
 
-WEIGHT_FORMATS: Mapping[WeightFormatName, NumberFormat] = MappingProxyType({"int8": INT8, "qint4x2": INT4})
+WEIGHT_FORMATS: Mapping[WeightFormatName, NumberFormat] = MappingProxyType(
+    {"int8": INT8, "qint4x2": INT4, "mxfp4": MXFP4}
+)

@@ -19,8 +19,9 @@ def contradictions(
             "bits is auto without size_budget: set it to a share of the linears' bytes such as 0.30, or to a size",
         ),
         (
-            ptq.weight_quant_dtype is None,
-            "bits is auto while ptq.weight_quant_dtype is null: set it to int8 or qint4x2",
+            ptq.weight_quant_dtype not in ("int8", "qint4x2"),
+            f"bits is auto while ptq.weight_quant_dtype is {ptq.weight_quant_dtype or 'null'}: set it to int8 or "
+            "qint4x2",
         ),
         (
             ptq.act_quant_dtype is not None,

@@ -45,7 +45,7 @@ class QuantPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     weight_quant_dtype: WeightFormatName | None = "int8"
-    """Weights: int8, qint4x2 (4 bits), or null for linears that stay in float."""
+    """Weights: int8, qint4x2 (int4), mxfp4 (4-bit floats in blocks of 32), or null to leave them in float."""
     act_quant_dtype: Literal["int8"] | None = None
     """Activations: int8, or null for weights alone (A16)."""
     kvcache_quant_dtype: Literal["int8"] | None = None
@@ -57,7 +57,7 @@ class QuantPolicy(BaseModel):
     kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
     """Static scales for each channel; per_token leaves nothing to publish and exists in gs_dist.ptq alone."""
     group_size: int = 0
-    """Input channels of a group: 64, 128 or 256; 0 with per_channel."""
+    """Input channels of a group: 64, 128 or 256, for mxfp4 32; 0 with per_channel."""
     weight_symmetric: bool = True
     """Weights without zero points."""
     act_symmetric: bool = True
@@ -145,6 +145,8 @@ class QuantPolicy(BaseModel):
     def clip_ratios(self) -> tuple[float, ...]:
         """Shares of a range that clipping, or a rounding method that searches ranges, chooses among."""
         given = self.algo_args.weight_clip_ratio
+        if given is None and self.quantises_linear and self.weight_format.range_ratios:
+            return self.weight_format.range_ratios
         if given is None:
             return self.rounding.clip_ratios(self) if self.searches_ranges_on_the_way else CLIP_RATIOS
         return (given,) if isinstance(given, float) else given
@@ -230,6 +232,8 @@ def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
         yield _either(size, *({"group_size": allowed} for allowed in sizes))
     if weight_per != "per_group" and policy.group_size != 0:
         yield _either(size, {"group_size": 0}, {"weight_quant_granularity": "per_group"})
+    if weight is not None:
+        yield from _of_number_format(policy)
     if weight == "qint4x2" and kv == "int8":
         yield Contradiction(
             field="kvcache_quant_dtype",
@@ -246,6 +250,23 @@ def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
             "weight_quant_dtype is null",
             write=[{"weight_quant_dtype": "int8"}],
         )
+
+
+def _of_number_format(policy: QuantPolicy) -> Iterator[Contradiction]:
+    """What a number format has no place for."""
+    form, found = policy.weight_format, {"weight_quant_dtype": policy.weight_quant_dtype}
+    per, symmetric, act = policy.weight_quant_granularity, policy.weight_symmetric, policy.act_quant_dtype
+    if per == "per_channel" and 0 not in form.group_sizes:
+        write = [{"weight_quant_granularity": "per_group", "group_size": size} for size in form.group_sizes]
+        yield Contradiction(
+            field="weight_quant_granularity", found={**found, "weight_quant_granularity": per}, write=write
+        )
+    if not symmetric and not form.zero_points:
+        write = [{"weight_symmetric": True}]
+        yield Contradiction(field="weight_symmetric", found={**found, "weight_symmetric": symmetric}, write=write)
+    if act is not None and act not in form.activations:
+        write = [{"act_quant_dtype": None}]
+        yield Contradiction(field="act_quant_dtype", found={**found, "act_quant_dtype": act}, write=write)
 
 
 def _either(found: Mapping[str, object], *write: Mapping[str, object]) -> Contradiction:

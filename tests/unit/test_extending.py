@@ -130,7 +130,7 @@ METHOD_ROWS = (
 NUMBER_FORMAT_ROWS = (
     ("numbers/table.py", "from gs_dist.numbers.integer", "from gs_dist.numbers.int6 import INT6\n{}"),
     ("numbers/table.py", "Literal[", '{}"int6", '),
-    ("numbers/table.py", 'MappingProxyType({{"int8"', 'MappingProxyType({{"int6": INT6, "int8"'),
+    ("numbers/table.py", '{{"int8": INT8', '{{"int6": INT6, "int8": INT8'),
 )
 
 

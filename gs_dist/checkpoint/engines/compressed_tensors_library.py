@@ -15,7 +15,7 @@ from gs_dist.checkpoint.layout import Layout
 
 __all__ = ["check_library", "is_symmetric"]
 
-_FORMATS = ("dense", "int-quantized", "pack-quantized", "mixed-precision", "naive-quantized")
+_FORMATS = ("dense", "int-quantized", "pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "naive-quantized")
 _STATUSES = ("compressed", "frozen")
 _ARGS = {
     "num_bits",

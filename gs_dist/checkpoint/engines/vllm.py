@@ -136,7 +136,8 @@ def _packed(group: SchemeGroup) -> PackedWeights | None:
     """How a group of weights alone is stored, None where activations are quantised or sizes are no numbers."""
     size = group.weights.get("group_size") if group.weights.get("strategy") == "group" else 0
     bits = group.weights.get("num_bits")
-    if group.inputs is not None or not isinstance(size, int) or size < 0 or not isinstance(bits, int):
+    integers = group.inputs is None and group.weights.get("type") == "int"
+    if not integers or not isinstance(size, int) or size < 0 or not isinstance(bits, int):
         return None
     return PackedWeights(num_bits=bits, group_size=size, symmetric=is_symmetric(group.weights))
 

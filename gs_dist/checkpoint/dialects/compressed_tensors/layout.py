@@ -78,6 +78,10 @@ class CompressedTensorsLayout:
 
     def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         """See `DialectLayout.dequantised`; compressed_tensors forward.py, `dequantize`."""
+        if kind == "MXFP4A16":
+            return _mxfp4_values(
+                inventory.read(f"{name}.weight_packed"), inventory.read(f"{name}.weight_scale").astype(np.int32)
+            )
         scale = inventory.read(f"{name}.weight_scale").astype(np.float32)
         packed = f"{name}.weight_packed" in inventory.tensors
         bits = int(kind[1])
@@ -146,6 +150,8 @@ def _scheme_tensors(
     bits, size = weights.get("num_bits"), weights.get("group_size") or 0
     rows, columns = linear.out_features, linear.in_features
     grouped = weights.get("strategy") == "group"
+    if group.format == "mxfp4-pack-quantized":
+        return _mxfp4_tensors(inventory, group, linear, name)
     if (
         not isinstance(bits, int)
         or bits not in _PACKED_BITS
@@ -184,6 +190,36 @@ def _scheme_tensors(
             leaves["input_zero_point"] = Expectation(dtypes=("int8",), shape=(1,), values="offset")
     kind = f"W{bits}A16" if inputs is None else f"W{bits}A8" + ("" if static else "_DYNAMIC")
     return leaves, kind
+
+
+def _mxfp4_tensors(inventory: Inventory, group: SchemeGroup, linear: Linear, name: str) -> tuple[Leaves, str]:
+    """compressed_tensors compressors/mxfp4/base.py and quant_scheme.py, MXFP4A16."""
+    wanted = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    found = {key: group.weights.get(key) for key in wanted}
+    if found != wanted or group.inputs is not None or not group.weights.get("symmetric", True):
+        expected = "symmetric float of 4 bits in groups of 32, and no quantised inputs"
+        inventory.report(CONFIG_FILE, "scheme", f"weights {dict(group.weights)!r:.160}", expected, name)
+        return {}, "?"
+    rows, columns = linear.out_features, linear.in_features
+    if columns % 32:
+        inventory.report(CONFIG_FILE, "group-size", "group_size 32", f"a divisor of {columns}", name)
+        return {}, "?"
+    leaves = {
+        "weight_rows": Expectation(dtypes=(), shape=(rows,)),
+        "weight_packed": Expectation(dtypes=("uint8",), shape=(rows, columns // 2)),
+        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, columns // 32), values="exponent"),
+    }
+    return leaves, "MXFP4A16"
+
+
+_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
+
+
+def _mxfp4_values(packed: npt.NDArray[np.uint8], exponents: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Two values a byte, the first in the low half; each times 2^(exponent - 127) of its 32."""
+    nibbles = np.stack([packed & 0x0F, packed >> 4], axis=2).reshape(len(packed), -1)
+    values = np.where(nibbles & 8, -_E2M1[nibbles & 7], _E2M1[nibbles & 7])
+    return np.asarray(values * np.repeat(np.ldexp(np.float32(1), exponents - 127), 32, axis=1), dtype=np.float32)
 
 
 def _unpacked(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.float32]:

@@ -13,7 +13,8 @@ from gs_dist.checkpoint.dialects.compressed_tensors.schemes import actorder, lay
 from gs_dist.checkpoint.dialects.description import fused_members, input_settings
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
 from gs_dist.model.decoder import DecoderArchitecture
-from gs_dist.numbers.integer import INT4, INT8
+from gs_dist.numbers.integer import INT4, INT8, Integer
+from gs_dist.numbers.small_float import MXFP4
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["engine_notes"]
@@ -35,8 +36,15 @@ def engine_notes(policies: Policies, architecture: DecoderArchitecture) -> tuple
             "which transformers runs; vLLM refuses to load them, vLLM-Ascend ignores them: for an int8 KV cache set "
             "format: [ascend]"
         )
+    floats = _names(quantised, lambda policy: policy.weight_format is MXFP4)
+    if floats and architecture.dtype != "bfloat16":
+        notes.append(
+            f"{floats}: compressed-tensors turns mxfp4 back into bfloat16, so that transformers runs the model only if "
+            "it is loaded with dtype bfloat16"
+        )
     notes += _fusion_notes(quantised, architecture)
-    packed = {name: _packed(policy) for name, policy in quantised.items() if policy.act_quant_dtype is None}
+    integers = {name: policy for name, policy in quantised.items() if isinstance(policy.weight_format, Integer)}
+    packed = {name: _packed(policy) for name, policy in integers.items() if policy.act_quant_dtype is None}
     limit = describe_tensor_parallel(packed, architecture)
     return (*notes, limit) if limit is not None else tuple(notes)
 
@@ -95,7 +103,8 @@ def _packed(policy: QuantPolicy) -> PackedWeights:
 
 
 def _has_kernel(policy: QuantPolicy, architecture: DecoderArchitecture) -> bool:
-    return policy.act_quant_dtype is not None or takes_group_size(_packed(policy), architecture.dtype)
+    integers = isinstance(policy.weight_format, Integer)
+    return policy.act_quant_dtype is not None or not integers or takes_group_size(_packed(policy), architecture.dtype)
 
 
 def _fusion_notes(quantised: Mapping[str, QuantPolicy], architecture: DecoderArchitecture) -> list[str]:

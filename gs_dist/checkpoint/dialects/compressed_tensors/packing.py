@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pack_int32", "packed_size", "unpack_int32"]
+__all__ = ["pack_int32", "pack_pairs", "packed_size", "unpack_int32", "unpack_pairs"]
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -46,6 +46,16 @@ def unpack_int32(packed: npt.NDArray[Any], bits: int, columns: int) -> npt.NDArr
     # Adding 2^7 to a value modulo 2^8 is undone by flipping its top bit; nibbles subtract within int8.
     unsigned = np.ascontiguousarray(octets[:, :columns])
     return unsigned.view(np.int8) - np.int8(8) if bits == 4 else (unsigned ^ np.uint8(0x80)).view(np.int8)
+
+
+def pack_pairs(nibbles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Packs (rows, columns) below 16 along the last axis, the even column in the low half (`pack_fp4_to_uint8`)."""
+    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4))
+
+
+def unpack_pairs(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Inverse of `pack_pairs`."""
+    return np.asarray(np.stack([packed & 0x0F, packed >> 4], axis=2).reshape(len(packed), -1))
 
 
 def _check(bits: int) -> None:
