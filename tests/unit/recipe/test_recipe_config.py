@@ -126,7 +126,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         "calibration.sequence_length: found 20.5; write a whole number",
         "calibration.seed: found True; write a whole number",
         "calibration.reduction_blocks: found 6; write a power of two: 1, 2, 4, 8, 16 ...",
-        "ptq.weight_quant_dtype: found 'int9'; write int8 or qint4x2, or null",
+        "ptq.weight_quant_dtype: found 'int9'; write int8, qint4x2 or mxfp4, or null",
         "ptq.opname_blacklist: found 'lm_head'; write a list of parts of names, such as [lm_head]",
         "ptq.algo_args.alpha: found 3; write at most 1.0, or a list",
         "layer_policies.'.*(o': found '.*(o'; write a regular expression: this one does not compile "
