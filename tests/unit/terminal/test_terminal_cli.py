@@ -498,7 +498,7 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     assert told["format"].endswith(
         "one or more of compressed-tensors, ascend, golden-stick; default [compressed-tensors]"
     )
-    assert told["ptq.weight_quant_dtype"] == "int8, qint4x2 or null; default int8"
+    assert told["ptq.weight_quant_dtype"] == "int8, qint4x2, mxfp4 or null; default int8"
     assert told["model"] == "text; required"
     section = [line for line in run("recipe", "parallel").stdout.splitlines() if not line.startswith(" ")]
     assert [line.split(":")[0] for line in section] == [f"parallel.{name}" for name in ParallelConfig.model_fields]
