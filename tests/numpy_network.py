@@ -56,7 +56,7 @@ class NumpyNetwork:
         return layer, {name: float(np.abs(array.astype(np.float64)).sum()) for name, array in sorted(present.items())}
 
     def forward_layer(
-        self, weights: tuple[int, dict[str, float]], hidden: Array, *, capture: bool
+        self, weights: tuple[int, dict[str, float]], hidden: Array, *, capture: bool, seen: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
         layer, numbers = weights
         spec = self._architecture.layers[layer]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ from gs_dist.checkpoint.run_record import (
 from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
 from gs_dist.checkpoint.weight_files import INDEX_FILE
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes, write_json
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
@@ -66,6 +67,7 @@ __all__ = [
     "read_statistics",
     "read_statistics_record",
     "remove_statistics",
+    "token_in",
     "unjudged",
     "write_origin",
     "write_statistics",
@@ -107,6 +109,21 @@ def locked(path: Path) -> Iterator[str]:
     finally:
         _remove_empty(path)
         os.close(descriptor)
+
+
+@contextmanager
+def token_in(output: Path) -> Iterator[tuple[str, str]]:
+    """A small file in an output while the block runs: its name and its text, by which others show that they see it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    name, token = f".gs-dist-seen-{secrets.token_hex(6)}.tmp", secrets.token_hex(16)
+    write_bytes(output / name, token.encode())
+    try:
+        yield name, token
+    finally:
+        (output / name).unlink(missing_ok=True)
 
 
 def _take_lock(path: Path) -> tuple[int, str]:

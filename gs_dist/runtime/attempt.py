@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
+from gs_dist.checkpoint.run_directory import token_in
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
+from gs_dist.runtime.sight import check_sights
 from gs_dist.runtime.software import Software, check_sources, check_versions, kernel_note
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.stage_worker import StageWorker
@@ -21,6 +24,7 @@ from gs_dist.wording import counted
 
 __all__ = ["MakeGroup", "OfLayer", "run_attempt"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOOK_INTERVAL = 2.0  # seconds between two looks for room
@@ -112,6 +116,9 @@ def _compare_workers(job: Job, group: WorkerGroup[StageWorker], plan: Calibratio
     software = _ask_all(group, plan, StageWorker.software, timeout)  # told once a worker is up
     check_versions(Software.here(), software)
     check_sources(job.fingerprints.source, _ask_all(group, plan, StageWorker.source, timeout), software)
+    output = Path(job.config.output)
+    with token_in(output) as (name, token):
+        check_sights(job, token, _ask_all(group, plan, StageWorker.sight, timeout, name))
     note = kernel_note(software)
     if note:
         progress.message(note)
@@ -147,11 +154,13 @@ def _work(job: Job, plan: CalibrationPlan, finished: Collection[int]) -> tuple[l
 def _ask_all(
     group: WorkerGroup[StageWorker],
     plan: CalibrationPlan,
-    method: Callable[[StageWorker], T],
+    method: Callable[Concatenate[StageWorker, P], T],
     timeout: float,
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> dict[WorkerKey, T]:
     """What `method` says on every worker."""
     keys = [WorkerKey(stage.stage, r) for r in range(plan.data_parallel_size) for stage in plan.stages]
-    calls = {group.call(key, method): key for key in keys}
+    calls = {group.call(key, method, *args, **kwargs): key for key in keys}
     answers = dict(as_they_come(group, calls, timeout, lambda silent: f"{silent[0]} did not answer for {timeout:g} s"))
     return {key: answers[key] for key in keys}

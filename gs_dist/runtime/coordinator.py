@@ -9,6 +9,7 @@ from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import locked
 from gs_dist.data.dataset import open_dataset, samples_fingerprint
+from gs_dist.errors import OutputError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
@@ -94,11 +95,26 @@ def _planned_early(
     config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, solves_only: bool = False
 ) -> PlannedJob | None:
     """The plan on this machine, before a sample is read; None where a cluster is to be joined and asked first."""
+    _refuse_working_directory(config.output)
     reader.companions()  # refuses what could not be carried over in the end
     if address is None:
         return plan_here(config, reader, solves_only=solves_only)
     make_workload(config, reader.architecture, reader.tensors)  # refuses what no cluster could mend
     return None
+
+
+def _refuse_working_directory(output: str) -> None:
+    """`ray job submit --working-dir` runs in a copy that Ray deletes; a relative output would lie in it.
+
+    Raises:
+        OutputError: it would.
+    """
+    path = os.path.realpath(output)
+    if "/runtime_resources/working_dir_files/" in f"{path}/":
+        raise OutputError(
+            f"output {output!r} leads to {path}, into the copy of the working directory that Ray makes for a job and "
+            "deletes behind it: set output to an absolute path on storage that stays"
+        )
 
 
 def _run_on_ray(

@@ -6,6 +6,7 @@ other workers; what they send arrives as arguments.
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.manifest import LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import write_solved
-from gs_dist.errors import CheckpointError
+from gs_dist.data.dataset import open_dataset
+from gs_dist.errors import CheckpointError, DatasetError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.job import Job
@@ -32,7 +34,7 @@ from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.sensitivity import layer_costs
 
-__all__ = ["Job", "StageReport", "StageWorker"]
+__all__ = ["Job", "Sight", "StageReport", "StageWorker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,17 @@ class StageReport:
     replica: int
     busy_seconds: float
     peak_memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What a worker sees from its node: the token in the job's output, None where there is none, and the digest of the
+    first sample, None where it feeds none.
+    """
+
+    node: str
+    token: str | None
+    sample: bytes | None
 
 
 class StageWorker:
@@ -59,7 +72,10 @@ class StageWorker:
         self._stage = plan.stages[stage]
         self._replica = replica
         self._device = open_device(plan.device, threads=plan.threads_per_worker)
-        self._reader = CheckpointReader(Path(job.config.model))
+        try:
+            self._reader = CheckpointReader(Path(job.config.model))
+        except CheckpointError as error:
+            raise CheckpointError(f"node {platform.node()}: {error}") from error
         self._output = Path(job.config.output)
         self._statistics: StatisticsSource
         if job.statistics_from is None:
@@ -81,6 +97,33 @@ class StageWorker:
     def source(self) -> str:
         """Fingerprint of the float checkpoint as this worker reads it."""
         return self._reader.fingerprint()
+
+    def sight(self, name: str) -> Sight:
+        """What this worker finds in the job's output under `name`, and of the samples that it is to feed.
+
+        Raises:
+            DatasetError: the samples cannot be read here; the message names the node.
+        """
+        try:
+            token = (self._output / name).read_text()
+        except (OSError, UnicodeDecodeError):
+            token = None
+        return Sight(node=platform.node(), token=token, sample=self._first_sample())
+
+    def _first_sample(self) -> bytes | None:
+        if self._stage.stage or self._job.statistics_from is not None:
+            return None
+        architecture = self._reader.architecture
+        try:
+            dataset = open_dataset(
+                self._job.config.calibration,
+                architecture.vocab_size,
+                self._reader.tokenizer_file,
+                eos_token_id=architecture.end_of_text_id,
+            )
+            return next(dataset.batches(0, 1)).digests()[0]
+        except DatasetError as error:
+            raise DatasetError(f"node {platform.node()}: {error}") from error
 
     def begin(self, wave: StageWave, start: int, stop: int) -> None:
         """Gets ready for a pass over micro-batches [start, stop)."""

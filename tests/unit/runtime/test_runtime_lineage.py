@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from runs import (
     inline_group,
@@ -27,6 +31,7 @@ from gs_dist.errors import CheckpointError, DatasetError, OutputError, UserError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import CalibrationSummary
+from gs_dist.runtime.coordinator import quantize
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.perplexity import perplexity_of
 from gs_dist.runtime.stage_worker import Job, StageWorker
@@ -180,6 +185,10 @@ def test_a_node_with_other_samples_publishes_nothing(undisturbed: Path, tmp_path
     with pytest.raises(DatasetError, match=r"the samples that replica 0 .*, replica 1 .* fed are not those that were"):
         run_inline(config, make)
     assert published_hashes(config) == {}
+    with pytest.raises(DatasetError, match=r"stage 0 of replica 1 .* has other samples than the coordinator"):
+        run_inline(config, make, with_samples=True)
+    rows = pq.read_table(config.calibration.data[0])
+    pq.write_table(pa.concat_tables([rows.slice(0, 1), pq.read_table(other).slice(1)]), other)
     with pytest.raises(DatasetError, match=r"sample 10 of other\.parquet is another one for replica 1 "):
         run_inline(config, make, with_samples=True)
 
@@ -378,3 +387,59 @@ def test_there_is_no_perplexity_over_no_tokens() -> None:
 
     with pytest.raises(DatasetError, match="the float model predicts nothing on these samples"):
         perplexity_of(Model(), 3, SilentProgress())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_worker_that_sees_another_output_is_told_of_before_anything_runs(
+    undisturbed: Path, tmp_path: Path, stages: int
+) -> None:
+    """By worker, node and path; no layer is observed, and nothing is left in the output."""
+    config = recipe(undisturbed, str(tmp_path / "out"), parallel={"pipeline_parallel_size": stages})
+    elsewhere = config.model_copy(update={"output": str(tmp_path / "own disk")})
+    groups: list[InlineWorkerGroup] = []
+
+    def make(job: Job, min_replicas: int) -> InlineWorkerGroup:
+        def worker(stage: int, replica: int) -> StageWorker:
+            last = stage == stages - 1
+            return StageWorker(dataclasses.replace(job, config=elsewhere) if last else job, stage, replica)
+
+        groups.append(InlineWorkerGroup(worker, num_stages=stages, num_replicas=1))
+        return groups[-1]
+
+    with pytest.raises(OutputError, match=rf"stage {stages - 1} of replica 0 .node .*does not see .*/out': .* share"):
+        run_inline(config, make)
+    assert {method for _, method in groups[0].calls} == {"software", "source", "sight"}
+    assert not list((tmp_path / "out").glob(".gs-dist-*"))
+
+
+def test_a_worker_with_other_samples_or_none_is_told_of_before_anything_runs(undisturbed: Path, tmp_path: Path) -> None:
+    """With its node."""
+    config = recipe(undisturbed, str(tmp_path / "out"))
+    for data, says in (
+        (save_samples(tmp_path / "samples.parquet", 128, seed=3), r"stage 0 of replica 0 .* has other samples"),
+        (tmp_path / "missing.parquet", rf"node {re.escape(platform.node())}: .*missing\.parquet"),
+    ):
+        calibration = config.calibration.model_copy(update={"data": (str(data),)})
+        changed = config.model_copy(update={"calibration": calibration})
+
+        def make(job: Job, min_replicas: int, changed: CalibrationConfig = changed) -> InlineWorkerGroup:
+            def worker(stage: int, replica: int) -> StageWorker:
+                return StageWorker(dataclasses.replace(job, config=changed), stage, replica)
+
+            return InlineWorkerGroup(worker, num_stages=1, num_replicas=1)
+
+        with pytest.raises(DatasetError, match=says):
+            run_inline(config, make, with_samples=True)
+
+
+def test_an_output_in_rays_copy_of_the_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go with the pod; told before a sample is read."""
+    inside = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    inside.mkdir(parents=True)
+    config = recipe(tmp_path).model_copy(update={"output": "out"})
+    monkeypatch.chdir(inside)
+    with pytest.raises(OutputError, match=r"copy of the working directory that Ray makes .* absolute path"):
+        quantize(config, progress=SilentProgress())
+    assert not list(inside.iterdir())
