@@ -17,6 +17,7 @@ from gs_dist.checkpoint.engines.kinds import EngineKinds, check_kinds, kinds_of,
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS
+from gs_dist.checkpoint.part_manifest import finished_parts
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import LOCK
@@ -26,6 +27,7 @@ from gs_dist.checkpoint.values import check_tensors
 from gs_dist.checkpoint.verification import verify
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.wording import counted
 
 __all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "judge"]
 
@@ -189,6 +191,11 @@ def _model_directories(directory: Path) -> list[Path]:
     if missing or not inner:
         count = len(list((directory / MANIFESTS).glob("layer-*.json")))
         layers = f"{count} of {record.num_layers} layers" if record else f"{count} layers"
+        if parts := finished_parts(directory):
+            raise UserError(
+                f"the conversion in {str(directory)!r} is not finished: {counted(len(parts), 'file')} of weights "
+                f"{'is' if len(parts) == 1 else 'are'} published; run the same command again to go on"
+            )
         without = f", and there is no model as {' or '.join(missing)} yet" if inner else ""
         raise UserError(
             f"the job in {str(directory)!r} is not finished: {layers} are published"

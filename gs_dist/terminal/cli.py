@@ -293,7 +293,7 @@ def quantize(
     gs-dist quantize models/Qwen3-8B --scheme w8a8 --data 'calib/*.parquet' -o runs/qwen3-w8a8
     """
     if asks_for_conversion(source, overrides or ()):
-        convert_as_told(read_conversion(source, overrides or (), {}), _console(), dry_run=False)
+        convert_as_told(read_conversion(source, overrides or (), {}), _console(), address=address)
         return
     extra = ["keep_statistics=true"] if keep_statistics else []
     request = Request(
@@ -333,10 +333,14 @@ def convert(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work; one a core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose nodes share the work; without it, processes here.")
+    ] = None,
 ) -> None:
     """Quantise any checkpoint without data, tensor by tensor; run it again to resume."""
     options = {"output": output, "scheme": scheme, "format": format, "engine": engine, "workers": workers}
-    convert_as_told(read_conversion(model, overrides or (), options), _console(), dry_run=dry_run)
+    config = read_conversion(model, overrides or (), options)
+    convert_as_told(config, _console(), dry_run=dry_run, address=address)
 
 
 @app.command()

@@ -103,12 +103,24 @@ def _show_plan(config: ConversionConfig, console: Console) -> ConversionPlan:
     return made
 
 
-def convert_as_told(config: ConversionConfig, console: Console, *, dry_run: bool) -> None:
-    """Shows the plan and, unless `dry_run`, converts and says where the models are."""
+def convert_as_told(
+    config: ConversionConfig, console: Console, *, dry_run: bool = False, address: str | None = None
+) -> None:
+    """Shows the plan and, unless `dry_run`, converts and says where the models are.
+
+    With the address of a Ray cluster its nodes share the work, else processes of this machine.
+    """
     made = _show_plan(config, console)
     if dry_run:
         return
     with show_progress() as progress:
-        found = convert(made, progress)
+        if address is None:
+            found = convert(made, progress)
+        else:
+            from gs_dist.runtime.conversion_workers import ClusterPool  # imports Ray
+
+            workers = None if config.workers == "auto" else config.workers
+            pool = ClusterPool(address=address, workers=workers, memory_per_worker=made.memory_per_worker)
+            found = convert(made, progress, pool)
     for path in found.values():
         console.print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)

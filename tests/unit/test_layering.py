@@ -35,7 +35,7 @@ ALLOWED = {
 }
 LOOSE_MODULES = {"__init__", "__main__", "errors", "progress", "storage", "wording"}
 FRAMEWORKS = {
-    "ray": ("runtime/worker_group.py", "runtime/cluster.py"),
+    "ray": ("runtime/worker_group.py", "runtime/cluster.py", "runtime/conversion_workers.py"),
     "mindspore": ("calibration/", "ptq/"),
     "pyarrow": ("data/", "results/summary.py"),
     "jinja2": ("data/",),

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 from conversions import family_checkpoint, run_conversion
 
+from gs_dist.checkpoint.check import check
 from gs_dist.conversion import parts
 from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.job import task_of
 from gs_dist.conversion.plan import plan_conversion
-from gs_dist.errors import JobFailure, OutputError, PlanError
+from gs_dist.conversion.worker import convert_part
+from gs_dist.errors import JobFailure, OutputError, PlanError, UserError
 
 SMALL = 24 << 10  # bytes of a part, so that a tiny model has several
 
@@ -166,6 +169,20 @@ def test_a_worker_that_is_killed_ends_the_job_with_what_to_do(tmp_path: Path, mo
     run_conversion(model, tmp_path / "out")
     run_conversion(model, tmp_path / "undisturbed")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_conversion_that_is_not_finished_is_told_by_the_check(tmp_path: Path) -> None:
+    """How many files are there, and how to go on."""
+    model = model_of(tmp_path / "model")
+    plan = plan_conversion(
+        ConversionConfig.model_validate({"model": str(model), "output": str(tmp_path / "out"), "workers": 1})
+    )
+    (tmp_path / "out" / "manifests").mkdir(parents=True)
+    (tmp_path / "out" / "compressed-tensors").mkdir()
+    for part in plan.parts[:3]:
+        convert_part(task_of(plan), part)
+    with pytest.raises(UserError, match="is not finished: 3 files of weights are published; run the same command"):
+        check(tmp_path / "out")
 
 
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_written(tmp_path: Path) -> None:
