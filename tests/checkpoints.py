@@ -39,12 +39,28 @@ _CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 # Keys that a family's tiny config has beyond those of all; `None` is written as null.
 _FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 32},  # on purpose not hidden_size / num_attention_heads
     "mixtral": {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "head_dim": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "num_nextn_predict_layers": 0,
+    },
     "qwen2_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 4,
@@ -162,6 +178,11 @@ def _mlp_rows(config: dict[str, Any], layer: int) -> list[tuple[str, int, int, b
         for expert in range(config["num_local_experts"]):
             rows += gated(f"block_sparse_moe.experts.{expert}", inner, ("w1", "w3", "w2"))
         return rows
+    if kind == "glm4_moe" and layer >= config["first_k_dense_replace"]:
+        rows = [("mlp.gate", config["n_routed_experts"], hidden, False)]
+        for expert in range(config["n_routed_experts"]):
+            rows += gated(f"mlp.experts.{expert}", config["moe_intermediate_size"])
+        return rows + gated("mlp.shared_experts", config["n_shared_experts"] * config["moe_intermediate_size"])
     if kind not in ("qwen2_moe", "qwen3_moe") or layer in config["mlp_only_layers"]:
         return gated("mlp", inner)
     rows = [("mlp.gate", config["num_experts"], hidden, False)]
@@ -184,10 +205,10 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         ("self_attn.q_proj", query, hidden, qkv_bias),
         ("self_attn.k_proj", kv, hidden, qkv_bias),
         ("self_attn.v_proj", kv, hidden, qkv_bias),
-        ("self_attn.o_proj", hidden, query, attention_bias),
+        ("self_attn.o_proj", hidden, query, attention_bias and kind != "glm4_moe"),
     ]
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if kind in ("qwen3", "qwen3_moe"):
+    if kind in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
         norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
     if kind == "olmo2":
         norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
@@ -201,6 +222,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (out_features,)
+            if kind == "glm4_moe" and name == "mlp.gate":
+                shapes[f"{prefix}{name}.e_score_correction_bias"] = (out_features,)
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
@@ -215,7 +238,7 @@ def random_tensors(config: dict[str, Any], dtype: str = "float32", seed: int = 0
         if name.endswith("norm.weight"):
             values = 1.0 + 0.1 * rng.standard_normal(shape)
             values[rng.integers(shape[0])] *= 4.0
-        elif name.endswith(".bias"):
+        elif name.endswith(("_bias", ".bias")):
             values = 0.1 * rng.standard_normal(shape)
         elif name == "model.embed_tokens.weight":
             values = 0.5 * rng.standard_normal(shape)

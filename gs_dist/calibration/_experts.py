@@ -21,6 +21,7 @@ __all__ = ["ROWS", "Dispatch", "RoutingForm", "dispatch", "expert_forward", "rou
 Array = npt.NDArray[Any]
 
 ROWS = 64  # of one product
+_LEFT_OUT = 1e30
 
 
 class RoutingForm(NamedTuple):
@@ -33,6 +34,7 @@ class RoutingForm(NamedTuple):
     num_groups: int
     top_groups: int
     pairs: bool
+    wide: bool
 
 
 def _route(logits: Tensor, correction: Any, form: Any) -> Any:
@@ -53,7 +55,9 @@ def _route(logits: Tensor, correction: Any, form: Any) -> Any:
         best = ops.reshape(ops.ReduceSum(True)(best, -1), (-1, static.num_groups))
         kept = ops.topk(best, static.top_groups)[1]
         chosen_groups = ops.ReduceSum(False)(ops.one_hot(kept, static.num_groups, 1.0, 0.0), 1)
-        choice = ops.reshape(grouped * columns(ops.reshape(chosen_groups, (-1, 1)), size), scores.shape)
+        # Nothing is added within a chosen group, and far more than any score is taken off elsewhere.
+        left_out = (1.0 - columns(ops.reshape(chosen_groups, (-1, 1)), size)) * _LEFT_OUT
+        choice = ops.reshape(grouped - left_out, scores.shape)
     chosen = ops.topk(choice, static.top_k)[1]
     weights = ops.gather_elements(scores, 1, chosen)
     if static.normalised:
@@ -94,7 +98,11 @@ def routed_forward(
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
     attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], False, attention_form)
     mlp_input = norm_of(attended[0], norms[1], attention_form[4])
-    routed = _route(linear(mlp_input, outer[0]), correction, routing)
+    if routing[7]:
+        logits = ops.MatMul(transpose_b=True)(ops.cast(mlp_input, ms.float32), ops.cast(outer[0][0], ms.float32))
+    else:
+        logits = linear(mlp_input, outer[0])
+    routed = _route(logits, correction, routing)
     share = ops.ones((hidden.shape[0], 1), hidden.dtype)
     if len(outer) > 1:
         share = ops.sigmoid(linear(mlp_input, outer[1]))

@@ -43,6 +43,7 @@ class AttentionForm(NamedTuple):
     epsilon: float
     block: int
     window: int  # 0 where it does not matter
+    turning: int  # channels of a head that the rotary embedding turns
     schemes: tuple[str, ...] = ("none",) * 4
     kv_schemes: tuple[str, ...] = ("none", "none")
 
@@ -116,14 +117,20 @@ def linear(x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
     return y
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, head_dim: int) -> Tensor:
-    """Rotary embedding, halves of a head as the two coordinates; tables (t, 1, d), sine with its sign."""
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, head_dim: int, turning: int) -> Tensor:
+    """Rotary embedding of the first `turning` channels of each head, their halves as the two coordinates.
+
+    Tables are (t, 1, d), the sine with its sign, and zero where nothing turns.
+    """
     rows, channels = x.shape
     tokens = cosine.shape[0]
     heads = channels // head_dim
-    half = head_dim // 2
+    half = turning // 2
     split = ops.reshape(x, (rows * heads, head_dim))
-    turned = ops.concat((split[:, half:], split[:, :half]), 1)
+    if turning == head_dim:
+        turned = ops.concat((split[:, half:], split[:, :half]), 1)
+    else:
+        turned = ops.concat((split[:, half:turning], split[:, :half], split[:, turning:]), 1)
     full_cosine = ops.reshape(ops.tile(cosine, (rows // tokens, heads, 1)), (rows * heads, head_dim))
     full_sine = ops.reshape(ops.tile(sine, (rows // tokens, heads, 1)), (rows * heads, head_dim))
     return ops.reshape(split * full_cosine + turned * full_sine, (rows, channels))
@@ -200,8 +207,8 @@ def attention_block(
     if static.qk_norm == "all":
         query = norm_of(query, own_norms[0], epsilon)
         key = norm_of(key, own_norms[1], epsilon)
-    query = _rotate(query, rotary[0], rotary[1], size)
-    key = _rotate(key, rotary[2], rotary[3], size)
+    query = _rotate(query, rotary[0], rotary[1], size, static.turning)
+    key = _rotate(key, rotary[2], rotary[3], size, static.turning)
     cached_key = _round_cache(key, kv_schemes[0], cache[0])
     cached_value = _round_cache(value, kv_schemes[1], cache[1])
     attention_output = _attend(query, cached_key, cached_value, mask, tokens, static)

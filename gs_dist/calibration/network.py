@@ -195,6 +195,7 @@ class DecoderNetwork:
             epsilon=self.architecture.rms_norm_eps,
             block=block,
             window=window,
+            turning=spec.attention.rotary.channels,
             schemes=weights.attention_schemes,
             kv_schemes=weights.kv_schemes,
         )
@@ -430,6 +431,10 @@ def rotary_tables(attention: GroupedQueryAttention, tokens: int) -> list[npt.NDA
     angle = np.arange(tokens, dtype=np.float32)[:, None] * _inverse_frequencies(attention.rotary)[None, :]
     cosine = np.cos(angle.astype(np.float64))
     sine = np.sin(angle.astype(np.float64))
-    full = np.concatenate([cosine, cosine], axis=1)[:, None], np.concatenate([-sine, sine], axis=1)[:, None]
+    still = np.zeros((tokens, attention.head_dim - attention.rotary.channels))
+    full = (
+        np.concatenate([cosine, cosine, still + 1], axis=1)[:, None],
+        np.concatenate([-sine, sine, still], axis=1)[:, None],
+    )
     scale = attention.head_dim**-0.5
     return [np.asarray(table, dtype=np.float32) for table in (full[0] * scale, full[1] * scale, *full)]

@@ -71,7 +71,18 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
         )
     settled = dataclasses.replace(architecture, tie_word_embeddings=tied)
     tensors, ignored = _checked(found, settled)
-    return SourceTensors(tensors=tensors, tied=tied, ignored=ignored, notes=(*notes, *_notes_on(ignored)))
+    further = [name for name in ignored if _is_further(name, settled)]
+    if further:
+        notes.append(
+            f"{some(further)}: layers of multi-token prediction behind the last are left out of what is published; "
+            "serve without speculative decoding by them"
+        )
+    return SourceTensors(
+        tensors=tensors,
+        tied=tied,
+        ignored=ignored,
+        notes=(*notes, *_notes_on(tuple(name for name in ignored if name not in further))),
+    )
 
 
 def _notes_on(ignored: tuple[str, ...]) -> list[str]:
@@ -141,4 +152,14 @@ def _checked(
 
 
 def _is_harmless(name: str, architecture: DecoderArchitecture) -> bool:
-    return _FREQUENCIES.fullmatch(name) is not None or (name == HEAD and architecture.tie_word_embeddings)
+    return (
+        _FREQUENCIES.fullmatch(name) is not None
+        or (name == HEAD and architecture.tie_word_embeddings)
+        or _is_further(name, architecture)
+    )
+
+
+def _is_further(name: str, architecture: DecoderArchitecture) -> bool:
+    """Whether a tensor is of a layer of multi-token prediction, behind the last one that a decoder runs."""
+    match = _LAYER.match(name)
+    return match is not None and 0 <= int(match.group(1)) - architecture.num_layers < architecture.num_further_layers

@@ -54,20 +54,38 @@ def num_layers(keys: ConfigKeys) -> int:
     return keys.size("num_hidden_layers", maximum=_MAX_LAYERS)
 
 
-def rotary(keys: ConfigKeys, head_dim: int) -> Rotary:
+def rotary(keys: ConfigKeys, head_dim: int, *, share: float | None = None, base: float = 10000.0) -> Rotary:
     """The rotary embedding of all layers, as transformers 5 reads it; what version 4 would read otherwise is refused.
+
+    `share` is the family's `partial_rotary_factor` where the key is absent; a family without one knows no such key.
+    `base` is its `rope_theta` where that is absent.
 
     Version 5 takes `rope_scaling` where `rope_parameters` stands beside it, and version 4 knows that alone. Of two
     bases, or two original lengths, one takes what stands in the table, the other what stands beside it.
     """
     table = _rope_table(keys)
     places = [keys, *([] if table is None else [table])]
-    for place in places:
+    for place in places if share is None else ():
         if place.get("partial_rotary_factor", 1.0) != 1.0:
             raise place.wrong("partial_rotary_factor", "1.0 or absent: partial rotary embedding is not served")
     theta = next((place for place in places if place.get("rope_theta", None) is not None), keys)
     scaling = None if table is None else _scaling(table, keys)
-    return Rotary(theta=theta.positive("rope_theta", default=10000.0), channels=head_dim, scaling=scaling)
+    channels = head_dim if share is None else _turning(places, head_dim, share)
+    return Rotary(theta=theta.positive("rope_theta", default=base), channels=channels, scaling=scaling)
+
+
+def _turning(places: Sequence[ConfigKeys], head_dim: int, share: float) -> int:
+    """Channels of a head that turn; the table counts before what stands beside it."""
+    key = "partial_rotary_factor"
+    said = {place.positive(key) for place in places if place.get(key, None) is not None}
+    if len(said) > 1:
+        raise places[0].wrong(
+            key, f"the same everywhere, and {key} is said to be {' and '.join(map(str, sorted(said)))}"
+        )
+    channels = int(head_dim * said.pop() if said else head_dim * share)
+    if channels % 2 or not 0 < channels <= head_dim:
+        raise places[0].wrong(key, f"such that an even number of head_dim's {head_dim} channels turns")
+    return channels
 
 
 def _rope_table(keys: ConfigKeys) -> ConfigKeys | None:
@@ -157,7 +175,12 @@ def windows(keys: ConfigKeys) -> list[int | None]:
 
 
 def decoder(
-    keys: ConfigKeys, layers: Sequence[LayerSpec], *, max_position_embeddings: int, rms_norm_eps: float = 1e-6
+    keys: ConfigKeys,
+    layers: Sequence[LayerSpec],
+    *,
+    max_position_embeddings: int,
+    rms_norm_eps: float = 1e-6,
+    num_further_layers: int = 0,
 ) -> DecoderArchitecture:
     """What stands around `layers`; the sizes given here are the family's where the keys are absent."""
     shared: dict[LayerSpec, LayerSpec] = {}
@@ -171,6 +194,7 @@ def decoder(
         max_position_embeddings=keys.size("max_position_embeddings", default=max_position_embeddings),
         dtype=_dtype(keys),
         eos_token_ids=keys.token_ids("eos_token_id"),
+        num_further_layers=num_further_layers,
     )
 
 

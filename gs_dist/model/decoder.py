@@ -95,6 +95,7 @@ class DecoderArchitecture:
     max_position_embeddings: int
     dtype: str  # "float32", "float16" or "bfloat16", as config.json states
     eos_token_ids: tuple[int, ...] = field(default=())
+    num_further_layers: int = 0  # behind the last, of multi-token prediction: no decoder runs them
 
     @property
     def num_layers(self) -> int:

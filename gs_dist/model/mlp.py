@@ -82,10 +82,11 @@ class GatedMlp:
 class Routing:
     """How a token chooses experts by the scores that the router gives them, in float32.
 
-    Scores are the `scoring` ("softmax" or "sigmoid") of the router's logits. The `top_k` best are chosen; with
-    `num_groups` above 1 only among the experts of the `top_groups` best groups, where a group counts as much as its
-    best expert or, with `pairs`, its two best. `correction` names a tensor that is added to the scores for choosing
-    alone. The scores of the chosen, brought to a sum of 1 where `normalised`, times `scale`, weight their outputs.
+    Scores are the `scoring` ("softmax" or "sigmoid") of the router's logits, which are computed in float32 themselves
+    where `wide`. The `top_k` best are chosen; with `num_groups` above 1 only among the experts of the `top_groups`
+    best groups, where a group counts as much as its best expert or, with `pairs`, its two best. `correction` names a
+    tensor that is added to the scores for choosing alone. The scores of the chosen, brought to a sum of 1 where
+    `normalised`, times `scale`, weight their outputs.
     """
 
     top_k: int
@@ -95,6 +96,7 @@ class Routing:
     num_groups: int = 1
     top_groups: int = 1
     pairs: bool = False
+    wide: bool = False
     correction: str | None = None
 
 

@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral"},
     "qwen2_moe": {"model_type": "qwen2_moe"},
     "qwen3_moe": {"model_type": "qwen3_moe"},
+    "glm4_moe": {"model_type": "glm4_moe"},
     "qwen3_moe_dense_first": {"model_type": "qwen3_moe", "mlp_only_layers": [0], "num_experts_per_tok": 3},
 }
 """Name to arguments of `checkpoints.tiny_checkpoint`."""

@@ -34,7 +34,7 @@ def read(keys: ConfigKeys) -> DecoderArchitecture:
         attention=GroupedQueryAttention(
             hidden_size=hidden_size,
             **sizes._asdict(),
-            rotary=rotary(keys, sizes.head_dim),
+            rotary=rotary(keys, sizes.head_dim, base=1e6),
             window=None if keys.get("sliding_window", None) is None else keys.size("sliding_window"),
         ),
         mlp=MixtureOfExperts(
@@ -46,4 +46,4 @@ def read(keys: ConfigKeys) -> DecoderArchitecture:
             names=("w1", "w3", "w2"),
         ),
     )
-    return decoder(keys, [layer] * count, max_position_embeddings=131072)
+    return decoder(keys, [layer] * count, max_position_embeddings=131072, rms_norm_eps=1e-5)

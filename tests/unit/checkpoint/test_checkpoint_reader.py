@@ -472,3 +472,15 @@ def test_a_published_model_is_no_float_model(tmp_path: Path, name: str) -> None:
     (model / name).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"^{name} describes quantised weights .* set model to the directory of"):
         CheckpointReader(model)
+
+
+def test_layers_of_multi_token_prediction_are_left_out_and_said_so(tmp_path: Path) -> None:
+    """They stand behind the last layer under the next number, and no decoder runs them."""
+    directory = tiny_checkpoint(tmp_path / "m", "glm4_moe", num_nextn_predict_layers=1)
+    tensors = CheckpointReader(directory).read(CheckpointReader(directory).tensors)
+    tensors["model.layers.2.eh_proj.weight"] = np.ones((64, 128), np.float32)
+    save_safetensors(directory / "model.safetensors", tensors)
+    reader = CheckpointReader(directory)
+    assert reader.ignored == ("model.layers.2.eh_proj.weight",)
+    assert any("multi-token prediction" in note for note in reader.notes)
+    assert not any("frequencies" in note for note in reader.notes)

@@ -28,7 +28,9 @@ def parse(base: str = "llama", **overrides: Any) -> DecoderArchitecture:
     return read_architecture({**tiny_config(base), **overrides})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"]
+)
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_tensors_are_those_the_model_class_saves(model_type: str, tie: bool, bias: bool) -> None:
@@ -138,6 +140,14 @@ def test_windows_may_differ_by_layer(overrides: dict[str, Any]) -> None:
     """`max_window_layers` counts the layers without a window from the first; `layer_types` names each."""
     architecture = parse("qwen2", use_sliding_window=True, sliding_window=64, **overrides)
     assert [layer.attention.window for layer in architecture.layers] == [None, 64]
+
+
+@pytest.mark.parametrize(("share", "channels"), [({}, 16), ({"partial_rotary_factor": 1.0}, 32)])
+def test_a_family_may_turn_some_channels_of_a_head(share: dict[str, Any], channels: int) -> None:
+    """GLM's embedding turns half of each head unless config.json says otherwise."""
+    config = tiny_config("glm4_moe")
+    del config["partial_rotary_factor"]
+    assert read_architecture({**config, **share}).layers[0].attention.rotary.channels == channels
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [

