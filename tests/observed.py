@@ -20,7 +20,8 @@ def statistics_of(
 ) -> InputStatistics:
     """Of tokens (tokens, channels)."""
     wide = x.astype(np.float64)
-    by_energy = wide / (wide**2).sum(axis=1, keepdims=True) if weighted else wide
+    energy = (wide**2).sum(axis=1, keepdims=True)
+    by_energy = np.divide(wide, energy, out=np.zeros_like(wide), where=energy > 0) if weighted else wide
     return InputStatistics(
         num_tokens=len(x),
         minimum=x.min(axis=0),

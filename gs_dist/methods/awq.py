@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gs_dist.methods.clip import SEARCH_GRAM_BYTES
 from gs_dist.methods.contradiction import Contradiction
 from gs_dist.methods.method import (
     ROUNDED,
@@ -19,6 +18,7 @@ from gs_dist.methods.method import (
     Work,
     Workspace,
     error_operations,
+    objective_bytes,
 )
 from gs_dist.model.statistics import StatisticsSettings
 
@@ -68,9 +68,9 @@ class AWQ(SuppressionMethod[AWQArguments]):
             yield Contradiction(field="outliers_suppression", found="AWQ does not serve W8A8", write=write)
 
     def workspace(self, policy: Policy[AWQArguments], work: Work) -> Workspace:
-        """A copy of the Gram matrix, and a tile for each thread."""
+        """What is searched against, and a tile for each thread."""
         return Workspace(
-            shared=work.channels**2 * SEARCH_GRAM_BYTES,
+            shared=objective_bytes(work.channels, work.taken) if work.taken.sketches(work.channels) else 0,
             thread=min(work.rows, TILE_ROWS) * work.channels * _TILE_BYTES,
         )
 
@@ -78,4 +78,6 @@ class AWQ(SuppressionMethod[AWQArguments]):
         """All rows for each exponent, and for plain rounding."""
         exponents = self.exponents(policy)
         tried = 1 if isinstance(exponents, float) else len(exponents)
-        return (1 + tried) * (error_operations(work.rows, work.channels) + ROUNDED * work.rows * work.channels)
+        return (1 + tried) * (
+            error_operations(work.rows, work.channels, work.taken) + ROUNDED * work.rows * work.channels
+        )

@@ -5,14 +5,26 @@ The kernel is `gs_dist.solvers.clip`.
 
 from __future__ import annotations
 
-from gs_dist.methods.method import ROUNDED, SEARCHED, Arguments, Method, Policy, Ratios, Work, Workspace
+from gs_dist.methods.method import (
+    ROUNDED,
+    SEARCHED,
+    Arguments,
+    Method,
+    Policy,
+    Ratios,
+    Work,
+    Workspace,
+    objective_bytes,
+)
 from gs_dist.model.statistics import StatisticsSettings
 
 __all__ = ["RATIOS", "Clip", "ClipArguments"]
 
 RATIOS = tuple(1 - i / 20 for i in range(10))  # of Golden Stick's AWQConfig
 
-SEARCH_GRAM_BYTES = 8  # a float64 copy of the Gram matrix
+# Of what is searched against: the mixture of plain and weighted moments, its parts, and the same rescaled. A mixture of
+# sketches has the rows of both.
+_GRAM_COPIES, _SKETCH_COPIES = 2, 6
 
 
 class ClipArguments(Arguments):
@@ -39,12 +51,15 @@ class Clip(Method[ClipArguments]):
         return {"weight_clip_ratio": policy.clip_ratios}
 
     def workspace(self, policy: Policy[ClipArguments], work: Work) -> Workspace:
-        """A copy of the Gram matrix; the tiles are what every thread holds anyway."""
-        return Workspace(shared=work.channels**2 * SEARCH_GRAM_BYTES)
+        """What is searched against; the tiles are what every thread holds anyway."""
+        copies = _SKETCH_COPIES if work.taken.sketches(work.channels) else _GRAM_COPIES
+        return Workspace(shared=copies * objective_bytes(work.channels, work.taken))
 
     def operations(self, policy: Policy[ClipArguments], work: Work) -> int:
-        """Each ratio and the whole range, against the whole of each diagonal block."""
+        """Each ratio and the whole range, against the whole of each diagonal block, or a sketch."""
         if policy.searches_ranges_on_the_way:
             return 0
         size = policy.group_size or work.channels
+        if work.taken.sketches(work.channels):
+            size = min(size, 2 * (work.taken.sketch_rows + 1))  # rows of two sketches
         return (1 + len(policy.clip_ratios)) * work.rows * work.channels * (2 * size + ROUNDED)

@@ -6,7 +6,6 @@ Each strength is judged by the output error it leaves, over some rows of each we
 
 from __future__ import annotations
 
-from gs_dist.methods.clip import SEARCH_GRAM_BYTES
 from gs_dist.methods.method import (
     ROUNDED,
     SEARCHED,
@@ -16,6 +15,7 @@ from gs_dist.methods.method import (
     Work,
     Workspace,
     error_operations,
+    objective_bytes,
 )
 from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
 
@@ -50,8 +50,9 @@ class ExponentSearch(SuppressionMethod[Asked]):
         return self.trials(policy)
 
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
-        """A copy of the Gram matrix where it searches; a thread's rows of the weight, and its histograms."""
-        shared = work.channels**2 * SEARCH_GRAM_BYTES if self.searches(policy) else 0
+        """Factors of both sketches where it searches; a thread's rows of the weight, and its histograms."""
+        sketched = self.searches(policy) and work.taken.sketches(work.channels)
+        shared = 2 * objective_bytes(work.channels, work.taken) if sketched else 0
         histograms = work.channels * HISTOGRAM_BYTES_PER_CHANNEL * _HISTOGRAMS if work.taken.histogram else 0
         rows = min(work.rows, SEARCH_ROWS) * work.channels * _ROW_BYTES
         return Workspace(shared=shared, thread=rows + histograms)
@@ -61,5 +62,7 @@ class ExponentSearch(SuppressionMethod[Asked]):
         trials = self.trials(policy)
         seen = -(-work.rows // max(1, -(-work.rows // SEARCH_ROWS)))
         sides = 1 + int(work.taken.weighted_gram)
-        energies = sides * error_operations(seen, work.channels) if trials else 0
-        return energies + trials * (sides * error_operations(seen, work.channels) + ROUNDED * seen * work.channels)
+        energies = sides * error_operations(seen, work.channels, work.taken) if trials else 0
+        return energies + trials * (
+            sides * error_operations(seen, work.channels, work.taken) + ROUNDED * seen * work.channels
+        )

@@ -32,8 +32,8 @@ RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
 # Rows worked on at a time: vectors of 8 KiB stay in the first cache, and a 28672-wide weight's take 235 MB.
 TILE_ROWS = 2048
 
-# Bytes of an entry of the Gram matrix: damped in float64, its inverse and a factor. Of the weight: a float64 copy.
-_GRAM_BYTES, _WEIGHT_BYTES = 3 * 8, 8
+# Bytes of an entry of the Gram matrix: the factor in float32; for all linears of an input, the matrix rescaled.
+_FACTOR_BYTES, _RESCALED_BYTES = 4, 4
 # Of a tile's entry: float32 transposed, codes twice, scales and zero points; of a panel some float32 vectors a channel.
 _TILE_BYTES, _PANEL_VECTORS = 7, 16
 
@@ -91,12 +91,12 @@ class GPTQ(RoundingMethod[Asked]):
         return "weight" if args.static_groups else "group"
 
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
-        """Factors and a working copy for each linear, a tile for each thread."""
-        factors = work.channels**2 * _GRAM_BYTES if work.taken.gram or work.taken.weighted_gram else 0
+        """A matrix for all linears, a factor for each, a tile for each thread."""
         width = max(policy.algo_args.block_size, policy.group_size)
         panel = 4 * _PANEL_VECTORS * min(width, work.channels)
         return Workspace(
-            own=factors + work.rows * work.channels * _WEIGHT_BYTES,
+            shared=work.channels**2 * _RESCALED_BYTES,
+            own=work.channels**2 * _FACTOR_BYTES,
             thread=min(work.rows, TILE_ROWS) * (work.channels * _TILE_BYTES + panel),
         )
 

@@ -27,6 +27,8 @@ __all__ = [
     "Work",
     "Workspace",
     "error_operations",
+    "is_large",
+    "objective_bytes",
 ]
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -36,10 +38,13 @@ Ratios = Ratio | Annotated[tuple[Ratio, ...], Field(min_length=1, strict=False)]
 ColumnOrder = Literal["weight", "group"]
 """Columns rounded in an order of their own, groups as stored ("weight") or with an index of each column's ("group")."""
 
-# A search with few degrees of freedom: ratios, strengths, scales. And what looks at each weight by itself.
+# A search with few degrees of freedom: ratios, strengths, scales; sketches do. And what looks at each weight by itself,
+# for which a sketch has too few rows: it inverts a matrix.
 SEARCHED = StatisticsSettings(gram=True, weighted_gram=True)
-CORRECTED = StatisticsSettings(gram=True, weighted_gram=True)
+CORRECTED = StatisticsSettings(gram=True, blended_gram=True)
 NOTHING = StatisticsSettings(gram=False)
+
+_LARGE_WEIGHT = 1 << 23
 
 # Numbers made for a weight that is rounded under some range: divided, rounded, clipped, multiplied, subtracted.
 ROUNDED = 8
@@ -214,6 +219,16 @@ class RoundingMethod(Method[Asked]):
         return None
 
 
-def error_operations(rows: int, channels: int) -> int:
-    """Operations of tr(D G DT): two for an entry, of half of the symmetric matrix."""
-    return rows * channels * channels
+def is_large(rows: int, channels: int) -> bool:
+    """Whether a weight is solved by itself, by all threads, rather than beside others that read the same input."""
+    return rows * channels > _LARGE_WEIGHT
+
+
+def error_operations(rows: int, channels: int, taken: StatisticsSettings) -> int:
+    """Operations of tr(D G DT): two for an entry of a sketch's factor, or of half of the symmetric matrix."""
+    return rows * channels * (2 * (taken.sketch_rows + 1) if taken.sketches(channels) else channels)
+
+
+def objective_bytes(channels: int, taken: StatisticsSettings) -> int:
+    """Bytes of what errors are multiplied with: a sketch's factor, or a matrix."""
+    return 4 * channels * (taken.sketch_rows + 1 if taken.sketches(channels) else channels)

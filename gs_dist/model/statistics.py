@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.model.token_sample import merge_samples
+from gs_dist.model.sketch import Sketch, sketch_nbytes
+from gs_dist.model.token_sample import SAMPLE_TOKENS, merge_samples
 
 __all__ = [
     "HISTOGRAM_BINS",
     "HISTOGRAM_BYTES_PER_CHANNEL",
+    "PLAIN_SHARE",
     "InputStatistics",
     "LayerStatistics",
     "StatisticsSettings",
     "TreeAccumulator",
     "TreeNode",
+    "blended_weights",
     "block_bounds",
     "histogram_magnitudes",
     "merge_layers",
@@ -41,6 +44,11 @@ HISTOGRAM_OCTAVES = 40
 HISTOGRAM_BINS_PER_OCTAVE = 4
 HISTOGRAM_BINS = HISTOGRAM_OCTAVES * HISTOGRAM_BINS_PER_OCTAVE
 HISTOGRAM_BYTES_PER_CHANNEL = 2 * HISTOGRAM_BINS * 4
+# Minimum and maximum in float32, sums of magnitudes and of squares in float64.
+_VECTOR_BYTES_PER_CHANNEL = 4 + 4 + 8 + 8
+
+# Shifted, placed and counted, each value of a histogram.
+_COUNT_OPERATIONS = 3
 
 _SUM, _MIN, _MAX = np.add, np.minimum, np.maximum
 
@@ -54,12 +62,67 @@ def histogram_magnitudes() -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsSettings:
-    """Which of the costly statistics to take of an input; the cheap ones are always taken."""
+    """Which of the costly statistics to take of an input; the cheap ones are always taken.
+
+    Attributes:
+        gram, weighted_gram: second moments of all tokens alike, and of tokens weighted by 1 / x.x.
+        histogram: counts of each channel's values.
+        sketch_rows: rows of the sketches that stand for these two matrices; 0 takes the matrices themselves.
+        blended_gram: one matrix of both, for solvers that need a matrix.
+    """
 
     gram: bool = True
     weighted_gram: bool = False
     histogram: bool = False
     sample: bool = False
+    sketch_rows: int = 0
+    blended_gram: bool = False
+
+    def sketches(self, channels: int) -> bool:
+        """Whether second moments are sketched: where a matrix has no more rows than a sketch, it is taken itself."""
+        return 0 < self.sketch_rows < channels
+
+    def nbytes(self, channels: int) -> int:
+        """Bytes of one input's statistics."""
+        sizes = {
+            "gram": 4 * channels**2,
+            "weighted_gram": 4 * channels**2,
+            "blended_gram": 4 * channels**2,
+            "sketch": sketch_nbytes(self.sketch_rows, channels),
+            "weighted_sketch": sketch_nbytes(self.sketch_rows, channels),
+            "histogram": channels * HISTOGRAM_BYTES_PER_CHANNEL,
+            "sample_keys": 8 * SAMPLE_TOKENS,
+            "sample_tokens": 4 * SAMPLE_TOKENS * channels,
+        }
+        return channels * _VECTOR_BYTES_PER_CHANNEL + sum(sizes[name] for name in self.fields(channels))
+
+    def operations(self, channels: int, *, dense: bool) -> int:
+        """Floating-point operations of one token's statistics.
+
+        Args:
+            channels: of the input.
+            dense: whether sketches are products with a dense matrix of signs, as on a card, or with a sparse one.
+        """
+        gram = channels * (channels + 1)
+        # Rows, and beside them total and squares.
+        sketch = 2 * channels * ((self.sketch_rows if dense else 1) + 2)
+        costs = {"gram": gram, "weighted_gram": gram, "blended_gram": gram, "sketch": sketch, "weighted_sketch": sketch}
+        costs["histogram"] = _COUNT_OPERATIONS * channels
+        vectors = 6 * channels  # minimum, maximum, magnitudes and squares, and both their sums
+        return vectors + sum(costs.get(name, 0) for name in self.fields(channels))
+
+    def fields(self, channels: int) -> frozenset[str]:
+        """Fields of `InputStatistics` that these settings fill, of an input with so many channels."""
+        sketched = self.sketches(channels)
+        filled = {
+            "sketch" if sketched else "gram": self.gram,
+            "weighted_sketch" if sketched else "weighted_gram": self.weighted_gram,
+            "histogram": self.histogram,
+            "blended_gram": self.blended_gram,
+            "sample_keys": self.sample,
+            "sample_tokens": self.sample,
+        }
+        return frozenset(name for name, taken in filled.items() if taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +140,8 @@ class InputStatistics:
             values by magnitude, index 1 the others. Or None.
         sample_keys, sample_tokens: keys (k,) uint64, ascending, and rows (k, channels) float32 of some tokens,
             SAMPLE_TOKENS at most (their union, less those of the larger keys). Or None.
+        sketch, weighted_sketch: what stands for `gram` and `weighted_gram` where they were not taken (SUM), or None.
+        blended_gram: sum of w x xT, (channels, channels) float32 (SUM), w as `blended_weights` gives it; or None.
     """
 
     num_tokens: int
@@ -90,6 +155,9 @@ class InputStatistics:
     sample_keys: Array | None = None
     sample_tokens: Array | None = None
     num_borrowed: int = 0
+    sketch: Sketch | None = None
+    weighted_sketch: Sketch | None = None
+    blended_gram: Array | None = None
 
     @property
     def channels(self) -> int:
@@ -105,6 +173,13 @@ class InputStatistics:
     def mean_abs(self) -> Array:
         """Mean magnitude of each channel, float64 (AWQ's x_mean)."""
         return np.asarray(self.sum_abs / max(self.num_tokens, 1))
+
+    @property
+    def weighted_squares(self) -> Array | None:
+        """Sum over tokens of x^2 / (x . x) of each channel, None where weighted moments were not taken."""
+        if self.weighted_gram is not None:
+            return np.diagonal(self.weighted_gram)
+        return None if self.weighted_sketch is None else self.weighted_sketch.squares
 
     def merge(self, other: InputStatistics, *, in_place: bool = False) -> InputStatistics:
         """Statistics of both sets of tokens; with `in_place` the arrays of `self` are reused.
@@ -122,7 +197,10 @@ class InputStatistics:
             if mine is None:
                 merged[name] = None
                 continue
-            merged[name] = operation(mine, theirs, out=mine) if in_place else operation(mine, theirs)
+            if isinstance(mine, Sketch):
+                merged[name] = mine.merge(theirs, in_place=in_place)
+            else:
+                merged[name] = operation(mine, theirs, out=mine) if in_place else operation(mine, theirs)
         return InputStatistics(**(merged | self._merged_sample(other)))
 
     def _merged_sample(self, other: InputStatistics) -> dict[str, Array]:
@@ -136,7 +214,7 @@ class InputStatistics:
         return {"sample_keys": keys, "sample_tokens": tokens}
 
     def scaled(self, scale: Array) -> InputStatistics:
-        """Statistics of x / scale (`scale` > 0 per channel); the histogram is left out, see `histogram`.
+        """Statistics of x / scale (`scale` > 0 per channel); the histogram and sketches are left out.
 
         The weighted Gram matrix keeps the token weights of the unscaled activation.
         """
@@ -156,21 +234,51 @@ class InputStatistics:
             weighted_gram=both_sides(self.weighted_gram),
             histogram=None,
             sample_tokens=None if self.sample_tokens is None else self.sample_tokens * single,
+            sketch=None,
+            weighted_sketch=None,
+            blended_gram=both_sides(self.blended_gram),
         )
 
+    def only(self, taken: StatisticsSettings) -> InputStatistics:
+        """What a job that takes `taken` would have seen: the rest of the costly statistics is left out.
+
+        Solvers take the most exact of what is there, and what they solve must not depend on what else was kept.
+        """
+        kept = taken.fields(self.channels)
+        fewer: dict[str, Any] = {name: getattr(self, name) if name in kept else None for name in _COSTLY}
+        return replace(self, **fewer)
+
+    def lacking(self, taken: StatisticsSettings) -> tuple[str, ...]:
+        """Names of what a job that takes `taken` would have seen and is not here, or in sketches of other sizes."""
+        sketches = [s for s in (self.sketch, self.weighted_sketch) if s is not None]
+        if taken.sketches(self.channels) and any(len(sketch.rows) != taken.sketch_rows for sketch in sketches):
+            return (f"sketch_rows: {taken.sketch_rows}",)
+        return tuple(sorted(name for name in taken.fields(self.channels) if getattr(self, name) is None))
+
     def to_arrays(self) -> dict[str, Array]:
-        """Field name to array, for storage; absent statistics are left out."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _COUNTS}
-        present = {name: array for name, array in arrays.items() if array is not None}
+        """Field name to array, for storage; absent statistics are left out, a sketch's arrays have its name first."""
         counts = {"num_tokens": self.num_tokens, **({"num_borrowed": self.num_borrowed} if self.num_borrowed else {})}
-        return {**{name: np.array([count], dtype=np.int64) for name, count in counts.items()}, **present}
+        arrays: dict[str, Array] = {name: np.array([count], dtype=np.int64) for name, count in counts.items()}
+        for name in (*_MERGES, "sample_keys", "sample_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Sketch):
+                arrays |= {f"{name}.{part}": array for part, array in value.to_arrays().items()}
+            elif value is not None:
+                arrays[name] = value
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> InputStatistics:
         """Inverse of `to_arrays`."""
-        rest = {name: array for name, array in arrays.items() if name not in _COUNTS}
-        borrowed = int(arrays["num_borrowed"][0]) if "num_borrowed" in arrays else 0
-        return cls(num_tokens=int(arrays["num_tokens"][0]), num_borrowed=borrowed, **rest)
+        values: dict[str, Any] = {n: a for n, a in arrays.items() if n not in _COUNTS and "." not in n}
+        parts: dict[str, dict[str, Array]] = {}
+        for name, array in arrays.items():
+            of, _, part = name.partition(".")
+            if part:
+                parts.setdefault(of, {})[part] = array
+        values |= {name: Sketch.from_arrays(of) for name, of in parts.items()}
+        values |= {name: int(arrays[name][0]) for name in _COUNTS if name in arrays}
+        return cls(**values)
 
 
 _COUNTS = ("num_tokens", "num_borrowed")
@@ -182,7 +290,40 @@ _MERGES: dict[str, np.ufunc] = {
     "gram": _SUM,
     "weighted_gram": _SUM,
     "histogram": _SUM,
+    "sketch": _SUM,
+    "weighted_sketch": _SUM,
+    "blended_gram": _SUM,
 }
+
+_COSTLY = (
+    *("gram", "weighted_gram", "histogram", "sketch", "weighted_sketch", "blended_gram"),
+    *("sample_keys", "sample_tokens"),
+)
+
+# Share of the plain second moments in the blended ones. Alone they are owned by a few tokens of enormous energy, and
+# weighted by 1 / x.x those tokens count too little: what they need shows in perplexity. Flat from 0.03 to 0.15.
+PLAIN_SHARE = 0.07
+
+
+def blended_weights(energy: Array, samples: Array) -> Array:
+    """Weight of each token in the blended second moments: mostly 1 / x.x, and `PLAIN_SHARE` alike within its sample.
+
+    The plain part of a sample is divided by the mean energy of its tokens, which is known when the sample is: the
+    whole job's is not, and waiting for it would take a matrix for each part.
+
+    Args:
+        energy: (tokens,) x.x, float64.
+        samples: (tokens,) number of each token's sample; tokens of a sample come together.
+
+    Returns:
+        (tokens,) float64; 0 for a token of no energy.
+    """
+    _, of, count = np.unique(samples, return_inverse=True, return_counts=True)
+    mean = np.bincount(of, weights=energy, minlength=len(count)) / count
+    plain = np.divide(PLAIN_SHARE, mean, out=np.zeros_like(mean), where=mean > 0)[of]
+    token = np.divide(1.0 - PLAIN_SHARE, energy, out=np.zeros_like(energy), where=energy > 0)
+    return np.asarray(np.where(energy > 0, plain + token, 0.0))
+
 
 LayerStatistics = dict[str, InputStatistics]
 """Statistics of one decoder layer: name of the input (`architecture.LayerInput.name`, `key`, `value`) to statistics."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gs_dist.methods.method import Work
+from gs_dist.methods.method import Work, is_large, objective_bytes
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.device_kind import DeviceKind
-from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, StatisticsSettings
-from gs_dist.model.token_sample import SAMPLE_TOKENS
+from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import GIB
 
@@ -50,9 +49,6 @@ MLP_COPIES = 4
 # An observer looks at float32 tokens beside one array of magnitudes; inputs are observed one after another.
 OBSERVER_COPIES = 2
 
-# Per channel: minimum and maximum in float32, sums of magnitudes and of squares in float64.
-VECTOR_BYTES_PER_CHANNEL = 4 + 4 + 8 + 8
-
 # On a card a block's Gram matrix is `sum + x xT`: the product and the new sum stand beside the old sum.
 CARD_GRAM_WORKSPACES = 2
 
@@ -62,12 +58,9 @@ LOGITS_BYTES, LOGITS_ROWS, LOGITS_COPIES = 64 << 20, 16, 3
 # A layer being loaded: its tensors as read or decoded, and dequantised in float32, beside what is on the device.
 LOADING_COPIES = 2
 
-# Of the largest Gram matrix while a layer is solved, in bytes per entry: the rescaled float32 copy with its one-sided
-# intermediate. What methods add to this and to the weight's is theirs to say (`gs_dist.methods`).
-RESCALED_GRAM_BYTES = 4 + 4
-# Of a layer's largest weight while it is solved, in bytes per entry: float32 weight, rescaled, dequantised, difference
-# and its product with the Gram matrix, and int8 codes.
-SOLVER_WEIGHT_BYTES = 5 * 4 + 1
+# Of a layer's largest weight while it is solved, in bytes per entry: float32 weight, its source's copy, dequantised
+# and its difference in one place, and int8 codes. What methods add is theirs to say (`gs_dist.methods`).
+SOLVER_WEIGHT_BYTES = 3 * 4 + 1
 
 # What each further thread of a solve holds. Always: 16 MiB of rows whose error is computed, clipped or rounded, up to
 # twice; buffers of two BLAS libraries; and what its heap keeps.
@@ -96,6 +89,11 @@ class MemoryPlan:
         held = dict(self.host_items or self.items)
         held["solver workspace"] += more
         return replace(self, host_items=held) if self.host_items else replace(self, items=held)
+
+    def share_of(self, item: str) -> float:
+        """An item's share of the peak, of the device or of its host, whichever is larger."""
+        on_host = self.host_items.get(item, 0) / self.host_peak if self.host_items else 0.0
+        return max(self.items.get(item, 0) / self.peak, on_host)
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -161,19 +159,9 @@ class StageShape:
     kept_micro_batches: int
 
 
-def _gram_entries(settings: StatisticsSettings, channels: int) -> int:
-    return channels * channels * (int(settings.gram) + int(settings.weighted_gram))
-
-
 def layer_set_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
     """One set of statistics of one layer."""
-    total = 0
-    for name, taken in settings.items():
-        channels = layer.channels[name]
-        total += channels * VECTOR_BYTES_PER_CHANNEL + 4 * _gram_entries(taken, channels)
-        total += channels * HISTOGRAM_BYTES_PER_CHANNEL if taken.histogram else 0
-        total += SAMPLE_TOKENS * (4 * channels + 8) if taken.sample else 0
-    return total
+    return sum(taken.nbytes(layer.channels[name]) for name, taken in settings.items())
 
 
 def _activation_bytes(shape: JobShape) -> int:
@@ -198,8 +186,9 @@ def _activation_bytes(shape: JobShape) -> int:
 
 def largest_gram_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
     """Of one layer."""
-    taken = [name for name, seen in settings.items() if seen.gram or seen.weighted_gram]
-    return max((4 * layer.channels[name] ** 2 for name in taken), default=0)
+    grams = {"gram", "weighted_gram", "blended_gram"}
+    wide = (layer.channels[name] for name, taken in settings.items() if taken.fields(layer.channels[name]) & grams)
+    return max((4 * channels**2 for channels in wide), default=0)
 
 
 def solver_bytes(
@@ -210,26 +199,28 @@ def solver_bytes(
 ) -> int:
     """Workspace of a layer's solve: of its costliest linear, or with more threads, of its costliest input.
 
-    As many linears that read one input are solved at a time as there are threads, and each thread but the first
-    brings the temporaries of what it works on.
+    As many small linears that read one input are solved at a time as there are threads, a large one alone. Each thread
+    but the first brings the temporaries of what it works on.
     """
     shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
     worst = thread = 0
     for layer_input in layer.inputs:
-        taken, shared, own = settings[layer_input.name], 0, [0]
-        matrices = int(taken.gram) + int(taken.weighted_gram)
+        taken, shared, own, large = settings[layer_input.name], 0, [0], 0
         for name in layer_input.linears:
             policy, (rows, channels) = policies.get(name), shapes[name]
             if policy is None or not policy.quantises_linear:
                 continue
             work = Work(rows=rows, channels=channels, taken=taken)
             added = [method.workspace(policy, work) for method in policy.methods]
-            if matrices:
-                copies = channels**2 * RESCALED_GRAM_BYTES * matrices
-                shared = max(shared, copies + max(space.shared for space in added))
-            own.append(rows * channels * SOLVER_WEIGHT_BYTES + sum(space.own for space in added))
+            sketched = objective_bytes(channels, taken) if taken.sketches(channels) else 0
+            shared = max(shared, sketched + max(space.shared for space in added))
+            needed = rows * channels * SOLVER_WEIGHT_BYTES + sum(space.own for space in added)
+            if is_large(rows, channels):
+                large = max(large, needed)
+            else:
+                own.append(needed)
             thread = max(thread, THREAD_BYTES + max(space.thread for space in added))
-        worst = max(worst, shared + sum(sorted(own)[-num_threads:]))
+        worst = max(worst, shared + max(large, sum(sorted(own)[-num_threads:])))
     return worst + (num_threads - 1) * thread
 
 

@@ -83,9 +83,11 @@ class CalibrationPlan:
     num_blocks: int
     max_in_flight: int  # micro-batches between the first and the last stage of a replica
     bytes_read: int  # from storage, over all workers
-    bytes_moved: int  # between workers: hidden states and statistics
+    states_moved: int  # bytes between workers: hidden states
+    statistics_moved: int  # likewise: partial sums
     policies: Mapping[str, QuantPolicy | None]
     gram: bool
+    sketch_rows: int  # of sketches in the place of Gram matrices, 0 where those are taken
     keep_statistics: bool
     propagation: str
     operations: Operations
@@ -105,6 +107,11 @@ class CalibrationPlan:
     def num_workers(self) -> int:
         """Stages times replicas."""
         return len(self.stages) * self.data_parallel_size
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes between workers."""
+        return self.states_moved + self.statistics_moved
 
     @property
     def nodes_known(self) -> bool:
@@ -163,11 +170,19 @@ class CalibrationPlan:
 
     def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is observed of each activation of a layer."""
+        return self._settings(layer, everything=self.keep_statistics)
+
+    def solver_settings(self, layer: int) -> dict[str, StatisticsSettings]:
+        """What is looked at of it while the layer is solved or judged, whatever else is kept."""
+        return self._settings(layer, everything=False)
+
+    def _settings(self, layer: int, *, everything: bool) -> dict[str, StatisticsSettings]:
         return layer_settings(
             self.architecture.layers[layer],
             self.layer_policies(layer),
             gram=self.gram,
-            everything=self.keep_statistics,
+            sketch_rows=self.sketch_rows,
+            everything=everything,
             judged=bool(self.schemes),
         )
 
@@ -248,12 +263,14 @@ def _plan_of(
         max_in_flight=spread.max_in_flight,
         # Every replica reads the layers; the first one also what is carried over, all of them the embedding.
         bytes_read=replicas * (sum(workload.layer_nbytes) + workload.embedding_nbytes) + workload.outer_nbytes,
-        bytes_moved=_bytes_moved(config, workload, device, spread),
+        states_moved=_states_moved(config, workload, device, spread),
+        statistics_moved=_statistics_moved(config, workload, spread),
         policies=workload.resolved,
         gram=config.takes_gram,
+        sketch_rows=config.taken_sketch_rows,
         keep_statistics=config.keep_statistics,
         propagation=config.propagation,
-        operations=count_operations(workload, data.num_samples, data.sequence_length),
+        operations=count_operations(workload, data.num_samples, data.sequence_length, device=device),
         notes=workload.notes + _budget_notes(workload),
         schemes=workload.schemes,
         size_budget=workload.size_budget,
@@ -273,11 +290,16 @@ def _budget_notes(workload: Workload) -> tuple[str, ...]:
     )
 
 
-def _bytes_moved(config: CalibrationConfig, workload: Workload, device: DeviceKind, spread: Spread) -> int:
-    """Hidden states over every boundary of stages once, and partial sums from each replica to a layer's owner."""
+def _states_moved(config: CalibrationConfig, workload: Workload, device: DeviceKind, spread: Spread) -> int:
+    """Hidden states over every boundary of stages once."""
     data, architecture = config.calibration, workload.architecture
     states = data.num_micro_batches * data.samples_per_micro_batch * data.sequence_length * architecture.hidden_size
-    moved = states * compute_bytes(architecture, device) * (spread.pipeline_parallel_size - 1)
+    return states * compute_bytes(architecture, device) * (spread.pipeline_parallel_size - 1)
+
+
+def _statistics_moved(config: CalibrationConfig, workload: Workload, spread: Spread) -> int:
+    """Partial sums from each replica to a layer's owner."""
+    moved = 0
     _, at_end, _ = shares(config, spread.data_parallel_size)
     for choice in spread.choices:
         first = choice.waves[0][0]

@@ -1,6 +1,6 @@
 """Floating-point operations of a layer's solve, for comparing recipes and for saying how long solves will take.
 
-What is counted are the products with Gram matrices, which a wide layer's solve consists of, and what searches do
+What is counted are the products with second moments, which a wide layer's solve consists of, and what searches do
 that no product does, at one operation for each number made: an elementwise operation takes longer than one of a
 product, so a solve that is mostly a range search takes longer than its count says.
 """
@@ -30,7 +30,7 @@ def solver_operations(
     settings: Mapping[str, StatisticsSettings],
     schemes: Mapping[str, Mapping[str, QuantPolicy]] | None = None,
 ) -> int:
-    """Operations of one layer's solve: 0 for linears of whose input no Gram matrix is taken.
+    """Operations of one layer's solve: 0 for linears of whose input no second moments are taken.
 
     Args:
         layer: what it is made of.
@@ -42,18 +42,18 @@ def solver_operations(
     total = 0
     for layer_input in layer.inputs:
         taken = settings[layer_input.name]
-        if not (taken.gram or taken.weighted_gram):
+        if not (taken.gram or taken.weighted_gram or taken.blended_gram):
             continue
         searched: QuantPolicy | None = None
         for name in layer_input.linears:
             policy, (rows, channels) = policies.get(name), shapes[name]
             judged = (schemes or {}).get(name)
             if judged is not None:
-                total += (1 + len(judged)) * error_operations(rows, channels)
+                total += (1 + len(judged)) * error_operations(rows, channels, taken)
             if policy is None or not policy.quantises_linear:
                 continue
             searched = policy if policy.is_static else searched
-            total += 2 * error_operations(rows, channels)  # of the weight, and of its change
+            total += 2 * error_operations(rows, channels, taken)  # of the weight, and of its change
             work = Work(rows=rows, channels=channels, taken=taken)
             total += sum(method.operations(policy, work) for method in policy.methods)
         if searched is not None:

@@ -29,6 +29,12 @@ __all__ = [
 
 IN_FLIGHT_PER_STAGE = 2  # one at work and one waiting keeps a stage busy; more only fills memory
 CPU_MEMORY_SHARE = 0.8  # of a node's memory, for workers: the rest is the object store's and the system's
+_THREADS_POWER = (
+    0.8  # of its threads, what a CPU worker does at a time: two do 1.74 times as much as one in a forward pass
+)
+# Ways that take up to this times as long as the fastest count as equally fast: the one of least memory is taken.
+_AS_FAST = 1.2
+_FEW = 8  # replicas: every number up to this one is tried, and beyond it halves of the largest
 ASCEND_MEMORY_PER_WORKER = 60 * GIB  # of a card with 64 GB, what its driver leaves free
 
 
@@ -49,6 +55,13 @@ class Spread:
         return all(choice.fits for choice in self.choices)
 
     @property
+    def total_memory(self) -> int:
+        """Peak of all workers together, of devices and hosts."""
+        memory = [choice.memory for choice in self.choices]
+        one_each = sum(plan.peak + (plan.host_peak if plan.host_items else 0) for plan in memory)
+        return one_each * self.data_parallel_size
+
+    @property
     def overshoot(self) -> float:
         """The costliest stage's peak over what a worker may use, of the device or of its host."""
         device = max(choice.memory.peak for choice in self.choices) / self.memory_per_worker
@@ -65,7 +78,7 @@ class Spread:
 def pass_operations(
     waves: Sequence[Sequence[int]], *, resident: bool, num_layers: int, operations: Operations, propagation: str
 ) -> float:
-    """Forward passes and Gram matrices of one stage, over all samples.
+    """Forward passes and statistics of one stage, over all samples.
 
     Args:
         waves: the stage's.
@@ -76,13 +89,14 @@ def pass_operations(
     """
     # With all weights in memory the first pass runs every layer, and each later one its wave.
     passes = 2 - 1 / len(waves) if resident and propagation == "original" else 1
-    return sum(map(len, waves)) / num_layers * (operations.forward * passes + operations.gram)
+    return sum(map(len, waves)) / num_layers * (operations.forward * passes + operations.statistics)
 
 
-def _relative_time(spread: Spread, config: CalibrationConfig, workload: Workload) -> float:
-    """How long the passes take, in operations of the busiest worker; to compare spreads, not to promise a time."""
-    data = config.calibration
-    operations = count_operations(workload, data.num_samples, data.sequence_length)
+def _relative_time(
+    spread: Spread, config: CalibrationConfig, workload: Workload, available: ClusterFacts, operations: Operations
+) -> float:
+    """How long the job takes, in operations of a worker of one thread; to compare spreads, not to promise a time."""
+    data, device = config.calibration, device_of(config, available)
     times = [
         pass_operations(
             choice.waves,
@@ -94,9 +108,21 @@ def _relative_time(spread: Spread, config: CalibrationConfig, workload: Workload
         for choice in spread.choices
     ]
     share = data.num_micro_batches / spread.data_parallel_size
+    num_workers = spread.pipeline_parallel_size * spread.data_parallel_size
     if config.propagation == "original" and all(choice.resident for choice in spread.choices):
-        return max(times) / spread.data_parallel_size * (share + len(times) - 1) / share
-    return sum(times) / spread.data_parallel_size  # each stage waits for the one before
+        passes = max(times) / spread.data_parallel_size * (share + len(times) - 1) / share
+    else:
+        passes = sum(times) / spread.data_parallel_size  # each stage waits for the one before
+    if not device.on_host:
+        return passes  # solves are the hosts', whose rate is another
+    threads = _threads_share(config, available, num_workers)
+    return float((passes + operations.solve / num_workers) / threads**_THREADS_POWER)
+
+
+def _threads_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
+    share = available.threads_share(num_workers)
+    asked = config.parallel.threads_per_worker
+    return share if asked == "auto" else min(share, asked)  # more is refused, by `threads_of`
 
 
 def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
@@ -136,7 +162,7 @@ def _num_slots(config: CalibrationConfig, available: ClusterFacts) -> int | None
     return available.num_npus or None
 
 
-def _busy_replicas(config: CalibrationConfig, data_parallel_size: int) -> bool:
+def _busy(config: CalibrationConfig, data_parallel_size: int) -> bool:
     """Whether every replica gets at least one micro-batch."""
     bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.reduction_blocks)
     shares = [blocks_of(replica, data_parallel_size, len(bounds)) for replica in range(data_parallel_size)]
@@ -157,7 +183,7 @@ def _check_sizes(config: CalibrationConfig, num_layers: int) -> None:
                 f"parallel.data_parallel_size is {replicas} and the samples form {data.reduction_blocks} blocks: set "
                 f"it to {data.reduction_blocks} or less, or calibration.reduction_blocks to a larger power of two"
             )
-        if not _busy_replicas(config, replicas):
+        if not _busy(config, replicas):
             raise PlanError(
                 f"parallel.data_parallel_size is {replicas} and there are {data.num_micro_batches} micro-batches of "
                 f"{data.samples_per_micro_batch} samples, so that a replica would have none: set it to "
@@ -173,11 +199,11 @@ def _check_sizes(config: CalibrationConfig, num_layers: int) -> None:
 
 def _most_replicas(config: CalibrationConfig, limit: int) -> int:
     limit = min(limit, config.calibration.reduction_blocks)
-    return next((n for n in range(limit, 1, -1) if _busy_replicas(config, n)), 1)
+    return next((n for n in range(limit, 1, -1) if _busy(config, n)), 1)
 
 
 def _candidates(config: CalibrationConfig, num_layers: int, slots: int | None) -> Iterator[tuple[int, int]]:
-    """Numbers of stages and replicas to try: as many workers as there is room for, few stages first."""
+    """Numbers of stages and replicas to try, few stages and many replicas first."""
     stages, replicas = config.parallel.pipeline_parallel_size, config.parallel.data_parallel_size
     reserved = 1 if replicas == "auto" else replicas
     if stages != "auto":
@@ -187,27 +213,45 @@ def _candidates(config: CalibrationConfig, num_layers: int, slots: int | None) -
     for count in counts:
         if replicas != "auto":
             yield count, replicas
-        else:
-            room = 1 if slots is None else max(1, slots // count)
-            yield count, max(_most_replicas(config, room), config.parallel.min_data_parallel_size)
+            continue
+        room = 1 if slots is None else max(1, slots // count)
+        least = config.parallel.min_data_parallel_size
+        most = max(_most_replicas(config, room), least)
+        tried = {most >> halved for halved in range(most.bit_length())} | set(range(1, min(most, _FEW) + 1))
+        yield from ((count, n) for n in sorted(tried, reverse=True) if n >= least and (n == most or _busy(config, n)))
 
 
 def _best(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
-    """The fastest way that fits; on a cluster of unknown size the one with fewest workers that needs one pass."""
+    """The fastest way that fits, or one nearly as fast that takes less memory.
+
+    On a cluster of unknown size the one with fewest workers that needs one pass. Where none fits, the nearest to it.
+    """
     num_layers, slots = workload.architecture.num_layers, _num_slots(config, available)
     _check_sizes(config, num_layers)
+    if slots is None:
+        return _smallest(config, workload, available)
+    tried = [_try(config, workload, available, *sizes) for sizes in _candidates(config, num_layers, slots)]
+    fitting = [spread for spread in tried if spread.fits]
+    if not fitting:
+        return min(tried, key=lambda spread: spread.overshoot)
+    data, device = config.calibration, device_of(config, available)
+    operations = count_operations(workload, data.num_samples, data.sequence_length, device=device)
+    times = [_relative_time(spread, config, workload, available, operations) for spread in fitting]
+    slowest = _AS_FAST * min(times)
+    near = [(spread, time) for spread, time in zip(fitting, times, strict=True) if time <= slowest]
+    return min(near, key=lambda pair: (pair[0].total_memory, pair[1]))[0]
+
+
+def _smallest(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> Spread:
+    """On a cluster of unknown size: few workers, and one pass if any number of them allows it."""
     best: tuple[tuple[float, ...], Spread] | None = None
-    for stages, replicas in _candidates(config, num_layers, slots):
+    for stages, replicas in _candidates(config, workload.architecture.num_layers, None):
         spread = _try(config, workload, available, stages, replicas)
-        if slots is None:
-            passes = max(len(choice.waves) for choice in spread.choices)
-            cost: tuple[float, ...] = (not spread.streams, passes, stages)
-        else:
-            cost = (_relative_time(spread, config, workload), stages)
-        key = (0.0, *cost) if spread.fits else (1.0, spread.overshoot)
+        passes = max(len(choice.waves) for choice in spread.choices)
+        key = (0.0, not spread.streams, passes, stages) if spread.fits else (1.0, spread.overshoot)
         if best is None or key < best[0]:
             best = (key, spread)
-        if slots is None and spread.fits and spread.streams:
+        if spread.fits and spread.streams:
             break
     assert best is not None, "there is always a candidate"
     return best[1]
@@ -219,9 +263,7 @@ def _try(
     device, parallel, data = device_of(config, available), config.parallel, config.calibration
     in_flight = IN_FLIGHT_PER_STAGE * num_stages if parallel.max_in_flight == "auto" else parallel.max_in_flight
     num_workers = num_stages * num_replicas
-    threads = available.threads_share(num_workers)
-    if parallel.threads_per_worker != "auto":
-        threads = min(threads, parallel.threads_per_worker)  # more is refused, by `threads_of`
+    threads = _threads_share(config, available, num_workers)
     on_host = host_share(available, num_workers, threads=threads, npus=device.npus)
     limit = parallel.memory_per_worker
     if limit == "auto":

@@ -60,13 +60,13 @@ class Operations:
     """
 
     forward: int
-    gram: int
+    statistics: int
     solve: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.forward + self.gram + self.solve
+        return self.forward + self.statistics + self.solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +151,30 @@ def layer_settings(
     policies: Mapping[str, QuantPolicy | None],
     *,
     gram: bool,
+    sketch_rows: int,
     everything: bool = False,
     judged: bool = False,
 ) -> dict[str, StatisticsSettings]:
     """What is observed of a layer; keys and values only where their cache gets one scale per channel.
 
-    With `everything`, all that any recipe could need, for statistics that are kept. With `judged`, Gram
-    matrices of linears that stay in float, too.
+    With `everything`, all that any recipe could need, for statistics that are kept; the matrix that GPTQ solves with
+    only where this recipe does, or takes matrices anyway. With `judged`, second moments of linears that stay in float,
+    too.
     """
+    settings = required_statistics(layer.inputs, policies, gram=gram, sketch_rows=sketch_rows)
     if everything:
-        full = StatisticsSettings(gram=True, weighted_gram=True, histogram=True, sample=True)
-        kept = {layer_input.name: full for layer_input in layer.inputs}
+        kept = {
+            name: replace(
+                taken,
+                gram=True,
+                weighted_gram=True,
+                histogram=True,
+                sample=True,
+                blended_gram=taken.blended_gram or not sketch_rows,
+            )
+            for name, taken in settings.items()
+        }
         return kept | dict.fromkeys(layer.attention.cached, StatisticsSettings(gram=False))
-    settings = required_statistics(layer.inputs, policies, gram=gram)
     if judged:
         settings = {name: replace(taken, gram=True) for name, taken in settings.items()}
     for name, linear in layer.attention.cached.items():
@@ -326,6 +337,7 @@ def make_workload(
                 partial(
                     layer_settings,
                     gram=config.takes_gram,
+                    sketch_rows=config.taken_sketch_rows,
                     everything=config.keep_statistics,
                     judged=config.judges_schemes,
                 ),
@@ -353,7 +365,13 @@ def make_workload(
 
 def without_gram(workload: Workload) -> Workload:
     """The same job with `gram: off`: only what solvers themselves need is observed."""
-    settings = tuple(_of_each(partial(layer_settings, gram=False), workload.architecture.layers, workload.policies))
+    settings = tuple(
+        {
+            name: replace(taken, gram=taken.gram and (taken.weighted_gram or taken.blended_gram))
+            for name, taken in layer.items()
+        }
+        for layer in workload.settings
+    )
     return replace(workload, settings=settings)
 
 
@@ -367,8 +385,8 @@ def _headers(tensors: Mapping[str, TensorHeader], names: Sequence[str]) -> list[
     return [tensors[name] for name in names]
 
 
-def count_operations(workload: Workload, num_samples: int, sequence_length: int) -> Operations:
-    """Operations of forward passes, Gram matrices and solves over the whole job."""
+def count_operations(workload: Workload, num_samples: int, sequence_length: int, *, device: DeviceKind) -> Operations:
+    """Operations of forward passes, statistics and solves over the whole job."""
     tokens = num_samples * sequence_length
 
     def of_layer(
@@ -378,13 +396,12 @@ def count_operations(workload: Workload, num_samples: int, sequence_length: int)
         forward = 2 * (attention + layer.mlp.active_entries)
         # Scores and their product with values, half of them masked.
         forward += 2 * (sequence_length + 1) * layer.attention.query_size
-        gram = 0
+        observed = 0
         for name, taken in settings.items():
-            channels = layer.channels[name]
             seen = round(tokens * layer.share_of_tokens(name))
-            gram += seen * channels * (channels + 1) * (int(taken.gram) + int(taken.weighted_gram))
-        return forward, gram, solver_operations(layer, policies, settings, workload.schemes)
+            observed += seen * taken.operations(layer.channels[name], dense=not device.on_host)
+        return forward, observed, solver_operations(layer, policies, settings, workload.schemes)
 
     counted = _of_each(of_layer, workload.architecture.layers, workload.policies, workload.settings)
-    forward, gram, solve = (sum(column) for column in zip(*counted, strict=True))
-    return Operations(forward=tokens * forward, gram=gram, solve=solve)
+    forward, observed, solve = (sum(column) for column in zip(*counted, strict=True))
+    return Operations(forward=tokens * forward, statistics=observed, solve=solve)

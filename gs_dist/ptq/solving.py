@@ -9,7 +9,8 @@ from gs_dist.calibration.device import DTYPE_NAMES
 from gs_dist.calibration.layer_loop import LayerLoop
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput, Linear
-from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, LayerStatistics, StatisticsSettings, block_bounds
+from gs_dist.model.sketch import DEFAULT_ROWS
+from gs_dist.model.statistics import LayerStatistics, StatisticsSettings, block_bounds
 from gs_dist.ptq.calibration_rows import Row
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm
 from gs_dist.ptq.kv_cache import QuantKVCache
@@ -109,7 +110,7 @@ def _solve_part(
         caches=static,
         helper=helper,
     )
-    settings = required_statistics(observed.inputs, policies, gram=False)
+    settings = required_statistics(observed.inputs, policies, gram=False, sketch_rows=DEFAULT_ROWS)
     cells: dict[str, Any] = {}
     for name in asked:
         cells[name] = QuantKVCache(name, caches[name].channels, asked[name])
@@ -148,10 +149,7 @@ def _passes(
 
 def _statistics_bytes(channels: int, settings: StatisticsSettings) -> int:
     """Bytes of one input's statistics over all live partial sums of the reduction tree."""
-    one = channels * (2 * 4 + 2 * 8)
-    one += (settings.gram + settings.weighted_gram) * 4 * channels**2
-    one += settings.histogram * channels * HISTOGRAM_BYTES_PER_CHANNEL
-    return one * (_NUM_BLOCKS.bit_length() + 1)
+    return settings.nbytes(channels) * (_NUM_BLOCKS.bit_length() + 1)
 
 
 def _observe(

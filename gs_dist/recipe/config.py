@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gs_dist.errors import RecipeError
+from gs_dist.model.sketch import DEFAULT_ROWS
 from gs_dist.recipe.bits import contradictions
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import Values
@@ -279,7 +280,10 @@ class CalibrationConfig(_Section):
     )
     """Forms the model is published in, each in a directory of its own."""
     gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
-    """Gram matrices of activations, which errors are reported from; off takes them only where a solver must."""
+    """What errors are reported and searched from: auto takes sketches, on whole Gram matrices, off only what a solver
+    must have. GPTQ takes a Gram matrix anyway."""
+    sketch_rows: Annotated[int, Field(ge=16, le=65536)] = DEFAULT_ROWS
+    """Rows of a sketch; an input with no more channels than that has its Gram matrix taken. More are more exact."""
     propagation: Literal["original", "quantized"] = "original"
     """What a layer's input is: outputs of the original layers before it, or of the quantised ones."""
     max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
@@ -337,8 +341,13 @@ class CalibrationConfig(_Section):
 
     @property
     def takes_gram(self) -> bool:
-        """Whether errors are reported from Gram matrices even where no solver needs them."""
+        """Whether errors are reported from second moments even where no solver needs them."""
         return self.gram != "off"
+
+    @property
+    def taken_sketch_rows(self) -> int:
+        """Rows of the sketches that stand for Gram matrices; 0 where the matrices are taken."""
+        return 0 if self.gram == "on" else self.sketch_rows
 
     @field_validator("output", mode="after")
     @classmethod
@@ -376,7 +385,7 @@ class CalibrationConfig(_Section):
             )
         if self.judges_schemes and self.gram == "off":
             asked = "bits is auto" if self.bits == "auto" else "sensitivity is true"
-            problems.append(f"{asked} while gram is off, and schemes are judged by Gram matrices: set gram: auto")
+            problems.append(f"{asked} while gram is off, and schemes are judged by what it takes: set gram: auto")
         if self.bits == "auto":
             problems += contradictions(
                 self.ptq,
@@ -434,6 +443,7 @@ class CalibrationConfig(_Section):
             "layer_policies": policies,
             "format": sorted(self.format),
             "gram": self.takes_gram,
+            "sketch_rows": self.taken_sketch_rows,
             "propagation": self.propagation,
             "max_relative_error": self.max_relative_error,
             "max_token_error": self.max_token_error,

@@ -274,14 +274,15 @@ def _either(found: Mapping[str, object], *write: Mapping[str, object]) -> Contra
 
 
 def required_statistics(
-    inputs: Sequence[LayerInput], policies: Mapping[str, QuantPolicy | None], *, gram: bool
+    inputs: Sequence[LayerInput], policies: Mapping[str, QuantPolicy | None], *, gram: bool, sketch_rows: int = 0
 ) -> dict[str, StatisticsSettings]:
     """What must be observed of each input of a layer so that its linears can be solved.
 
     Args:
         inputs: the layer's inputs.
         policies: policy by linear name within the layer.
-        gram: whether errors are to be reported from Gram matrices even where no solver needs them.
+        gram: whether errors are to be reported from second moments even where no solver needs them.
+        sketch_rows: rows of the sketches that stand for Gram matrices; 0 takes the matrices.
     """
     settings = {}
     for layer_input in inputs:
@@ -292,5 +293,7 @@ def required_statistics(
             weighted_gram=any(taken.weighted_gram for taken in needed),
             histogram=any(p.is_static and p.act_range == "mse" for p in readers),
             sample=bool(readers),
+            sketch_rows=sketch_rows,
+            blended_gram=any(taken.blended_gram for taken in needed),
         )
     return settings

@@ -34,7 +34,7 @@ class LinearSummary:
     name: str  # full dotted name
     strategy: str
     relative_error: float | None
-    error_source: str  # "gram", "diagonal" or "none"
+    error_source: str  # "gram", "sketch", "diagonal" or "none"
     scale_min: float | None
     scale_max: float | None
     num_tokens: int

@@ -21,7 +21,8 @@ from gs_dist.checkpoint.manifest import LayerManifest, publish_layer
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import write_solved
 from gs_dist.data.dataset import open_dataset
-from gs_dist.errors import CheckpointError, DatasetError
+from gs_dist.errors import CheckpointError, DatasetError, OutputError
+from gs_dist.model.statistics import LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.job import Job
@@ -222,13 +223,30 @@ class StageWorker:
             inputs=architecture.inputs(layer),
             linears=architecture.linears(layer),
             tensors=tensors,
-            statistics=merged.statistics,
+            statistics=self._looked_at(layer, merged.statistics),
             policies=self._job.plan.layer_policies(layer),
             scale_dtype=architecture.dtype,
             dialects=tuple(DIALECTS[name] for name in self._job.config.dialects),
             divides_inputs=False,
             makes_biases=all(codec_of(name).makes_biases for name in self._job.config.dialects),
         )
+
+    def _looked_at(self, layer: int, statistics: LayerStatistics) -> LayerStatistics:
+        """What this job would have observed itself, of statistics that may hold more.
+
+        Raises:
+            OutputError: kept statistics hold less.
+        """
+        settings = self._job.plan.solver_settings(layer)
+        for name, taken in settings.items():
+            lacking = statistics[name].lacking(taken) if name in statistics else ("statistics",)
+            if lacking and self._job.statistics_from is not None:
+                raise OutputError(
+                    f"the statistics kept in {self._job.statistics_from!r} lack {', '.join(lacking)} of "
+                    f"layer {layer}'s {name}, which this recipe solves from: gram, sketch_rows or "
+                    "precision_recovery was another. Run `gs-dist quantize --keep-statistics` with this recipe"
+                )
+        return {name: seen.only(settings[name]) if name in settings else seen for name, seen in statistics.items()}
 
     def _publish_costs(self, problem: LayerProblem, lineage: Lineage) -> LayerCosts:
         with one_thread():

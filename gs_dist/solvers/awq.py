@@ -2,7 +2,7 @@
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration"
 (2024), section 3.2; the formula is golden-stick's `AWQSmoother`, with `duo_scaling` from AutoAWQ. The
-search needs no forward pass: with the Gram matrix G of the shared input the output error of a candidate
+search needs no forward pass: with the second moments G of the shared input the output error of a candidate
 is tr(D G DT), D = Q(W s) / s - W.
 """
 
@@ -19,7 +19,7 @@ from gs_dist.model.statistics import InputStatistics
 from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
-from gs_dist.solvers.objective import row_errors
+from gs_dist.solvers.objective import Objective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["AWQResult", "candidate_scale", "search_scale", "weight_importance"]
@@ -83,7 +83,7 @@ def search_scale(
     statistics: InputStatistics,
     policy: QuantPolicy,
     *,
-    gram: Float32,
+    objective: Objective,
     scale_dtype: str,
     tie: npt.NDArray[np.intp] | None = None,
     threads: Threads = ONE_THREAD,
@@ -95,7 +95,7 @@ def search_scale(
         statistics: of the shared input; its mean magnitudes enter the formula.
         policy: number format, group_size, weight_symmetric; `algo_args.smooth_alpha` is a tuple to search (the
             first of equals wins) or a float to use as it is; `algo_args.duo_scaling`.
-        gram: (in, in) float32, the objective.
+        objective: of the input, not rescaled.
         scale_dtype: dtype the weights' quantisation scales will be stored in.
         tie: (in,) index; channels with the same index get the same scale. For the attention output
             under grouped-query attention: the value channel that each channel is made of. The larger
@@ -112,7 +112,7 @@ def search_scale(
     alphas = (policy.exponents,) if isinstance(policy.exponents, float) else policy.exponents
     scales = [candidate_scale(x_mean, w_mean, alpha, duo_scaling=args.duo_scaling) for alpha in alphas]
     candidates = [np.ones_like(scales[0]), *scales]
-    before, *losses = _losses(weights, candidates, policy, gram, scale_dtype, threads)
+    before, *losses = _losses(weights, candidates, policy, objective, scale_dtype, threads)
     best = min(range(len(losses)), key=losses.__getitem__)
     searched = not isinstance(policy.exponents, float)
     if searched and not losses[best] < before:
@@ -136,7 +136,7 @@ def _losses(
     weights: Sequence[Float32],
     scales: Sequence[Float32],
     policy: QuantPolicy,
-    gram: Float32,
+    objective: Objective,
     scale_dtype: str,
     threads: Threads,
 ) -> list[float]:
@@ -144,7 +144,7 @@ def _losses(
         weight, start, scale = part
         rows = np.ascontiguousarray(weight[start : start + TILE_ROWS], dtype=np.float32)
         delta = _rounding_change(rows, scale, policy, scale_dtype)
-        return float(row_errors(delta, gram).sum())
+        return float(objective.row_errors(delta).sum())
 
     found = threads.map(loss, [(*tile, scale) for tile in _tiles(weights) for scale in scales])
     losses = [0.0] * len(scales)

@@ -91,7 +91,8 @@ def channel_means(statistics: InputStatistics) -> ChannelMeans:
 def _token_weight(statistics: InputStatistics) -> float:
     """Sum over tokens of 1 / x.x, from how much weighting took off most channels' sums of squares."""
     squares = statistics.sum_squares / max(statistics.num_tokens, 1)
-    if statistics.weighted_gram is None or not squares.any():
+    weighted = statistics.weighted_squares
+    if weighted is None or not squares.any():
         return statistics.num_tokens / max(activation_range.typical_energy(statistics), 1e-30)
     used = squares > 0
-    return float(np.median(np.diagonal(statistics.weighted_gram)[used] / squares[used]))
+    return float(np.median(weighted[used] / squares[used]))

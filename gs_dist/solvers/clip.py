@@ -2,7 +2,7 @@
 
 Lin et al. (AWQ, 2024) as in golden-stick `LinearClipper`: every ratio of a list shrinks the range
 of each group by itself, and the one with the least error of the group's partial product wins. Over all
-calibration tokens that error is d G_gg dT, with the group's diagonal block of the Gram matrix: no token
+calibration tokens that error is d G_gg dT, with the group's diagonal block of the second moments: no token
 needs to be sampled.
 """
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
+from gs_dist.solvers.objective import Objective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["ClipResult", "clip_weight"]
@@ -27,21 +28,20 @@ _TILE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ClipResult:
-    """`weight` (out, in) float32 within its chosen ranges; `ratio` (out, groups) float32 of each range kept.
+    """`ratio` (out, groups) float32 of each range kept.
 
-    Rather than the clipped weight, round the weight itself with `clip_ratio=ratio`: a weight cut to -absmax lies
+    Round the weight itself with `clip_ratio=ratio` rather than a clipped one: a weight cut to -absmax lies
     half way between two codes of a symmetric range. The losses are sums of d G_gg dT over output channels
     and groups, before with the whole range.
     """
 
-    weight: Float32
     ratio: Float32
     loss_before: float
     loss_after: float
 
 
 def clip_weight(
-    weight: Float32, gram: Float32, policy: QuantPolicy, *, scale_dtype: str, threads: Threads = ONE_THREAD
+    weight: Float32, objective: Objective, policy: QuantPolicy, *, scale_dtype: str, threads: Threads = ONE_THREAD
 ) -> ClipResult:
     """Chooses each range's ratio from `algo_args.weight_clip_ratio`, the first of equals.
 
@@ -49,7 +49,7 @@ def clip_weight(
 
     Args:
         weight: (out, in) float32.
-        gram: (in, in) float32; only its diagonal blocks of a group are read (all of it per channel).
+        objective: of the input; groups count as if they were not correlated.
         policy: number format, group_size, weight_symmetric, algo_args.
         scale_dtype: dtype the scale will be stored in.
         threads: take a tile of rows at a time.
@@ -61,25 +61,24 @@ def clip_weight(
     groups = num_groups(columns, policy.group_size)
     size = columns // groups
     given, ratios = policy.algo_args.weight_clip_ratio, policy.clip_ratios
-    blocks = np.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
-    clipped, kept = np.empty((count, columns), dtype=np.float32), np.empty((count, groups), dtype=np.float32)
+    kept = np.empty((count, groups), dtype=np.float32)
     step = max(1, _TILE_ELEMENTS // columns)
 
     def choose(start: int) -> tuple[float, float]:
         rows = slice(start, min(start + step, count))
         tile = np.asarray(weight[rows], dtype=np.float32).reshape(-1, groups, size).transpose(1, 0, 2)
-        tile = np.array(tile, order="C")  # (groups, rows, size), never the caller's memory
+        tile = np.ascontiguousarray(tile)  # (groups, rows, size)
         low, high = np.minimum(tile.min(axis=2), 0.0), np.maximum(tile.max(axis=2), 0.0)
         if policy.weight_symmetric:
             high = np.maximum(-low, high)
             low = -high
-        whole = _block_errors(tile, blocks, low, high, policy, scale_dtype)
+        whole = _block_errors(tile, objective, low, high, policy, scale_dtype)
         least, best = np.full(whole.shape, np.inf), np.ones(whole.shape, dtype=np.float32)
         for ratio in ratios:
             single = np.float32(ratio)
-            errors = (
-                whole if ratio == 1.0 else _block_errors(tile, blocks, low * single, high * single, policy, scale_dtype)
-            )
+            errors = whole
+            if ratio != 1.0:
+                errors = _block_errors(tile, objective, low * single, high * single, policy, scale_dtype)
             better = errors < least
             np.copyto(least, errors, where=better)
             np.copyto(best, single, where=better)
@@ -87,8 +86,6 @@ def clip_weight(
             better = whole < least
             np.copyto(least, whole, where=better)
             np.copyto(best, np.float32(1.0), where=better)
-        np.clip(tile, (low * best)[:, :, None], (high * best)[:, :, None], out=tile)
-        clipped[rows] = tile.transpose(1, 0, 2).reshape(-1, columns)
         kept[rows] = best.T
         return float(whole.sum()), float(least.sum())
 
@@ -96,12 +93,12 @@ def clip_weight(
     for whole_loss, least_loss in threads.map(choose, range(0, count, step)):
         before += whole_loss
         after += least_loss
-    return ClipResult(weight=clipped, ratio=kept, loss_before=before, loss_after=after)
+    return ClipResult(ratio=kept, loss_before=before, loss_after=after)
 
 
 def _block_errors(
     tile: Float32,
-    blocks: Float32,
+    objective: Objective,
     low: npt.NDArray[np.floating[Any]],
     high: npt.NDArray[np.floating[Any]],
     policy: QuantPolicy,
@@ -120,4 +117,4 @@ def _block_errors(
         change -= offset
     change *= scale[:, :, None]
     change -= tile
-    return np.asarray(np.einsum("grk,grk->gr", change @ blocks, change), dtype=np.float64)
+    return objective.group_errors(change, tile.shape[2])

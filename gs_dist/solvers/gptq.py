@@ -29,7 +29,7 @@ from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8, QuantizedLinear
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantise, quantise_weight
-from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.solvers.weight_task import Rounded, WeightTask
 
@@ -278,7 +278,7 @@ def _factorise(
 def _rounded_to_nearest(task: _Task, clip_ratio: Float | None, notes: Sequence[str]) -> GPTQResult:
     codes, scale, zero_point = task.plain(clip_ratio)
     with np.errstate(invalid="ignore"):  # a Gram matrix that is not finite gives a loss of NaN, and a note says so
-        loss = output_error(dequantise(codes, scale, zero_point) - task.weight, task.gram)
+        loss = GramObjective(task.gram).error(dequantise(codes, scale, zero_point) - task.weight)
     return GPTQResult(
         codes=codes,
         scale=scale,

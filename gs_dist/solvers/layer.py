@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gs_dist.errors import LayerError, UserError
+from gs_dist.methods.method import is_large
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import Dialect
@@ -23,6 +24,7 @@ from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
 from gs_dist.solvers.gates import dead_input_notes, is_dead, lost_channels_notes, overflow_notes
+from gs_dist.solvers.objective import Objective, plain_objective
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
@@ -244,7 +246,7 @@ def _check_input(problem: LayerProblem, name: str, purpose: str, channels: int |
         raise LayerError(f"{where}: no calibration token reached it; raise calibration.num_samples")
     if channels is not None and statistics.channels != channels:
         raise LayerError(f"{where}: statistics of {statistics.channels} channels for {channels} input channels")
-    for field in ("minimum", "maximum", "sum_abs", "sum_squares", "gram", "weighted_gram"):
+    for field in ("minimum", "maximum", "sum_abs", "sum_squares", "gram", "weighted_squares", "blended_gram"):
         values = getattr(statistics, field)
         if values is None:
             continue
@@ -261,13 +263,16 @@ def _check_input(problem: LayerProblem, name: str, purpose: str, channels: int |
 def _solve_group(
     problem: LayerProblem, layer_input: LayerInput, folded: FoldedTensors, rescaling: Rescaling, threads: Threads
 ) -> list[tuple[str, QuantizedLinear, LinearSummary]]:
-    """Solves the quantised linears that read one input, several at a time where there are threads."""
+    """Solves the quantised linears that read one input, several small ones at a time where there are threads.
+
+    A large one is worked on alone, by all threads: two would take twice the memory and end no sooner.
+    """
     policies = problem.quantised(layer_input)
     if not policies:
         return []
     statistics = problem.statistics[layer_input.name]
     ranges = input_ranges(policies, statistics, rescaling, folded, problem.scale_dtype)
-    objective: Float32 | None = None
+    objective: Objective | None = None
     if any(method.statistics(p).gram for p in policies.values() for method in p.weight_methods):
         objective = rescaling.objective(statistics)
 
@@ -282,7 +287,9 @@ def _solve_group(
             row = replace(row, num_given=statistics.num_tokens - statistics.num_borrowed)
         return name, solved, row
 
-    return threads.map(solve, policies.items())
+    large = {name: policy for name, policy in policies.items() if is_large(*folded.shape(name))}
+    small = {name: policy for name, policy in policies.items() if name not in large}
+    return [*map(solve, large.items()), *threads.map(solve, small.items())]
 
 
 def _solve_linear(
@@ -293,7 +300,7 @@ def _solve_linear(
     folded: FoldedTensors,
     rescaling: Rescaling,
     input_range: ActivationRange | None,
-    objective: Float32 | None,
+    objective: Objective | None,
     threads: Threads,
 ) -> tuple[QuantizedLinear, LinearSummary]:
     weight = folded.weight(name)
@@ -313,9 +320,7 @@ def _solve_linear(
     rounding = rescaling.rounding(policy, statistics, input_range)
     columns = output_error.column_energy(restored) if rounding is not None else None
     restored -= weight  # now the change of the weight
-    energy = output_error.output_energy(
-        weight, statistics.gram, statistics.sum_squares, rescaling.inverse, threads=threads
-    )
+    energy = output_error.output_energy(weight, plain_objective(statistics), rescaling.inverse, threads=threads)
     error = rescaling.weight_error(restored, statistics, threads=threads)
     unknown = is_dead(statistics)  # a share of nothing
     row = LinearSummary(
@@ -323,7 +328,7 @@ def _solve_linear(
         name=problem.prefix + name,
         strategy=strategy(policy),
         relative_error=None if unknown else _ratio(error, energy),
-        error_source="none" if unknown else "diagonal" if statistics.gram is None else "gram",
+        error_source="none" if unknown else plain_objective(statistics).source,
         activation_error=None
         if unknown or columns is None or rounding is None
         else _ratio(output_error.activation_term(columns, rounding), energy),

@@ -56,7 +56,7 @@ def search_exponent(
     Args:
         weights: (rows, in) float32 of each linear that reads the input: all rows, or an even share.
         weight_max: (in,) largest magnitude of each column over all linears, tied.
-        statistics: of the input with its Gram matrix, not rescaled.
+        statistics: of the input with its second moments, not rescaled.
         policy: of the linears.
         alphas: exponents to try.
         scale_dtype: dtype the weights' scales will be stored in.
@@ -67,8 +67,8 @@ def search_exponent(
     """
     activation_max = tie(Rescaling(shift=shift).ranges_of(statistics).max_abs)
     scales = [smoothing_scale(activation_max, weight_max, alpha) for alpha in alphas]
-    # A few massive tokens own the plain Gram matrix, the others the weighted one: both must be served.
-    sides = [False, True] if statistics.weighted_gram is not None else [False]
+    # A few massive tokens own the plain moments, the others the weighted one: both must be served.
+    sides = [False, True] if statistics.weighted_squares is not None else [False]
     energies = {
         by_token: sum(
             Rescaling().weight_error(weight, statistics, by_token=by_token, threads=threads) for weight in weights

@@ -1,8 +1,7 @@
 """What rounding a linear costs at its output, from statistics alone.
 
 For a weight error D = Q(W) - W, the summed squared output error over all tokens is tr(D G DT) with G the
-sum of x xT: exact, without a second pass of the data. When G was not taken, its diagonal (the channels'
-sums of squares) stands in, as if channels were uncorrelated.
+sum of x xT, without a second pass of the data (`gs_dist.solvers.objective`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import row_blocks
-from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.objective import Objective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["activation_term", "column_energy", "output_energy", "per_token_step_squared", "static_rounding"]
@@ -25,8 +24,7 @@ Array = npt.NDArray[Any]
 
 def output_energy(
     matrix: Float32,
-    gram: Array | None,
-    sum_squares: Array,
+    objective: Objective,
     inverse_scale: Array | None = None,
     *,
     threads: Threads = ONE_THREAD,
@@ -35,8 +33,7 @@ def output_energy(
 
     Args:
         matrix: (out, in) float32.
-        gram: (in, in) float32, or None to take `sum_squares` as a diagonal.
-        sum_squares: (in,) diagonal of the Gram matrix.
+        objective: what is known of G.
         inverse_scale: (in,) 1/s, where the matrix belongs to x / s and the statistics to x. Rescaling the
             rows worked on spares a second Gram matrix, which of a wide layer takes gigabytes.
         threads: take some 16 MiB of rows at a time; the work is matrix multiplication.
@@ -44,9 +41,7 @@ def output_energy(
 
     def energy(block: slice) -> float:
         rows = matrix[block] if inverse_scale is None else matrix[block] * inverse_scale.astype(np.float32)
-        if gram is None:
-            return float(np.einsum("ij,ij->j", rows, rows, dtype=np.float64) @ sum_squares)
-        return output_error(rows, gram)
+        return objective.error(rows)
 
     total = 0.0
     for part in threads.map(energy, row_blocks(*matrix.shape)):

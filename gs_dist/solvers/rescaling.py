@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput
-from gs_dist.model.statistics import InputStatistics
+from gs_dist.model.statistics import InputStatistics, StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.folding import source_channels
-from gs_dist.solvers.objective import blend
+from gs_dist.solvers.objective import Objective, corrected_objective, plain_objective, token_objective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
-__all__ = ["Rescaling", "objective_of"]
+__all__ = ["Rescaling"]
 
 _LEAST_LEFT = 0.002  # of an error remains at least: means are known to some percent of the values, errors are squares
 
@@ -44,12 +43,12 @@ class Rescaling:
         return None if self.scale is None else (1.0 / self.scale.astype(np.float64)).astype(np.float32)
 
     def ranges_of(self, statistics: InputStatistics) -> InputStatistics:
-        """Statistics of (x - shift) / scale without Gram matrices and histogram.
+        """Statistics of (x - shift) / scale without second moments and histogram.
 
         The sum of squares of a shifted channel is exact where the channel keeps one sign; otherwise its
         mean is taken as 0, because the statistics hold no plain sum.
         """
-        light = replace(statistics, gram=None, weighted_gram=None, histogram=None)
+        light = statistics.only(StatisticsSettings(gram=False))
         if self.shift is not None:
             low, high = light.minimum - self.shift, light.maximum - self.shift
             reach = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
@@ -81,8 +80,10 @@ class Rescaling:
         With `by_token` each token counts by 1 / x.x. A shift does not enter, because the bias gives back what the
         rounded weight makes of it. What a corrected bias takes out is left out; means are estimates, and so is that.
         """
-        gram = statistics.weighted_gram if by_token else statistics.gram
-        error = output_error.output_energy(change, gram, statistics.sum_squares, self.inverse, threads=threads)
+        objective = token_objective(statistics) if by_token else None
+        if objective is None:
+            objective = plain_objective(statistics)
+        error = output_error.output_energy(change, objective, self.inverse, threads=threads)
         if self.means is None:
             return error
         return max(error - self.means.corrected(change, self.inverse, by_token=by_token), _LEAST_LEFT * error)
@@ -103,19 +104,14 @@ class Rescaling:
             total += restored @ (self.shift if self.inverse is None else self.shift * self.inverse)
         return np.asarray(total, dtype=np.float32)
 
-    def objective(self, statistics: InputStatistics) -> Float32:
-        """The Gram matrix that weight solvers minimise against, of the rescaled input.
+    def objective(self, statistics: InputStatistics) -> Objective:
+        """What weight solvers minimise, of the rescaled input.
 
         Raises:
-            UserError: no Gram matrix was taken.
+            UserError: no second moments were taken.
         """
-        gram = _mixed_gram(statistics)
-        inverse = self.inverse
-        if inverse is None:
-            return gram
-        rescaled = gram * inverse[:, None]
-        rescaled *= inverse[None, :]
-        return np.asarray(rescaled)
+        objective, inverse = corrected_objective(statistics), self.inverse
+        return objective if inverse is None else objective.scaled(inverse)
 
     def rounding(
         self,
@@ -127,7 +123,7 @@ class Rescaling:
     ) -> npt.NDArray[np.float64] | None:
         """Expected sum over tokens of the squared rounding error of each channel; None if x stays float.
 
-        With `by_token` each token counts by 1 / x.x, as in the weighted Gram matrix.
+        With `by_token` each token counts by 1 / x.x, as in the weighted second moments.
         """
         if policy.act_quant_dtype is None:
             return None
@@ -137,29 +133,8 @@ class Rescaling:
             )
         seen = self.ranges_of(statistics)
         energy = activation_range.typical_energy(statistics) if by_token and static is not None else 1.0
-        if by_token and statistics.weighted_gram is not None:
+        if by_token and statistics.weighted_squares is not None:
             inverse = 1.0 if self.scale is None else 1.0 / self.scale.astype(np.float64)
-            seen = replace(seen, sum_squares=np.diagonal(statistics.weighted_gram) * inverse**2)
+            seen = replace(seen, sum_squares=statistics.weighted_squares * inverse**2)
         step = static.scale**2 if static is not None else output_error.per_token_step_squared(seen)
         return output_error.static_rounding(seen, step / max(energy, 1e-30))
-
-
-def _mixed_gram(statistics: InputStatistics) -> Float32:
-    """What clipping and GPTQ minimise: mostly tokens weighted alike, and a little of the plain matrix."""
-    if statistics.gram is None or statistics.weighted_gram is None:
-        return objective_of(statistics)
-    return blend(statistics.gram, statistics.weighted_gram)
-
-
-def objective_of(statistics: InputStatistics) -> Float32:
-    """The matrix AWQ's scales are searched against: tokens weighted by 1/x.x where taken, else the plain one.
-
-    With plain weights a few tokens of enormous energy decide, and what the other tokens need is lost.
-
-    Raises:
-        UserError: neither was taken.
-    """
-    gram = statistics.weighted_gram if statistics.weighted_gram is not None else statistics.gram
-    if gram is None:
-        raise UserError("GPTQ, AWQ, clipping and outlier searches need Gram matrices: set gram: on")
-    return np.asarray(gram)

@@ -1,6 +1,6 @@
 """What each scheme would cost each linear, and the choice of schemes that costs least under a size budget.
 
-The cost of a scheme is the output error of plainly rounding the weight to it, exact from the Gram matrix.
+The cost of a scheme is the output error of plainly rounding the weight to it, from the second moments of its input.
 Solvers that do better than plain rounding lower all costs in about the same proportion, so the order of
 the linears stays.
 """
@@ -21,6 +21,7 @@ from gs_dist.results.quantized import Float32
 from gs_dist.solvers import affine, output_error
 from gs_dist.solvers.folding import FoldedTensors
 from gs_dist.solvers.layer import LayerProblem
+from gs_dist.solvers.objective import plain_objective
 from gs_dist.solvers.threads import Threads
 
 __all__ = ["choose_schemes", "layer_costs", "layer_patterns"]
@@ -58,15 +59,15 @@ def _costs(
         statistics = problem.statistics.get(layer_input.name)
         if statistics is None or statistics.num_tokens == 0:
             raise UserError(f"layer {problem.layer}: no statistics of {layer_input.name} to judge its linears by")
-        group = f"{problem.prefix}{layer_input.name}"
+        group, objective = f"{problem.prefix}{layer_input.name}", plain_objective(statistics)
         for name in layer_input.linears:
             weight = folded.weight(name)
-            energy = output_error.output_energy(weight, statistics.gram, statistics.sum_squares, threads=threads)
+            energy = output_error.output_energy(weight, objective, threads=threads)
             for scheme, policy in (*schemes[name].items(), (FLOAT, None)):
                 error = 0.0
                 if policy is not None:
                     change = _plain_change(weight, policy, problem.scale_dtype)
-                    error = output_error.output_energy(change, statistics.gram, statistics.sum_squares, threads=threads)
+                    error = output_error.output_energy(change, objective, threads=threads)
                 if not (isfinite(error) and isfinite(energy)):
                     raise LayerError(
                         f"layer {problem.layer}: the output of {problem.prefix}{name} is not finite; the activation "

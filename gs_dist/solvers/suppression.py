@@ -21,7 +21,8 @@ from gs_dist.solvers import activation_range, awq, outlier_suppression, output_e
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans, channel_means
 from gs_dist.solvers.folding import FoldedTensors, source_index, tie_max
-from gs_dist.solvers.rescaling import Rescaling, objective_of
+from gs_dist.solvers.objective import searched_objective
+from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
@@ -121,8 +122,7 @@ class _SharedInput:
         means: ChannelMeans | None = None,
         alphas: tuple[float, ...] | None = None,
     ) -> outlier_suppression.ExponentResult:
-        if self.statistics.gram is None:
-            raise UserError("outlier suppression searches by Gram matrices: set gram: on")
+        searched_objective(self.statistics)  # there is something to search by
         return outlier_suppression.search_exponent(
             self.weights,
             self.tie(self.folded.column_max(self.layer_input.linears)),
@@ -168,7 +168,7 @@ def _by_awq(shared: _SharedInput) -> Rescaling:
         shared.threads.map(shared.folded.weight, layer_input.linears),
         shared.statistics,
         shared.policy,
-        gram=objective_of(shared.statistics),
+        objective=searched_objective(shared.statistics),
         scale_dtype=shared.scale_dtype,
         tie=None if layer_input.repeat == 1 else source_index(layer_input),
         threads=shared.threads,

@@ -125,9 +125,11 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"samples: {plan.num_samples} x {plan.sequence_length} tokens in "
         f"{counted(plan.num_micro_batches, 'micro-batch')} of {plan.micro_batch_size}, "
         f"{counted(plan.num_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
-        f"propagation {plan.propagation}; Gram matrices {'on' if plan.gram else 'only where a solver needs them'}",
+        f"propagation {plan.propagation}; second moments {_moments(plan)}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
-        f"operations: forward {operations.forward:.3g}, Gram {operations.gram:.3g}, solve {operations.solve:.3g}",
+        f"operations: forward {operations.forward:.3g}, statistics {operations.statistics:.3g}, "
+        f"solve {operations.solve:.3g}",
+        _statistics_share(plan),
         _busiest_worker(plan),
         *_unknown_nodes(plan),
         *(f"note: {note}" for note in plan.notes),
@@ -166,6 +168,22 @@ def _layers(layers: Sequence[int], num_layers: int) -> str:
             spans.append([layer, layer])
     parts = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
     return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(parts)}"
+
+
+def _moments(plan: CalibrationPlan) -> str:
+    form = f"as sketches of {plan.sketch_rows} rows" if plan.sketch_rows else "as Gram matrices"
+    return form if plan.gram else f"{form}, only where a solver needs them"
+
+
+def _statistics_share(plan: CalibrationPlan) -> str:
+    """What statistics add to the forward pass, to a worker's memory and to what moves."""
+    held = max(stage.memory.share_of("statistics") for stage in plan.stages)
+    moved = plan.statistics_moved / plan.bytes_moved if plan.bytes_moved else 0.0
+    added = plan.operations.statistics / plan.operations.forward
+    return (
+        f"statistics: {added:.1%} of the forward pass's operations, {held:.0%} of a worker's memory, "
+        f"{moved:.1%} of what moves between workers"
+    )
 
 
 def _number(value: float | None, *, digits: int = 3) -> str:

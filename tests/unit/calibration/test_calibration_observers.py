@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -7,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.calibration.observers import CardObserver, HostObserver, observe
+from gs_dist.model.sketch import rows_and_signs
 from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
+    InputStatistics,
     StatisticsSettings,
     TreeAccumulator,
     block_bounds,
     histogram_magnitudes,
     merge_nodes,
 )
+from gs_dist.model.token_sample import token_ids
 
 EVERYTHING = StatisticsSettings(gram=True, weighted_gram=True, histogram=True)
 
@@ -112,24 +117,102 @@ def test_merging_is_the_same_however_blocks_are_dealt(num_batches: int, replicas
     batches = [_tokens(6, 5, seed + i) for i in range(num_batches)]
     bounds = block_bounds(num_batches, 8)
 
-    def calibrate(num_replicas: int) -> dict[str, np.ndarray]:
+    def calibrate(num_replicas: int, taken: StatisticsSettings = EVERYTHING) -> dict[str, np.ndarray]:
         nodes = []
         for replica in range(num_replicas):
             tree = TreeAccumulator()
             for block in range(replica * 8 // num_replicas, (replica + 1) * 8 // num_replicas):
-                observer = HostObserver(5, EVERYTHING)
-                for batch in batches[slice(*bounds[block])]:
-                    observer.observe(batch, None)
+                observer = HostObserver(5, taken)
+                for sample in range(*bounds[block]):
+                    observer.observe(batches[sample], None, token_ids(sample, 6))
                 if bounds[block][0] < bounds[block][1]:
                     tree.push(block, {"x": observer.take()})
             nodes += tree.nodes()
         return merge_nodes(nodes, 8)["x"].to_arrays()
 
-    one, many = calibrate(1), calibrate(replicas)
-    assert one.keys() == many.keys()
-    for name in one:
-        assert np.array_equal(one[name], many[name]), name
+    for taken in (EVERYTHING, replace(SKETCHED, sketch_rows=3)):
+        one, many = calibrate(1, taken), calibrate(replicas, taken)
+        assert one.keys() == many.keys()
+        for name in one:
+            assert np.array_equal(one[name], many[name]), name
+    one = calibrate(1)
     together = observe(np.concatenate(batches), EVERYTHING)
     np.testing.assert_allclose(one["gram"], together.gram, rtol=1e-4, atol=1e-4)
     assert np.array_equal(one["histogram"], together.histogram)
     assert np.array_equal(one["minimum"], together.minimum)
+
+
+SKETCHED = StatisticsSettings(gram=True, weighted_gram=True, histogram=True, sketch_rows=16, blended_gram=True)
+
+
+def _by_definition(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    rows, signs = rows_and_signs(ids, 16)
+    sums = np.zeros((16, x.shape[1]))
+    for token, row, sign, weight in zip(x.astype(np.float64), rows, signs, weights, strict=True):
+        sums[row] += np.sqrt(weight) * sign * token
+    return sums
+
+
+@pytest.mark.parametrize("kind", [HostObserver, CardObserver])
+def test_sketches_are_what_they_are_defined_as(kind: type[HostObserver] | type[CardObserver]) -> None:
+    """Each token is added to one row with its sign and weight, padding left out; so on the host and on a card."""
+    x = _tokens(60, 40, 3).reshape(3, 20, 40)
+    x[0, 0] = 0.0
+    mask = np.ones((3, 20), dtype=bool)
+    mask[2, 11:] = False
+    observer, ids = kind(40, SKETCHED), token_ids(5, mask.size)
+    observer.observe(ms.Tensor(x), mask, ids)
+    seen = observer.take()
+    kept = x[mask]
+    energy = (kept.astype(np.float64) ** 2).sum(axis=1)
+    by_token = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
+    assert seen.gram is None
+    assert seen.weighted_gram is None
+    for sketch, weights in ((seen.sketch, np.ones(len(kept))), (seen.weighted_sketch, by_token)):
+        assert sketch is not None
+        expected = _by_definition(kept, ids[mask.reshape(-1)], weights)
+        np.testing.assert_allclose(sketch.rows.astype(np.float64), expected, rtol=2**-8, atol=1e-5)
+        np.testing.assert_allclose(sketch.squares, weights @ kept.astype(np.float64) ** 2, rtol=1e-5)
+        np.testing.assert_allclose(sketch.total, weights @ kept.astype(np.float64), rtol=1e-4, atol=1e-5)
+        assert float(sketch.weight[0]) == pytest.approx(weights.sum())
+    blended = np.concatenate([_blended(x[i][mask[i]]) for i in range(3)])
+    np.testing.assert_allclose(seen.blended_gram, blended.T @ blended, rtol=1e-4, atol=1e-5)
+
+
+def _blended(sample: np.ndarray) -> np.ndarray:
+    """Tokens of one sample times the root of their weight: 93 % by 1 / x.x, 7 % by the sample's mean energy."""
+    wide = sample.astype(np.float64)
+    energy = (wide**2).sum(axis=1)
+    weights = np.where(energy > 0, 0.93 / np.maximum(energy, 1e-30) + 0.07 / energy.mean(), 0.0)
+    return np.asarray(wide * np.sqrt(weights)[:, None])
+
+
+def test_an_input_narrower_than_a_sketch_has_its_matrix_taken() -> None:
+    """A matrix of no more rows than the sketch is smaller and exact."""
+    seen = observe(_tokens(33, 16, 1), SKETCHED)
+    assert seen.gram is not None
+    assert seen.weighted_gram is not None
+    assert seen.sketch is None
+    assert seen.weighted_sketch is None
+
+
+def test_statistics_are_stored_by_name_and_read_back() -> None:
+    """A sketch's arrays have its name first; nothing is lost."""
+    seen = observe(_tokens(33, 40, 1), SKETCHED)
+    arrays = seen.to_arrays()
+    assert "weighted_sketch.rows" in arrays
+    again = InputStatistics.from_arrays(arrays)
+    for name, array in again.to_arrays().items():
+        assert np.array_equal(array, arrays[name]), name
+    assert SKETCHED.nbytes(40) == sum(array.nbytes for name, array in arrays.items() if name != "num_tokens")
+
+
+def test_what_was_kept_beside_does_not_count() -> None:
+    """`only` leaves what a job would have observed; `lacking` tells what it would miss."""
+    seen = observe(_tokens(33, 40, 1), SKETCHED)
+    plain = StatisticsSettings(gram=True, sketch_rows=16)
+    assert seen.only(plain).to_arrays().keys() == observe(_tokens(33, 40, 1), plain).to_arrays().keys()
+    assert seen.lacking(plain) == ()
+    assert seen.lacking(StatisticsSettings(gram=True)) == ("gram",)
+    assert seen.only(plain).lacking(SKETCHED) == ("blended_gram", "histogram", "weighted_sketch")
+    assert seen.lacking(StatisticsSettings(gram=True, sketch_rows=20)) == ("sketch_rows: 20",)

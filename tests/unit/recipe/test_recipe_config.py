@@ -366,7 +366,6 @@ def test_the_micro_batch_follows_from_the_data_alone(write: Any, length: int, sa
         "calibration.data=elsewhere",
         "calibration.micro_batch_size=1",  # what auto comes to
         "keep_statistics=true",
-        "gram=on",  # what auto comes to
         "format=compressed-tensors",
         "max_perplexity_increase=0.05",
     ],

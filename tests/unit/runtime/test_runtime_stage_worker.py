@@ -233,11 +233,13 @@ def test_solving_from_kept_statistics_gives_the_bytes_of_a_full_run(
     tmp_path: Path, dp: int, second: dict[str, Any]
 ) -> None:
     """A second recipe solved from kept statistics runs no micro-batch and publishes what a full run of it would."""
-    kept = small_recipe(tmp_path, num_layers=3, keep_statistics=True)
+    # Sketches of every input; GPTQ solves with the matrices that gram: on keeps.
+    taken: dict[str, Any] = {"gram": "on"} if "precision_recovery" in second else {"sketch_rows": 16}
+    kept = small_recipe(tmp_path, num_layers=3, keep_statistics=True, **taken)
     run_inline(kept)
-    full = small_recipe(tmp_path, "out-full", ptq=second)
+    full = small_recipe(tmp_path, "out-full", ptq=second, **taken)
     run_inline(full)
-    resolved = small_recipe(tmp_path, "out-resolved", ptq=second, parallel={"data_parallel_size": dp})
+    resolved = small_recipe(tmp_path, "out-resolved", ptq=second, parallel={"data_parallel_size": dp}, **taken)
     groups = []
 
     def make_group(job: Job, min_replicas: int) -> InlineWorkerGroup:
@@ -247,6 +249,18 @@ def test_solving_from_kept_statistics_gives_the_bytes_of_a_full_run(
     run_inline(resolved, make_group, statistics_from=kept.output)
     assert published_hashes(resolved) == published_hashes(full)
     assert not any(method == "step" for _, method in groups[0].calls)
+
+
+def test_statistics_that_lack_what_a_recipe_solves_from_are_refused(tmp_path: Path) -> None:
+    """GPTQ needs a matrix that a job without it does not keep, and sketches of another size are other statistics."""
+    kept = small_recipe(tmp_path, num_layers=2, keep_statistics=True, sketch_rows=16)
+    run_inline(kept)
+    by_gptq = small_recipe(tmp_path, "out-gptq", ptq=SECOND_RECIPES[1], sketch_rows=16)
+    with pytest.raises(OutputError, match=r"lack blended_gram of layer 0's attention_input, .* gram, sketch_rows or"):
+        run_inline(by_gptq, statistics_from=kept.output)
+    finer = small_recipe(tmp_path, "out-finer", ptq=SECOND_RECIPES[0], sketch_rows=32)
+    with pytest.raises(OutputError, match="lack sketch_rows: 32 of"):
+        run_inline(finer, statistics_from=kept.output)
 
 
 def test_not_a_number_in_the_weights_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from gs_dist.errors import UserError
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers import awq
+from gs_dist.solvers.objective import GramObjective
 
 Array = npt.NDArray[Any]
 
@@ -110,7 +111,7 @@ def test_losses_and_choice_are_those_of_materialised_inputs(
     alphas = used.exponents
     assert isinstance(alphas, tuple)
     scales, losses = brute_force(weights, x, alphas, duo=duo, group_size=group_size, symmetric=symmetric, bits=bits)
-    result = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale(weights, observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32")
     np.testing.assert_allclose(result.losses, losses, rtol=2e-3)
     assert result.alpha is not None
     chosen = alphas.index(result.alpha)
@@ -122,7 +123,7 @@ def test_losses_and_choice_are_those_of_materialised_inputs(
 def test_the_search_lessens_the_error_of_plain_rounding() -> None:
     """With a few large channels the gain is large, and the loss of plain rounding is told beside it."""
     weights, x = problem()
-    result = awq.search_scale(weights, observe(x), policy(), gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale(weights, observe(x), policy(), objective=GramObjective(x.T @ x), scale_dtype="float32")
     plain = sum(float(((x @ (rounded(w, 64, True, 4) - w).T) ** 2).sum()) for w in weights)
     assert result.loss_before == pytest.approx(plain, rel=1e-3)
     assert result.loss < 0.6 * plain
@@ -132,7 +133,7 @@ def test_a_single_exponent_is_used_as_it_is() -> None:
     """A float is no search: it is taken even where plain rounding would be better."""
     weights, x = problem()
     used = policy(smooth_alpha=1.0, duo_scaling=False)
-    result = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale(weights, observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32")
     x_mean = np.abs(x.astype(np.float64)).mean(axis=0)
     assert result.alpha == 1.0
     assert len(result.losses) == 1
@@ -145,7 +146,9 @@ def test_the_first_of_equals_wins() -> None:
     signs = np.where(rng.standard_normal((64, 64)) > 0, 1.0, -1.0).astype(np.float32)
     weight = rng.standard_normal((8, 64)).astype(np.float32)
     used = policy(smooth_alpha=(0.2, 0.8), duo_scaling=False)
-    result = awq.search_scale([weight], observe(signs), used, gram=signs.T @ signs, scale_dtype="float32")
+    result = awq.search_scale(
+        [weight], observe(signs), used, objective=GramObjective(signs.T @ signs), scale_dtype="float32"
+    )
     assert result.losses[0] == result.losses[1] == result.loss_before
     assert result.alpha is None
     np.testing.assert_array_equal(result.scale, np.ones(64, dtype=np.float32))
@@ -158,7 +161,7 @@ def test_a_search_that_finds_nothing_better_leaves_weights_alone() -> None:
     weight[:, 0] = 7.5  # on the grid of its scale as it stands
     weight[:, 1:] = np.rint(weight[:, 1:])
     x = (rng.standard_normal((200, 64)) * np.exp(rng.standard_normal(64))).astype(np.float32)
-    result = awq.search_scale([weight], observe(x), policy(), gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale([weight], observe(x), policy(), objective=GramObjective(x.T @ x), scale_dtype="float32")
     assert result.alpha is None
     assert result.loss == result.loss_before < min(result.losses)
     np.testing.assert_array_equal(result.scale, np.ones(64, dtype=np.float32))
@@ -171,7 +174,7 @@ def test_channels_without_input_or_weight_keep_scale_one() -> None:
     for weight in weights:
         weight[:, 9] = 0.0
     used = policy(smooth_alpha=0.5)
-    result = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale(weights, observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32")
     assert result.scale[5] == 1.0
     assert result.scale[9] == 1.0
     assert np.isfinite(result.scale).all()
@@ -183,7 +186,7 @@ def test_scales_lie_around_one(duo: bool) -> None:
     """The largest and the smallest scale multiply to 1, so that neither side's size drifts."""
     weights, x = problem()
     used = policy(smooth_alpha=0.6, duo_scaling=duo)
-    scale = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32").scale
+    scale = awq.search_scale(weights, observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32").scale
     assert float(scale.max()) * float(scale.min()) == pytest.approx(1.0, rel=1e-5)
 
 
@@ -192,7 +195,9 @@ def test_tied_channels_share_a_scale() -> None:
     weights, x = problem()
     tie = np.tile(np.arange(32), 4) + 32 * (np.arange(128) // 64)  # two KV heads of 32, two query heads each
     used = policy(smooth_alpha=0.5)
-    scale = awq.search_scale(weights, observe(x), used, gram=x.T @ x, scale_dtype="float32", tie=tie).scale
+    scale = awq.search_scale(
+        weights, observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32", tie=tie
+    ).scale
     x_mean = np.abs(x.astype(np.float64)).mean(axis=0)
     w_mean = awq.weight_importance(weights, 64)
     expected = np.empty(128)
@@ -206,8 +211,8 @@ def test_tied_channels_share_a_scale() -> None:
 def test_rounded_scales_enter_the_search() -> None:
     """The loss counts weight scales as they will be stored."""
     weights, x = problem()
-    single = awq.search_scale(weights, observe(x), policy(), gram=x.T @ x, scale_dtype="float32")
-    half = awq.search_scale(weights, observe(x), policy(), gram=x.T @ x, scale_dtype="bfloat16")
+    single = awq.search_scale(weights, observe(x), policy(), objective=GramObjective(x.T @ x), scale_dtype="float32")
+    half = awq.search_scale(weights, observe(x), policy(), objective=GramObjective(x.T @ x), scale_dtype="bfloat16")
     assert half.losses != single.losses
     np.testing.assert_allclose(half.losses, single.losses, rtol=0.1)
 
@@ -218,7 +223,7 @@ def test_more_rows_than_a_tile_and_more_columns_than_a_block() -> None:
     weight = rng.standard_normal((1100, 640)).astype(np.float32)
     x = (rng.standard_normal((900, 640)) * np.exp(rng.standard_normal(640))).astype(np.float32)
     used = policy(smooth_alpha=0.0, duo_scaling=False)
-    result = awq.search_scale([weight], observe(x), used, gram=x.T @ x, scale_dtype="float32")
+    result = awq.search_scale([weight], observe(x), used, objective=GramObjective(x.T @ x), scale_dtype="float32")
     grouped = weight.astype(np.float64).reshape(1100, 10, 64)
     step = np.abs(grouped).max(axis=2, keepdims=True) / 7.5
     delta = (np.clip(np.rint(grouped / step), -8, 7) * step - grouped).reshape(1100, 640)
@@ -232,11 +237,13 @@ def test_arguments_are_left_as_they_were(group_size: int) -> None:
     gram = x.T @ x
     for array in (*weights, gram):
         array.setflags(write=False)
-    awq.search_scale(weights, observe(x), policy(group_size=group_size), gram=gram, scale_dtype="float32")
+    awq.search_scale(
+        weights, observe(x), policy(group_size=group_size), objective=GramObjective(gram), scale_dtype="float32"
+    )
 
 
 def test_columns_that_do_not_divide_are_refused() -> None:
     """The message names channels and group size."""
     x = np.ones((10, 100), dtype=np.float32)
     with pytest.raises(UserError, match="100 input channels"):
-        awq.search_scale([x], observe(x), policy(), gram=x.T @ x, scale_dtype="float32")
+        awq.search_scale([x], observe(x), policy(), objective=GramObjective(x.T @ x), scale_dtype="float32")

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gs_dist.numbers.integer import INT4
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.solvers.affine import quantise_weight
 from gs_dist.solvers.clip import clip_weight
+from gs_dist.solvers.objective import GramObjective
 
 Array = npt.NDArray[Any]
 
@@ -56,7 +55,7 @@ def test_every_range_takes_the_ratio_of_least_output_error(symmetric: bool, grou
     """For each output channel and group the choice is that of trying all ratios on all tokens."""
     weight, x = problem()
     used = policy(group_size=group_size, symmetric=symmetric, bits=bits)
-    result = clip_weight(weight, x.T @ x, used, scale_dtype="float32")
+    result = clip_weight(weight, GramObjective(x.T @ x), used, scale_dtype="float32")
     ratios = used.clip_ratios
     size = group_size or 128
     before = after = 0.0
@@ -73,39 +72,18 @@ def test_every_range_takes_the_ratio_of_least_output_error(symmetric: bool, grou
         assert after < 0.9 * before
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_clipped_weight_rounds_as_the_ratio_says(symmetric: bool) -> None:
-    """Rounding the clipped weight gives the scales of the shrunk ranges, and the same codes up to the very edge.
-
-    A weight cut to -absmax lies half way between two codes of a symmetric range and may fall to the inner one.
-    """
-    weight, x = problem()
-    result = clip_weight(weight, x.T @ x, policy(symmetric=symmetric), scale_dtype="float32")
-    clipped = quantise_weight(result.weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
-    shrunk = quantise_weight(
-        weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32", clip_ratio=result.ratio
-    )
-    np.testing.assert_allclose(clipped[1], shrunk[1], rtol=1e-6)
-    difference = clipped[0].astype(int) - shrunk[0]
-    assert np.abs(difference).max() <= 1
-    assert ((difference == 0) | (result.weight != weight)).mean() > 0.999
-
-
 def test_a_single_ratio_is_used_as_it_is() -> None:
     """A float is no search: every range is shrunk by it, for better or worse."""
     weight, x = problem()
-    result = clip_weight(weight, x.T @ x, policy(weight_clip_ratio=0.5), scale_dtype="float32")
+    result = clip_weight(weight, GramObjective(x.T @ x), policy(weight_clip_ratio=0.5), scale_dtype="float32")
     np.testing.assert_array_equal(result.ratio, np.full((12, 2), 0.5, dtype=np.float32))
-    grouped = np.abs(result.weight.reshape(12, 2, 64)).max(axis=2)
-    np.testing.assert_allclose(grouped, 0.5 * np.abs(weight.reshape(12, 2, 64)).max(axis=2), rtol=1e-6)
 
 
 def test_the_whole_range_competes_even_if_not_listed() -> None:
     """A list of bad ratios never makes a weight worse."""
     weight, x = problem()
-    result = clip_weight(weight, x.T @ x, policy(weight_clip_ratio=(0.1, 0.05)), scale_dtype="float32")
+    result = clip_weight(weight, GramObjective(x.T @ x), policy(weight_clip_ratio=(0.1, 0.05)), scale_dtype="float32")
     np.testing.assert_array_equal(result.ratio, np.ones((12, 2), dtype=np.float32))
-    np.testing.assert_array_equal(result.weight, weight)
     assert result.loss_after == result.loss_before
 
 
@@ -113,10 +91,9 @@ def test_a_zero_weight_stays_zero() -> None:
     """A group of zeros has no range to shrink: the first ratio stands and nothing is NaN."""
     weight, x = problem()
     weight[3, :64] = 0.0
-    result = clip_weight(weight, x.T @ x, policy(), scale_dtype="float32")
+    result = clip_weight(weight, GramObjective(x.T @ x), policy(), scale_dtype="float32")
     assert result.ratio[3, 0] == 1.0
-    assert (result.weight[3, :64] == 0).all()
-    assert np.isfinite(result.weight).all()
+    assert np.isfinite(result.loss_after)
 
 
 @pytest.mark.parametrize("group_size", [0, 64])
@@ -126,8 +103,7 @@ def test_arguments_are_left_as_they_were(group_size: int) -> None:
     gram = x.T @ x
     weight.setflags(write=False)
     gram.setflags(write=False)
-    result = clip_weight(weight, gram, policy(group_size=group_size), scale_dtype="float32")
-    assert not np.shares_memory(result.weight, weight)
+    clip_weight(weight, GramObjective(gram), policy(group_size=group_size), scale_dtype="float32")
 
 
 def test_rows_do_not_meet() -> None:
@@ -137,7 +113,7 @@ def test_rows_do_not_meet() -> None:
     x = rng.standard_normal((64, 1024)).astype(np.float32)
     gram = x.T @ x
     used = policy(weight_clip_ratio=(1.0, 0.8))
-    whole = clip_weight(weight, gram, used, scale_dtype="float32")
-    last = clip_weight(weight[2000:], gram, used, scale_dtype="float32")
+    whole = clip_weight(weight, GramObjective(gram), used, scale_dtype="float32")
+    last = clip_weight(weight[2000:], GramObjective(gram), used, scale_dtype="float32")
     assert (whole.ratio[2000:] == last.ratio).mean() > 0.99
     np.testing.assert_allclose(whole.loss_after / 2100, last.loss_after / 100, rtol=0.1)

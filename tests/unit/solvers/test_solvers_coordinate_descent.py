@@ -13,7 +13,7 @@ from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.solvers import coordinate_descent
 from gs_dist.solvers.affine import quantise_weight
 from gs_dist.solvers.coordinate_descent import descend
-from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.threads import Threads
 
@@ -52,7 +52,9 @@ def test_more_sweeps_never_cost_and_the_last_leaves_nothing_to_gain() -> None:
     weight, gram = problem()
     codes, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     found = [descend(weight, codes, scale, None, None, gram, form=INT4, sweeps=sweeps) for sweeps in (1, 2, 4, 100)]
-    losses = [output_error(values(c, scale, None, 64).astype(np.float32) - weight, gram) for c in (codes, *found)]
+    losses = [
+        GramObjective(gram).error(values(c, scale, None, 64).astype(np.float32) - weight) for c in (codes, *found)
+    ]
     assert all(after <= before for before, after in pairwise(losses))
     assert losses[-1] < 0.7 * losses[0]
     last = found[-1].astype(np.float64)
@@ -82,11 +84,11 @@ def test_it_betters_gptq_with_gptqs_scales(given_args: dict[str, Any], group_siz
             precision_recovery=recovery,
             algo_args=AlgoArgs(**given_args),
         )
-        results[recovery], _ = round_weight(weight, policy, gram, "float32")
+        results[recovery], _ = round_weight(weight, policy, GramObjective(gram), "float32")
     before, after = results.values()
     for field in ("scale", "zero_point", "group_index"):
         np.testing.assert_array_equal(getattr(before, field), getattr(after, field))
-    losses = [output_error(solved.dequantised() - weight, gram) for solved in (before, after)]
+    losses = [GramObjective(gram).error(solved.dequantised() - weight) for solved in (before, after)]
     assert losses[1] < 0.99 * losses[0]
     assert after.policy.label.startswith("CD-W4-")
 

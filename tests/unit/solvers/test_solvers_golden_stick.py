@@ -19,6 +19,7 @@ from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.solvers import activation_range, affine, awq, clip, outlier_suppression, output_error
 from gs_dist.solvers.folding import FoldedTensors, tie_max
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.strategy import strategy
@@ -313,7 +314,9 @@ def test_awq_losses_from_the_gram_matrix_are_those_of_forward_passes(golden: Gol
     outputs = statistics.num_tokens * len(weight)
     theirs = golden.get("solo", "awq", "proj", "losses")
     assert statistics.gram is not None
-    found = awq.search_scale([weight], statistics, POLICIES["awq"], gram=statistics.gram, scale_dtype="float32")
+    found = awq.search_scale(
+        [weight], statistics, POLICIES["awq"], objective=GramObjective(statistics.gram), scale_dtype="float32"
+    )
     apart = np.abs(np.array(found.losses) / outputs / theirs - 1)
     assert apart.max() < 0.06
     assert np.median(apart) < 0.004
@@ -398,7 +401,8 @@ def clip_problem(
     """Golden Stick's smoothed weight, the Gram matrix of its smoothed input, its clipped ranges (out, groups)."""
     rescaling = Rescaling(scale=golden.scale(scheme, layer_input, network))
     gram = rescaling.objective(golden.statistics(layer_input, network))
-    return golden.smoothed_weight(scheme, linear, network), gram, golden.get(network, scheme, linear, "clip")
+    assert isinstance(gram, GramObjective)
+    return golden.smoothed_weight(scheme, linear, network), gram.matrix, golden.get(network, scheme, linear, "clip")
 
 
 @each_clipped_linear
@@ -440,7 +444,7 @@ def test_clip_ranges_are_golden_sticks_or_better(
     Golden Stick's candidates are weights cut to the range, which makes the loss of some differ a little.
     """
     weight, gram, limit = clip_problem(golden, scheme, network, layer_input, linear)
-    found = clip.clip_weight(weight, gram, POLICIES[scheme], scale_dtype="float32")
+    found = clip.clip_weight(weight, GramObjective(gram), POLICIES[scheme], scale_dtype="float32")
     whole = np.abs(grouped(weight, scheme)).max(axis=2)
     same = np.isclose(found.ratio * whole, limit, rtol=1e-5)
     assert same.mean() >= 0.9

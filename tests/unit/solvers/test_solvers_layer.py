@@ -617,7 +617,7 @@ def test_threads_end_with_a_layer_that_cannot_be_solved():
 
 def test_a_dead_input_has_no_error_rather_than_none():
     """0 of 0 is not a perfect score: the row tells no error, and the note why."""
-    problem = make_problem(STATIC)
+    problem, _, _ = make_problem(STATIC)
     width = SHAPES["mlp.down_proj"][1]
     dead = statistics_of(np.zeros((TOKENS, width), np.float32), gram=True, weighted=True, histogram=True)
     solved = solve_layer(replace(problem, statistics={**problem.statistics, "mlp_activation": dead}))

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
+from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.results import integers
 from gs_dist.solvers import affine, output_error
+from gs_dist.solvers.objective import DiagonalObjective, plain_objective
 
 
 @pytest.fixture
@@ -18,9 +20,9 @@ def test_the_quadratic_form_is_the_squared_output_over_tokens(rng, monkeypatch):
     x, matrix = rng.normal(size=(50, 24)).astype(np.float32), rng.normal(size=(9, 24)).astype(np.float32)
     seen = statistics_of(x)
     exact = ((x.astype(np.float64) @ matrix.T) ** 2).sum()
-    assert output_error.output_energy(matrix, seen.gram, seen.sum_squares) == pytest.approx(exact, rel=1e-5)
+    assert output_error.output_energy(matrix, plain_objective(seen)) == pytest.approx(exact, rel=1e-5)
     monkeypatch.setattr(integers, "_BLOCK_ELEMENTS", 50)
-    assert output_error.output_energy(matrix, seen.gram, seen.sum_squares) == pytest.approx(exact, rel=1e-5)
+    assert output_error.output_energy(matrix, plain_objective(seen)) == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_rescaled_matrix_needs_no_rescaled_gram_matrix(rng):
@@ -28,9 +30,10 @@ def test_a_rescaled_matrix_needs_no_rescaled_gram_matrix(rng):
     x, matrix = rng.normal(size=(50, 24)).astype(np.float32), rng.normal(size=(9, 24)).astype(np.float32)
     scale = rng.lognormal(size=24)
     seen, rescaled = statistics_of(x), statistics_of((x / scale).astype(np.float32))
-    for gram, other in ((seen.gram, rescaled.gram), (None, None)):
-        found = output_error.output_energy(matrix, gram, seen.sum_squares, 1 / scale)
-        assert found == pytest.approx(output_error.output_energy(matrix, other, rescaled.sum_squares), rel=1e-5)
+    for taken in (StatisticsSettings(), StatisticsSettings(gram=False)):
+        before, after = plain_objective(seen.only(taken)), plain_objective(rescaled.only(taken))
+        found = output_error.output_energy(matrix, before, 1 / scale)
+        assert found == pytest.approx(output_error.output_energy(matrix, after), rel=1e-5)
 
 
 def test_the_diagonal_is_exact_for_uncorrelated_channels():
@@ -38,7 +41,8 @@ def test_the_diagonal_is_exact_for_uncorrelated_channels():
     x = np.diag(np.arange(1, 9)).astype(np.float32)
     matrix = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     exact = ((x @ matrix.T) ** 2).sum()
-    assert output_error.output_energy(matrix, None, statistics_of(x).sum_squares) == pytest.approx(exact, rel=1e-5)
+    objective = DiagonalObjective(statistics_of(x).sum_squares)
+    assert output_error.output_energy(matrix, objective) == pytest.approx(exact, rel=1e-5)
 
 
 def test_column_energy_is_the_squared_norm_of_each_column(rng):

@@ -202,19 +202,22 @@ def test_plan_for_nodes_that_do_not_run_yet(large: tuple[object, ...]) -> None:
     assert "20 threads and at most 60.0 GiB of a card and 76.8 GiB of host memory each\n" in result.stdout
     assert "NOT PLANNED" not in result.stdout
     assert "room for" not in result.stdout
-    refused = run(*large, "--nodes", 2, *NODES, "64GiB")
+    refused = run(*large, "--nodes", 2, *NODES, "32GiB")
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "of host memory a worker and the cluster has 6.4 GiB for each" in refused.stderr
+    assert "of host memory a worker and the cluster has 3.2 GiB for each" in refused.stderr
 
 
 def test_plan_tells_what_decides_the_time(large: tuple[object, ...]) -> None:
     """Of one of sixteen workers, half of whose layers are run once more for a second wave."""
     result = run(*large, "--nodes", 2, *NODES, "768GiB", "parallel.layers_per_wave=5")
-    patterns = r"forward (\S+), Gram (\S+), solve (\S+)\n", r"worker: (\S+) in passes on its card, (\S+) in solves on"
+    patterns = (
+        r"forward (\S+), statistics (\S+), solve (\S+)\n",
+        r"worker: (\S+) in passes on its card, (\S+) in solves on",
+    )
     (total,), (worker,) = (re.findall(pattern, result.stdout) for pattern in patterns)
-    forward, gram, solve = map(float, total)
+    forward, observed, solve = map(float, total)
     passes, solves = map(float, worker)
-    assert passes == pytest.approx((1.5 * forward + gram) / 16, rel=0.02)
+    assert passes == pytest.approx((1.5 * forward + observed) / 16, rel=0.02)
     assert solves == pytest.approx(solve / 16, rel=0.02)
 
 
