@@ -86,8 +86,8 @@ def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
         if not takes_group_size(packed, dtype):
             found = f"groups of {packed.group_size}"
             expected = (
-                "groups of 64 or 128, or weights per channel: no kernel takes others on CUDA cards (marlin.py, "
-                "machete.py, conch.py), but for symmetric ones with --dtype float16 (exllama.py)"
+                "groups of 32, 64 or 128 (4 bits: 256 too), or weights per channel: no kernel takes others on CUDA "
+                "cards (marlin.py, triton_w4a16.py), but for symmetric ones with --dtype float16 (exllama.py)"
             )
         elif not packed.symmetric and packed.num_bits == 8:
             inventory.note(

@@ -207,7 +207,7 @@ SERVED: list[tuple[str, str, QuantPolicy, dict[str, Any], list[str], list[str]]]
         "compressed-tensors",
         GROUPS_OF_64,
         {"hidden_size": 128},
-        ["With vLLM:", "* vLLM goes up to tensor_parallel_size 1"],
+        ["With vLLM:", "* vLLM goes up to tensor_parallel_size 2"],
         ["dequantize"],
     ),
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from gs_dist.checkpoint.dialects.base import Policies
 from gs_dist.checkpoint.dialects.compressed_tensors.schemes import actorder, layer_policies, scheme_key
 from gs_dist.checkpoint.dialects.description import fused_members, input_settings
-from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
+from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.numbers.integer import INT4, INT8, Integer
 from gs_dist.numbers.small_float import MXFP4
@@ -24,12 +24,6 @@ def engine_notes(policies: Policies, architecture: DecoderArchitecture) -> tuple
     """Notes on what loads somewhere and not everywhere, each with the setting to change."""
     quantised = {name: policy for name, policy, _ in layer_policies(policies, architecture)}
     notes = [f"{_names(quantised, holds)}: {text}" for holds, text in _RULES if any(map(holds, quantised.values()))]
-    wide = _names(quantised, lambda policy: not _has_kernel(policy, architecture))
-    if wide:
-        notes.append(
-            f"{wide}: vLLM has no kernel for groups of 256 on CUDA cards, but for symmetric ones served with --dtype "
-            "float16: set group_size: 128 or 64"
-        )
     if any(policy.kvcache_quant_dtype for policy in policies.values() if policy is not None):
         notes.append(
             "kvcache_quant_dtype: int8 in compressed-tensors is one scale for a layer's keys and one for its values, "
@@ -100,11 +94,6 @@ def _packed(policy: QuantPolicy) -> PackedWeights:
     return PackedWeights(
         num_bits=policy.weight_format.bits, group_size=policy.group_size, symmetric=policy.weight_symmetric
     )
-
-
-def _has_kernel(policy: QuantPolicy, architecture: DecoderArchitecture) -> bool:
-    integers = isinstance(policy.weight_format, Integer)
-    return policy.act_quant_dtype is not None or not integers or takes_group_size(_packed(policy), architecture.dtype)
 
 
 def _fusion_notes(quantised: Mapping[str, QuantPolicy], architecture: DecoderArchitecture) -> list[str]:
