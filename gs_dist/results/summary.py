@@ -37,7 +37,10 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary:
-    """One worker: layers [first_layer, end_layer), busy time, the share of its time it waited, peak memory in bytes."""
+    """One worker: layers [first_layer, end_layer), busy time, the share of its time it waited, peak memory in bytes.
+
+    `account` tells the busy seconds by kind of work: load, pass, partial sums, solve, write.
+    """
 
     stage: int
     replica: int
@@ -47,6 +50,7 @@ class StageSummary:
     idle_share: float
     peak_memory_planned: int
     peak_memory_measured: int | None
+    account: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.layer_statistics import Payload
 from gs_dist.runtime.micro_batches import MicroBatchQueue
+from gs_dist.runtime.partial_sums import PartialSums
 from gs_dist.runtime.schedule import Stream
 from gs_dist.runtime.stage_worker import StageWorker
 from gs_dist.runtime.tasks import Task
@@ -145,17 +146,27 @@ def _start(
 def _start_tasks(
     group: WorkerGroup[StageWorker], stream: Stream, plan: CalibrationPlan, task: Task[Outcome]
 ) -> dict[Reference[Outcome], int]:
-    """Has the task done to each observed layer by its owner, from the partial sums of all replicas."""
+    """Has the task done to each observed layer by its owner, from the partial sums of all replicas.
+
+    A worker does what it is asked for in order. Each replica owns one layer of a group, and is asked for its partial
+    sums of the next group before its own layer of this one: the others would wait for that solve before theirs.
+    """
     tasks = {}
+    replicas = range(plan.data_parallel_size)
     for wave in stream.waves:
-        for layer in wave.observed:
-            owner = plan.owner(layer)
-            others = [
-                group.call(WorkerKey(wave.stage, replica), StageWorker.partial_sums, layer)
-                for replica in range(plan.data_parallel_size)
-                if replica != owner
-            ]
-            tasks[task.start(group, WorkerKey(wave.stage, owner), layer, others)] = layer
+        observed = list(wave.observed)
+        groups = [observed[start : start + len(replicas)] for start in range(0, len(observed), len(replicas))]
+        sums: dict[int, list[Reference[PartialSums | None]]] = {}
+        for ahead in range(len(groups) + 1):
+            for layer in groups[ahead] if ahead < len(groups) else ():
+                sums[layer] = [
+                    group.call(WorkerKey(wave.stage, replica), StageWorker.partial_sums, layer)
+                    for replica in replicas
+                    if replica != plan.owner(layer)
+                ]
+            for layer in groups[ahead - 1] if ahead else ():
+                owner = WorkerKey(wave.stage, plan.owner(layer))
+                tasks[task.start(group, owner, layer, sums.pop(layer))] = layer
     return tasks
 
 

@@ -27,7 +27,9 @@ class StageTimes:
         for key, report in reports.items():
             before = self._summaries.get(key)
             self._wall[key] = self._wall.get(key, 0.0) + seconds
-            busy = report.busy_seconds + (before.seconds if before else 0.0)
+            earlier = before.account if before else {}
+            account = {kind: spent + earlier.get(kind, 0.0) for kind, spent in report.seconds.items()}
+            busy = sum(account.values())
             peaks = [report.peak_memory, before.peak_memory_measured if before else None]
             stage = plan.stages[report.stage]
             self._summaries[key] = StageSummary(
@@ -36,6 +38,7 @@ class StageTimes:
                 first_layer=stage.first_layer,
                 end_layer=stage.end_layer,
                 seconds=busy,
+                account=account,
                 idle_share=max(0.0, 1.0 - busy / self._wall[key]) if self._wall[key] else 1.0,
                 peak_memory_planned=stage.memory.peak,
                 peak_memory_measured=max(peak for peak in peaks if peak is not None),

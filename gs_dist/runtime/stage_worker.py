@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +35,26 @@ from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 from gs_dist.solvers.sensitivity import layer_costs
 
-__all__ = ["Job", "Sight", "StageReport", "StageWorker"]
+__all__ = ["ACCOUNT", "Job", "Sight", "StageReport", "StageWorker"]
+
+
+ACCOUNT = ("load", "pass", "partial sums", "solve", "write")
+"""What a worker spends time on: weights, passes with what is observed, sums sent and merged, layers, their files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """How a worker spent its time and memory: seconds working, bytes at the peak."""
+    """How a worker spent its time and memory: seconds of each kind of work (`ACCOUNT`), bytes at the peak."""
 
     stage: int
     replica: int
-    busy_seconds: float
+    seconds: Mapping[str, float]
     peak_memory: int
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all kinds."""
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +92,13 @@ class StageWorker:
             self._statistics = StagePass(job, replica, self._reader, self._device)
         else:
             self._statistics = KeptStatistics(job, self._reader)
-        self._seconds = 0.0
+        self._seconds = dict.fromkeys(ACCOUNT, 0.0)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _at_work(self, kind: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._seconds += time.perf_counter() - began
+        self._seconds[kind] += time.perf_counter() - began
 
     def software(self) -> Software:
         """Versions and CPU of the worker's process."""
@@ -128,7 +137,7 @@ class StageWorker:
 
     def begin(self, wave: StageWave, start: int, stop: int) -> None:
         """Gets ready for a pass over micro-batches [start, stop)."""
-        with self._at_work():
+        with self._at_work("load"):
             self._statistics.begin(wave, start, stop)
 
     def step(self, micro_batch: int, payload: Payload | None) -> Payload | None:
@@ -141,7 +150,7 @@ class StageWorker:
         Returns:
             What the next stage takes, None where the wave sends nothing.
         """
-        with self._at_work():
+        with self._at_work("pass"):
             return self._statistics.step(micro_batch, payload)
 
     def partial_sums(self, layer: int) -> PartialSums | None:
@@ -149,7 +158,8 @@ class StageWorker:
 
         None where layers are solved from kept statistics.
         """
-        return self._statistics.partial_sums(layer)
+        with self._at_work("partial sums"):
+            return self._statistics.partial_sums(layer)
 
     def solve(self, layer: int, *others: PartialSums | None) -> LayerManifest:
         """Merges a layer's partial sums, quantises the layer and publishes its shard and manifest.
@@ -162,8 +172,9 @@ class StageWorker:
             LayerError: the layer cannot be quantised as its policies say, or the partial sums are not whole.
             CheckpointError: another replica observed other weights.
         """
-        with self._at_work():
+        with self._at_work("partial sums"):
             merged = self._merged(layer, others)
+        with self._at_work("solve"):
             config, problem = self._job.config, self._problem(layer, merged)
             with one_thread():
                 quantized = solve_layer(
@@ -174,6 +185,7 @@ class StageWorker:
                 )
             if config.bits == "fixed" and config.sensitivity:
                 self._publish_costs(problem, merged.lineage)
+        with self._at_work("write"):
             if config.keep_statistics:
                 self._statistics.keep(layer, merged)
             solved = None
@@ -197,8 +209,9 @@ class StageWorker:
             layer: as of `solve`.
             others: likewise.
         """
-        with self._at_work():
+        with self._at_work("partial sums"):
             merged = self._merged(layer, others)
+        with self._at_work("solve"):
             remove_costs(self._output, layer)  # they vouch for the statistics beside them
             self._statistics.leave_for_solve(layer, merged)
             return self._publish_costs(self._problem(layer, merged), merged.lineage)
@@ -260,6 +273,6 @@ class StageWorker:
         return StageReport(
             stage=self._stage.stage,
             replica=self._replica,
-            busy_seconds=self._seconds,
+            seconds=dict(self._seconds),
             peak_memory=self._device.peak_memory(),
         )
