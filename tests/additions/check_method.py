@@ -11,6 +11,7 @@ from gs_dist.planning.solver_operations import solver_operations
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy, required_statistics
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rounding import round_weight
 
 CONFIG = {
@@ -58,13 +59,13 @@ taken = [required_statistics(layer.inputs, policies, gram=False) for policies in
 assert {settings.gram for settings in taken[0].values()} == {False}
 assert {settings.weighted_gram for settings in taken[1].values()} == {True}
 bytes_ = [solver_bytes(layer, policies, taken[1]) for policies in both]
-assert bytes_[1] - bytes_[0] == 1000 * 64, bytes_  # of the costliest linear, which is down_proj
+assert bytes_[1] - bytes_[0] == 1000 * 128, bytes_  # of the costliest linears, gate_proj and up_proj
 operations = [solver_operations(layer, policies, taken[1]) for policies in both]
 assert operations[1] - operations[0] == 7 * sum(n.out_features * n.in_features for n in layer.linears)
 
 # Dispatch and label.
 weight = np.array([[-12.7, 6.3, 0.3, 12.75]], np.float32)
-solved, notes = round_weight(weight, policy, np.eye(4, dtype=np.float32), "float32")
+solved, notes = round_weight(weight, policy, GramObjective(np.eye(4, dtype=np.float32)), "float32")
 assert (solved.codes.tolist(), notes) == ([[-127, 63, 3, 127]], ("pulled toward zero",)), solved.codes
 assert policy.label == "TowardZero-W8-perchannel"
 print("taken up")

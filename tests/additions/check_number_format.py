@@ -12,6 +12,7 @@ from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import stored_bytes
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rounding import round_weight
 
 policy = QuantPolicy(weight_quant_dtype="int6")
@@ -27,7 +28,7 @@ for recovery in ("none", "gptq", "coordinate-descent"):
     grouped = {"weight_quant_granularity": "per_group", "group_size": 64, "weight_clip": True}
     for changes in ({}, grouped, {"weight_symmetric": False}):
         used = QuantPolicy(weight_quant_dtype="int6", precision_recovery=recovery, **changes)
-        solved, _ = round_weight(weight, used, x.T @ x, "float32")
+        solved, _ = round_weight(weight, used, GramObjective(x.T @ x), "float32")
         assert -32 <= solved.codes.min() < -20
         assert 20 < solved.codes.max() <= 31
         assert np.abs(solved.dequantised() - weight).max() < 0.6

@@ -24,7 +24,7 @@ from gs_dist.errors import RecipeError, UserError
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results.quantized import QuantizedLayer
-from gs_dist.solvers.objective import output_error
+from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rounding import round_weight
 
 MXFP4 = {"weight_quant_dtype": "mxfp4", "weight_quant_granularity": "per_group", "group_size": 32}
@@ -38,7 +38,7 @@ def rounded_layer(reader: CheckpointReader, layer: int, policy: QuantPolicy) -> 
     for name, linear in plain.linears.items():
         weight = reader.read_layer(layer)[f"{name}.weight"].astype(np.float32)
         x = np.random.default_rng(layer).normal(size=(300, weight.shape[1])).astype(np.float32).cumsum(axis=1)
-        solved, _ = round_weight(weight, policy, x.T @ x, reader.architecture.dtype)
+        solved, _ = round_weight(weight, policy, GramObjective(x.T @ x), reader.architecture.dtype)
         linears[name] = replace(solved, bias=linear.bias)
     return replace(plain, linears=linears)
 
@@ -110,9 +110,9 @@ def test_searches_choose_among_powers_of_two() -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(128, 128)) * 0.2 + np.diag(rng.lognormal(size=128))
     x = (rng.normal(size=(512, 128)) @ mixing).astype(np.float32)
-    weight, gram = rng.normal(size=(64, 128)).astype(np.float32), x.T @ x
+    weight, objective = rng.normal(size=(64, 128)).astype(np.float32), GramObjective(x.T @ x)
     results = [
-        round_weight(weight, QuantPolicy(**MXFP4, **changes), gram, "float16")[0]
+        round_weight(weight, QuantPolicy(**MXFP4, **changes), objective, "float16")[0]
         for changes in (
             {},
             {"weight_clip": True},
@@ -120,7 +120,7 @@ def test_searches_choose_among_powers_of_two() -> None:
             {"precision_recovery": "coordinate-descent", "weight_clip": True},
         )
     ]
-    losses = [output_error(solved.dequantised() - weight, gram) for solved in results]
+    losses = [objective.error(solved.dequantised() - weight) for solved in results]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
     assert results[-1].policy.label == "wclip-CD-WMXFP4-pergroup"
