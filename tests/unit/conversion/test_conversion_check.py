@@ -87,7 +87,7 @@ def test_faults_of_an_ascend_directory_are_found(tmp_path: Path) -> None:
 
 def test_faults_of_a_compressed_tensors_directory_are_found(tmp_path: Path) -> None:
     """A scale that is gone, and a linear that no group takes although it has one."""
-    model, _ = family_checkpoint(tmp_path / "model", "glm4_moe")
+    model, _ = family_checkpoint(tmp_path / "model", "deepseek_v3")
     made = run_conversion(model, tmp_path / "out")["compressed-tensors"]
     change(made, "model.layers.1.mlp.experts.3.down_proj.weight_scale", None)
     assert rules(made) == {"tensor-present"}

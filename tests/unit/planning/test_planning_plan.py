@@ -396,9 +396,21 @@ def test_auto_never_refuses_what_a_smaller_choice_of_its_own_fits(large: Checkpo
     """Two replicas of a wide layer do not fit this machine and one does: it is taken without being asked for."""
     wide = {"device": "cpu", "pipeline_parallel_size": 1, "layers_per_wave": 1, "threads_per_worker": 1}
     few = {"num_samples": 8}
-    alone = planned(large, recipe(calibration=few, data_parallel_size=1, **wide), BIG_HOST)
-    room = int((alone.stages[0].memory.peak + GIB) / 0.8)  # of one worker, not of two
-    plan = planned(large, recipe(calibration=few, **wide), ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=room))
+
+    def on(num_cpus: int, memory: int, **parallel: Any) -> CalibrationPlan:
+        facts = ClusterFacts(num_cpus=num_cpus, num_npus=0, memory_bytes=memory)
+        return planned(large, recipe(calibration=few, **wide, **parallel), facts)
+
+    def fits(memory: int) -> bool:
+        try:
+            return on(1, memory).data_parallel_size == 1
+        except PlanError:
+            return False
+
+    least = next(size * GIB for size in range(2, 200) if fits(size * GIB))
+    with pytest.raises(PlanError):
+        on(2, least, data_parallel_size=2)
+    plan = on(2, least)
     assert plan.data_parallel_size == 1
 
 
@@ -693,13 +705,14 @@ def test_a_probe_of_which_no_layer_fits_is_refused_before_a_weight_is_read(large
     assert "max_perplexity_increase: null" in text
 
 
-def test_a_searched_strength_of_smoothquant_is_planned_with_its_gram_matrix(large: CheckpointReader) -> None:
-    """The search takes a copy of the matrix whether weights are clipped or not; one given strength takes none."""
+def test_a_searched_strength_of_smoothquant_is_planned_with_the_sketches_it_reads(large: CheckpointReader) -> None:
+    """The search multiplies with both sketches, whether weights are clipped or not; one given strength with none."""
 
     def solver(**changes: Any) -> int:
         ptq = {"act_quant_dtype": "int8", "outliers_suppression": "smooth", "weight_clip": False, **changes}
         return max(make_workload(recipe(ptq=ptq), large.architecture, large.tensors).solver_bytes(1))
 
-    copy = 8 * max(channels.channels for channels in large.architecture.inputs(0)) ** 2
-    assert solver() == solver(weight_clip=True)
-    assert solver() - solver(algo_args={"alpha": 0.5}) >= copy
+    channels = max(layer_input.channels for layer_input in large.architecture.inputs(0))
+    factor = 4 * channels * (256 + 1)  # rows of a sketch, and the mean
+    assert solver() - solver(algo_args={"alpha": 0.5}) >= 2 * factor
+    assert solver(weight_clip=True) > solver()
