@@ -12,6 +12,7 @@ from typing import Any
 
 from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
 from gs_dist.checkpoint.engines.base import Engine, serve_command
+from gs_dist.checkpoint.engines.vllm_ascend_cache import CACHE_LOADERS, WITHOUT_CACHE_LOADER
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
@@ -28,8 +29,6 @@ _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_CACHE_LOADERS = ("qwen3",)  # served model types among those that patch_gqa_c8.py names
-_WITHOUT_CACHE_LOADER = ("0.18", "0.23")
 _KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
 
 
@@ -84,9 +83,9 @@ def _check_kv(inventory: Inventory, layout: Layout, version: str) -> None:
     """
     architecture = inventory.architecture
     assert architecture is not None
-    if layout.kv_layers and architecture.model_type not in _CACHE_LOADERS:
+    if layout.kv_layers and architecture.model_type not in CACHE_LOADERS:
         model = architecture.model_type
-        if version.startswith(_WITHOUT_CACHE_LOADER):
+        if version.startswith(WITHOUT_CACHE_LOADER):
             expected = (
                 f"vllm-ascend 0.25.1rc1 or later: before, no loader of {model} takes the scales (patch_gqa_c8.py)"
             )

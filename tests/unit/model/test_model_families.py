@@ -15,7 +15,8 @@ from gs_dist.model.families import FAMILIES, find_families, read_architecture
 
 PACKAGE = Path(gs_dist.__file__).parent
 # Conversion without calibration runs no forward pass: it takes models of which only names and shapes are known.
-APART = {PACKAGE / "model" / "kept_in_float.py"}
+# What a release of an engine loads is told by the models that its code names.
+APART = {PACKAGE / "model" / "kept_in_float.py", PACKAGE / "checkpoint" / "engines" / "vllm_ascend_cache.py"}
 FAMILY = """
 from gs_dist.model.families import llama
 

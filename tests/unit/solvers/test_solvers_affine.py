@@ -160,7 +160,7 @@ def test_a_group_index_assigns_columns_to_groups():
 
 def test_columns_that_do_not_divide_are_refused_with_the_setting():
     """The message says which setting to change."""
-    with pytest.raises(UserError, match="group_size"):
+    with pytest.raises(UserError, match="set weight_quant_granularity: per_channel"):
         affine.quantise_weight(
             np.ones((2, 10), np.float32), form=INT4, group_size=4, symmetric=True, scale_dtype="float32"
         )

@@ -49,6 +49,7 @@ from gs_dist.checkpoint.dialects.description import (
     split_linears,
     static_parameters,
 )
+from gs_dist.checkpoint.engines.vllm_ascend_cache import CACHE_LOADERS
 from gs_dist.checkpoint.header import read_json
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
@@ -113,7 +114,7 @@ class AscendCodec:
                 "as 310P cards serve everything, its scales load as zeros: convert the source to float16 for those, or "
                 "set act_quant_granularity: per_token"
             )
-        if kv_layers(policies, architecture) and architecture.model_type != "qwen3":
+        if kv_layers(policies, architecture) and architecture.model_type not in CACHE_LOADERS:
             notes.append(
                 "ascend: an int8 KV cache of this model loads in vllm-ascend from 0.25.1rc1 on; up to 0.23 Qwen3 alone "
                 "has a loader for its scales"
