@@ -17,8 +17,10 @@ from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, ClusterError, PlanError, WorkerLostError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import probe_memory
 from gs_dist.planning.probe import evaluation_shape
@@ -144,7 +146,14 @@ def test_a_probe_finds_the_same_whatever_fits(
         num_stages = len(evaluation.stages)
         return InlineWorkerGroup(partial(Counts, evaluation), num_stages=num_stages, num_replicas=1)
 
-    assert probe.run(published, make, SilentProgress()).probes == published.probes
+    judged, output = unjudged(Path(config.output), FORMAT), Path(config.output) / FORMAT
+    judged.parent.mkdir()
+    output.rename(judged)  # where a model lies until the verdict
+    try:
+        assert probe.run(published, make, SilentProgress()).probes == published.probes
+    finally:
+        judged.rename(output)
+        judged.parent.rmdir()
     at_once = sum(len(groups) == 1 for groups in GROUPINGS[grouping])
     others = sum(len(groups) for groups in GROUPINGS[grouping] if len(groups) > 1)
     assert counted[FORMAT] == at_once + 2 * others
@@ -205,7 +214,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[Evaluation]:
     ran: list[Evaluation] = []
 
     @contextmanager
-    def machine(address: str | None, num_cpus: int) -> Iterator[ClusterFacts]:
+    def machine(address: str | None, num_cpus: int, **told: object) -> Iterator[ClusterFacts]:
         yield ClusterFacts(num_cpus=2, num_npus=0, memory_bytes=64 << 30)
 
     def workers(evaluation: Evaluation, timeout: float) -> InlineWorkerGroup:
@@ -223,7 +232,7 @@ def test_stages_of_an_evaluation_share_the_cores_of_the_clusters_nodes(
     """Three on two nodes of 24 cores get twelve each, whatever the machine that asks has: none is left without room."""
 
     @contextmanager
-    def two_nodes(address: str | None, num_cpus: int) -> Iterator[ClusterFacts]:
+    def two_nodes(address: str | None, num_cpus: int, **told: object) -> Iterator[ClusterFacts]:
         assert address == "auto"
         yield ClusterFacts(num_cpus=48, num_npus=0, memory_bytes=64 << 30, num_nodes=2)
 
@@ -257,7 +266,7 @@ def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
     told = "calibration.column is auto: input_ids is read (lists of integers)"
     assert heard.messages == [told]
     architecture = CheckpointReader(Path(config.model)).architecture
-    shape = evaluation_shape(architecture, "cpu", config.probe_data, max_in_flight=4)
+    shape = evaluation_shape(architecture, DeviceKind.CPU, config.probe_data, max_in_flight=4)
     three_layers = probe_memory(shape, range(3), embeds=False, last=True).peak
     assert run(three_layers - 1, heard) == whole
     assert inline[-1].stages == (((0, 2),), ((2, 4), (4, 5)))

@@ -68,6 +68,7 @@ def unfinish(config: CalibrationConfig, *layers: int) -> None:
     """As a kill leaves an output before these layers were published."""
     for layer in layers:
         (Path(config.output) / f"manifests/layer-{layer:05d}.json").unlink()
+        (Path(config.output) / "done").unlink(missing_ok=True)
 
 
 def run_killed_before_the_merge(config: CalibrationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +121,16 @@ def assert_as(config: CalibrationConfig, undisturbed: Path) -> None:
 def test_a_model_changed_in_place_between_kill_and_resumption_is_refused(
     copied: Path, unfinished: tuple[int, ...], layer: int
 ) -> None:
-    """Far from what the checkpoint's fingerprint looks at; the message names tensor and layer."""
+    """Far from what the checkpoint's fingerprint looks at; the message names tensor and layer.
+
+    A finished output stays as it was: the refusal is of the new submission.
+    """
     config = recipe(copied)
     unfinish(config, *unfinished)
     change(copied / "model/model.safetensors", f"model.layers.{layer}.mlp.up_proj.weight")
     with pytest.raises(OutputError, match=rf"model differed: model\.layers\.{layer}\.mlp\.up_proj\.weight is not what"):
         run_inline(config)
-    assert not (copied / "out/done").exists()
+    assert (copied / "out/done").exists() == (not unfinished)
 
 
 def test_a_change_of_a_layer_that_is_not_finished_yet_is_noticed_behind_it(copied: Path) -> None:
