@@ -47,9 +47,7 @@ def test_a_full_disk_ends_the_job_and_more_room_goes_on(tmp_path: Path, small_di
     reference = small_recipe(tmp_path, num_layers=6)
     run_inline(reference)
     config = small_recipe(tmp_path, "disk/out")
-    with pytest.raises(
-        OutputError, match=r"layer-0000\d\.(safetensors|json): the disk is full; free space and"
-    ):
+    with pytest.raises(OutputError, match=r"layer-0000\d\.(safetensors|json): the disk is full; free space and"):
         run_inline(config)
     kept = sorted(path.name for path in (small_disk / "out" / "manifests").glob("layer-*.json"))
     assert 0 < len(kept) < 6

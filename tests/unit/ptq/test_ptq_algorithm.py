@@ -77,7 +77,9 @@ BAD_SCHEMES = [
     pytest.param({**W8A8, "outliers_suppression": OutliersSuppressionType.AWQ}, "AWQ", id="P2 AWQ"),
     pytest.param({**W8A8, "precision_recovery": PrecisionRecovery.GPTQ}, "GPTQ", id="P2 GPTQ"),
     pytest.param(
-        {"outliers_suppression": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE}, "SUPPRESSION_LITE", id="P3 W8A16"
+        {"outliers_suppression": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE},
+        "outlier-suppression-lite",
+        id="P3 W8A16",
     ),
     pytest.param(
         {
@@ -85,7 +87,7 @@ BAD_SCHEMES = [
             "kvcache_quant_dtype": ms.int8,
             "outliers_suppression": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
         },
-        "SUPPRESSION_LITE",
+        "outlier-suppression-lite",
         id="P3 with KV cache",
     ),
     pytest.param({"weight_quant_dtype": ms.qint4x2, "kvcache_quant_dtype": ms.int8}, "qint4x2", id="P4"),
