@@ -53,15 +53,20 @@ def main() -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model_path, tokens_path, output, policy = sys.argv[1:5]
     tokens = np.load(tokens_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     torch.manual_seed(0)
+    # It asks for a tokenizer even where the samples are tokens.
+    words = Tokenizer(WordLevel({"unknown": 0}, unk_token="unknown"))
     oneshot(
         model=model,
+        processor=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="unknown"),
         dataset=Dataset.from_list(rows),
         recipe=modifiers(json.loads(policy)),
         max_seq_length=tokens.shape[1],
