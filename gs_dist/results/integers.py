@@ -9,7 +9,16 @@ import numpy.typing as npt
 
 from gs_dist.errors import UserError
 
-__all__ = ["Float32", "Int8", "dequantise", "pack_int4", "row_blocks", "unpack_int4"]
+__all__ = [
+    "Float32",
+    "Int8",
+    "dequantise",
+    "pack_int4",
+    "pair_outputs",
+    "row_blocks",
+    "unpack_int4",
+    "unpair_outputs",
+]
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -63,16 +72,24 @@ def pack_int4(codes: Int8) -> Int8:
         raise UserError(f"{rows} output channels do not pack in pairs: leave this linear at int8 or unquantised")
     if codes.size and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit 4 bits")
-    nibbles = codes.view(np.uint8) & 0x0F
-    packed = nibbles[0::2] | (nibbles[1::2] << 4)
-    return np.ascontiguousarray(packed.T).view(np.int8)
+    return np.ascontiguousarray(pair_outputs(codes).T)
 
 
 def unpack_int4(packed: Int8) -> Int8:
     """Inverse of `pack_int4`: (in, out / 2) int8 to codes (out, in) int8."""
-    columns, pairs = packed.shape
-    pairs_first = packed.T
+    return unpair_outputs(packed.T)
+
+
+def pair_outputs(codes: Int8) -> Int8:
+    """Packs codes (out, in) within [-8, 7] to (out / 2, in) int8: low nibble the even output, high the odd after it."""
+    nibbles = codes.view(np.uint8) & 0x0F
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).view(np.int8)
+
+
+def unpair_outputs(packed: Int8) -> Int8:
+    """Inverse of `pair_outputs`: (out / 2, in) int8 to codes (out, in) int8."""
+    pairs, columns = packed.shape
     codes = np.empty((2 * pairs, columns), dtype=np.int8)
-    codes[0::2] = (pairs_first << 4) >> 4  # the arithmetic shift extends the sign
-    codes[1::2] = pairs_first >> 4
+    codes[0::2] = (packed << 4) >> 4  # the arithmetic shift extends the sign
+    codes[1::2] = packed >> 4
     return codes

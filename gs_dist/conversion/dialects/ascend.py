@@ -5,11 +5,7 @@ file), and of msmodelslim 3de0a3c, `core/quant_service/modelslim_v1/save/ascendv
 model's dtype:
 
 * `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1).
-* `W4A8_DYNAMIC`, experts alone: weight int8 (N / 2, K), the lower half of a byte an even output and the upper the odd
-  one after it; weight_scale, weight_offset (zero) float32 (N, 1); scale_bias float32, 8 x the sum over the inputs of
-  code x scale, (N, 1) for gate and up, and for down (N, 16), a sixteenth of the inputs each, since a rank of tensor
-  parallelism takes its share of the columns and adds them up. The kernel halves an int8 activation into two signed
-  halves, of which the lower is short of the truth by 8; scale_bias gives that back.
+* `W4A8_DYNAMIC`, experts alone: see `gs_dist.checkpoint.dialects.ascend.int4_experts`.
 * `W8A8FP8_DYNAMIC`: weight E4M3 (N, K); weight_scale float32, weight_offset (zero) pd (N, 1).
 * `W8A8_MXFP8`: weight E4M3 (N, K); weight_scale uint8 (N, K / 32), exponents plus 127.
 * `W4A8_MXFP`, `W4A4_MXFP4`, `W4A16_MXFP4`: weight uint8 (N, K / 2), two E2M1 codes of neighbouring inputs, the lower
@@ -25,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from gs_dist.checkpoint.dialects.ascend.int4_experts import encode_expert, expert_misfit, expert_tensors
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.conversion.dialects.base import (
@@ -44,8 +41,6 @@ from gs_dist.solvers.weight_rounding import RoundedRows
 __all__ = ["AscendWriter"]
 
 DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
-TENSOR_PARALLEL_SHARES = 16  # columns of scale_bias of a linear whose inputs are spread over ranks (w4a8.py)
-_SPREAD_INPUTS = ("down_proj", "w2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,46 +66,22 @@ class _OneByteCodes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PairedOutputs:
-    """int4 codes of two outputs a byte, and what the kernel needs beside the scale."""
+class _Int4Expert:
+    """int4 codes of two outputs a byte, and what the kernel needs beside the scale; see `int4_experts`."""
 
     row_step: int = 2
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
-        scale = StoredTensor(dtype="float32", shape=(linear.rows, 1))
-        return {
-            "weight": StoredTensor(dtype="int8", shape=(linear.rows // 2, linear.columns)),
-            "weight_scale": scale,
-            "weight_offset": scale,
-            "scale_bias": StoredTensor(dtype="float32", shape=(linear.rows, self._shares(linear))),
-        }
+        return expert_tensors(linear.name, linear.rows, linear.columns)
 
     def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
-        nibbles = rounded.codes.view(np.uint8) & 0x0F
-        shares = rounded.codes.reshape(len(rounded.codes), self._shares(linear), -1).sum(axis=2, dtype=np.int32)
-        return {
-            "weight": (nibbles[0::2] | (nibbles[1::2] << 4)).view(np.int8),
-            "weight_scale": rounded.scale,
-            "weight_offset": np.zeros_like(rounded.scale),
-            "scale_bias": 8 * shares.astype(np.float32) * rounded.scale,
-        }
+        return encode_expert(linear.name, rounded.codes, rounded.scale)
 
     def constants(self, linear: LinearShape) -> dict[str, Array]:
         return {}
 
     def misfit(self, linear: LinearShape) -> str | None:
-        if linear.rows % 2:
-            return f"has {linear.rows} output channels, which do not pack in pairs: give it W8A8_DYNAMIC"
-        if linear.columns % self._shares(linear):
-            return (
-                f"has {linear.columns} input channels, which do not divide into {TENSOR_PARALLEL_SHARES} shares of "
-                "scale_bias: give it W8A8_DYNAMIC"
-            )
-        return None
-
-    @staticmethod
-    def _shares(linear: LinearShape) -> int:
-        return TENSOR_PARALLEL_SHARES if linear.name.endswith(_SPREAD_INPUTS) else 1
+        return expert_misfit(linear.name, linear.rows, linear.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +144,7 @@ _ENCODINGS: Mapping[tuple[str, bool], Encoding] = {
     ("W8A8_DYNAMIC", False): _OneByteCodes(),
     ("W8A8_DYNAMIC", True): _OneByteCodes(),
     ("W8A16", False): _OneByteCodes(),
-    ("W4A8_DYNAMIC", True): _PairedOutputs(),
+    ("W4A8_DYNAMIC", True): _Int4Expert(),
     ("W8A8FP8_DYNAMIC", False): _Fp8Channels(),
     ("W8A8FP8_DYNAMIC", True): _Fp8Channels(),
     ("W8A8_MXFP8", False): _Microscaled(paired=False),
