@@ -113,17 +113,17 @@ def _strategies(summary: CalibrationSummary) -> str:
     rows = []
     for strategy, count in summary.strategies.items():
         errors = [
-            row.relative_error for row in summary.rows if row.strategy == strategy and row.relative_error is not None
+            row.largest_error for row in summary.rows if row.strategy == strategy and row.largest_error is not None
         ]
         rows.append((f"`{strategy}`", count, f"{max(errors):.2e}" if errors else "-"))
     return _table(("strategy", "linears", "largest relative error"), rows) + (
         "\n\n`NA` is a linear that stayed in float. The relative error is that of the linear's output on the "
-        "calibration data."
+        "calibration data: over all tokens or of the median one, whichever is larger, rounded activations included."
     )
 
 
 def _quality(summary: CalibrationSummary, dialect: str) -> str:
-    worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:_WORST]
+    worst = [row for row in summary.sorted_rows("error") if row.largest_error is not None][:_WORST]
     parts = []
     probed = [probe.sentence() for probe in summary.probes if probe.format == dialect]
     evaluated = [found for found in summary.evaluations if found.format == dialect]
@@ -137,7 +137,7 @@ def _quality(summary: CalibrationSummary, dialect: str) -> str:
         parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
     parts += [f"Before it was published: {prose(sentence)}." for sentence in probed]
     if worst:
-        lines = [(f"`{row.name}`", f"`{row.strategy}`", f"{row.relative_error:.2e}") for row in worst]
+        lines = [(f"`{row.name}`", f"`{row.strategy}`", f"{row.largest_error:.2e}") for row in worst]
         table = _table(("linear", "strategy", "relative error"), lines)
         parts.append(f"The linears with the largest relative output error:\n\n{table}")
     parts += [f"* {prose(note)}" for note in summary.notes]

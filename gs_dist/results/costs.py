@@ -20,6 +20,7 @@ class SchemeCost:
         num_bytes: what the linear takes on storage, scales included.
         error: tr(D G DT), the squared output error over all tokens.
         relative_error: that as a share of the squared output.
+        token_error: |z - y|^2 / |y|^2 of the median token of a sample; None where none was taken.
     """
 
     name: str
@@ -28,6 +29,12 @@ class SchemeCost:
     num_bytes: int
     error: float
     relative_error: float
+    token_error: float | None = None
+
+    @property
+    def largest_error(self) -> float:
+        """The larger of what all tokens and what the median token say: a few tokens may own the sum over all."""
+        return max(self.relative_error, self.token_error or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

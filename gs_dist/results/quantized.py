@@ -25,9 +25,10 @@ class LinearSummary:
     `activation_error` estimates, on the same scale, what rounding x adds (None where activations stay).
     `token_error` is |z - y|^2 / |y|^2 of the median token of a sample, y being the linear's output and z that of
     the rounded weight on the rounded input, computed as an engine does: the sums over all tokens may belong to a
-    few. `scheme_errors` says, on the scale of `relative_error`, what plainly rounding the weight to W8 and to W4
-    would cost, where the recipe asked for it. `notes` records fallbacks and gates. `num_given`
-    is set where a linear reads an expert's own input: of `num_tokens`, those that the router gave to the expert.
+    few. `scheme_errors` says what plainly rounding the weight to W8 and to W4 would cost, the larger of what all
+    tokens and what the median token say, where the recipe asked for it. `notes` records fallbacks and gates.
+    `num_given` is set where a linear reads an expert's own input: of `num_tokens`, those that the router gave to the
+    expert.
     """
 
     layer: int

@@ -144,6 +144,6 @@ def render_layer_policies(layer_policies: Mapping[str, Mapping[str, Any] | None]
 
 def with_scheme_errors(row: LinearSummary, costs: LayerCosts | None) -> LinearSummary:
     """A row with what each scheme would cost its linear, where that was found out."""
-    found = {c.scheme: c.relative_error for c in (costs.costs if costs else ()) if c.name == row.name}
+    found = {c.scheme: c.largest_error for c in (costs.costs if costs else ()) if c.name == row.name}
     found.pop(FLOAT, None)
     return dataclasses.replace(row, scheme_errors=found) if found else row

@@ -245,7 +245,7 @@ class Probe:
     def _advice(self, summary: CalibrationSummary) -> str:
         """Which linears to look at, and what to change."""
         worst = _worst_rows(summary.sorted_rows("error"))
-        named = ", ".join(f"{row.name} {row.relative_error:.3g}" for row in worst)
+        named = ", ".join(f"{row.name} {row.largest_error:.3g}" for row in worst)
         largest = f"; the largest relative errors are {named}" if named else ""
         return (
             f"{largest}. Raise max_perplexity_increase and run the same recipe again, which only probes again; or "
@@ -255,7 +255,7 @@ class Probe:
 
 
 def _worst_rows(rows: Sequence[LinearSummary]) -> list[LinearSummary]:
-    return [row for row in rows if row.relative_error is not None][:_WORST]
+    return [row for row in rows if row.largest_error is not None][:_WORST]
 
 
 def _sound(found: _Findings) -> bool:

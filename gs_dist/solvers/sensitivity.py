@@ -1,8 +1,9 @@
 """What each scheme would cost each linear, and the choice of schemes that costs least under a size budget.
 
-The cost of a scheme is the output error of plainly rounding the weight to it, from the second moments of its input.
-Solvers that do better than plain rounding lower all costs in about the same proportion, so the order of
-the linears stays.
+The cost of a scheme is the output error of plainly rounding the weight to it: over all tokens, from the second moments
+of the input, and of the median token of a sample. The larger of the two counts, since a few tokens of enormous energy
+may own the sum, and what ordinary ones lose does not show in it. Solvers that do better than plain rounding lower all
+costs in about the same proportion, so the order of the linears stays.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gs_dist.solvers.folding import FoldedTensors
 from gs_dist.solvers.layer import LayerProblem
 from gs_dist.solvers.objective import plain_objective
 from gs_dist.solvers.threads import Threads
+from gs_dist.solvers.token_error import median_token_error
 
 __all__ = ["choose_schemes", "layer_costs", "layer_patterns"]
 
@@ -60,14 +62,18 @@ def _costs(
         if statistics is None or statistics.num_tokens == 0:
             raise UserError(f"layer {problem.layer}: no statistics of {layer_input.name} to judge its linears by")
         group, objective = f"{problem.prefix}{layer_input.name}", plain_objective(statistics)
+        tokens = statistics.sample_tokens
         for name in layer_input.linears:
             weight = folded.weight(name)
             energy = output_error.output_energy(weight, objective, threads=threads)
             for scheme, policy in (*schemes[name].items(), (FLOAT, None)):
-                error = 0.0
+                error, of_token = 0.0, None
                 if policy is not None:
-                    change = _plain_change(weight, policy, problem.scale_dtype)
-                    error = output_error.output_energy(change, objective, threads=threads)
+                    restored = _plainly_rounded(weight, policy, problem.scale_dtype)
+                    if tokens is not None and len(tokens):
+                        of_token = median_token_error(weight, restored, tokens, tokens)
+                    restored -= weight  # now the change of the weight
+                    error = output_error.output_energy(restored, objective, threads=threads)
                 if not (isfinite(error) and isfinite(energy)):
                     raise LayerError(
                         f"layer {problem.layer}: the output of {problem.prefix}{name} is not finite; the activation "
@@ -81,12 +87,13 @@ def _costs(
                         num_bytes=stored_bytes(policy, folded.shape(name), problem.scale_dtype),
                         error=error,
                         relative_error=error / energy if energy > 0 else 0.0,
+                        token_error=of_token,
                     )
                 )
     return tuple(costs)
 
 
-def _plain_change(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:
+def _plainly_rounded(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:
     codes, scale, zero_point = affine.quantise_weight(
         weight,
         form=policy.weight_format,
@@ -94,9 +101,7 @@ def _plain_change(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Flo
         symmetric=policy.weight_symmetric,
         scale_dtype=scale_dtype,
     )
-    change = affine.dequantise(codes, scale, zero_point)
-    change -= weight
-    return change
+    return affine.dequantise(codes, scale, zero_point)
 
 
 def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure = "relative") -> dict[str, str]:
@@ -110,7 +115,7 @@ def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure
     Args:
         costs: of every linear and scheme.
         budget: bytes that all linears together may take.
-        measure: "relative" sums each linear's error as a share of its output, which makes layers with loud
+        measure: "relative" sums each linear's `largest_error`, shares of its output, which makes layers with loud
             and quiet activations comparable; "absolute" sums tr(D G DT).
 
     Raises:
@@ -162,7 +167,7 @@ def _by_group(
         names[cost.name] = cost.group
         size, error = sizes.setdefault(cost.group, {}), errors.setdefault(cost.group, {})
         size[cost.scheme] = size.get(cost.scheme, 0) + cost.num_bytes
-        added = cost.relative_error if measure == "relative" else cost.error
+        added = cost.largest_error if measure == "relative" else cost.error
         error[cost.scheme] = error.get(cost.scheme, 0.0) + added
     return names, sizes, errors
 

@@ -360,7 +360,7 @@ def print_summary(
             if narrow
             else _table(title, columns, lines, left=2)
         )
-        worst = [row for row in summary.sorted_rows("error") if row.relative_error is not None][:WORST_ROWS]
+        worst = [row for row in summary.sorted_rows("error") if row.largest_error is not None][:WORST_ROWS]
         if worst:
             console.print(_linear_table("Largest errors", worst, console.width))
     else:

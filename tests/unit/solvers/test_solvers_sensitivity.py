@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gs_dist.calibration.observers import observe
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput, Linear
-from gs_dist.model.statistics import InputStatistics
+from gs_dist.model.statistics import InputStatistics, StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results import integers
@@ -166,3 +167,67 @@ def test_patterns_match_each_linear_once():
     assert len(patterns) == 4
     for name, scheme in chosen.items():
         assert [s for p, s in patterns.items() if re.match(p, name)] == [scheme]
+
+
+def one_massive_token() -> np.ndarray:
+    """512 tokens of which one, in channel 5 alone, has 240,000 times the energy of any other."""
+    x = np.random.default_rng(0).standard_normal((512, 256)).astype(np.float32)
+    x[:, 5] = 0
+    x[0, 5] = np.sqrt(240e3 * 256)
+    return x
+
+
+def two_layers_of_one_linear(loud: float) -> list[LayerProblem]:
+    """Layer 0's column 5, which one token alone uses, is `loud` times the others; in layer 1 all are alike."""
+    rng, problems = np.random.default_rng(1), []
+    for layer, factor in enumerate((loud, 1.0)):
+        weight = (rng.standard_normal((64, 256)) / 16).astype(np.float32)
+        weight[:, 5] *= factor
+        problems.append(
+            LayerProblem(
+                layer=layer,
+                prefix=f"model.layers.{layer}.",
+                inputs=(LayerInput(name="x", channels=256, linears=("q",), source=None),),
+                linears=(Linear(name="q", out_features=64, in_features=256, bias=False),),
+                tensors={"q.weight": weight},
+                statistics={"x": observe(one_massive_token(), StatisticsSettings(gram=True, sample=True))},
+                policies={},
+                scale_dtype="float32",
+            )
+        )
+    return problems
+
+
+def test_a_linear_that_loses_its_ordinary_tokens_gets_the_bits():
+    """One token owns all energy, and of it little is lost where all others lose half: the choice sees the others."""
+    per_channel = QuantPolicy(weight_quant_dtype="qint4x2")
+    schemes = {"q": {"W8": QuantPolicy(), "W4": per_channel}}
+    costs = [cost for problem in two_layers_of_one_linear(30.0) for cost in layer_costs(problem, schemes)]
+    four_bits = [cost for cost in costs if cost.scheme == "W4"]
+    assert four_bits[0].relative_error < four_bits[1].relative_error, "by energy layer 1 would be the worse one"
+    assert four_bits[0].largest_error == four_bits[0].token_error > 0.5
+    both = sum(cost.num_bytes for cost in four_bits)
+    larger = max(cost.num_bytes for cost in costs if cost.scheme == "W8")
+    chosen = choose_schemes(costs, both - four_bits[0].num_bytes + larger)
+    assert chosen == {"model.layers.0.q": "W8", "model.layers.1.q": "W4"}
+
+
+def test_the_median_token_of_a_cost_is_that_of_the_tokens_themselves():
+    """By hand over all 512 tokens; the sample of 64 tells it to within what their number allows."""
+    problem = two_layers_of_one_linear(30.0)[0]
+    policy = QuantPolicy(weight_quant_dtype="qint4x2")
+    costs = {cost.scheme: cost for cost in layer_costs(problem, {"q": {"W4": policy}})}
+    weight = np.asarray(problem.tensors["q.weight"], dtype=np.float64)
+    scale = np.abs(weight).max(axis=1, keepdims=True) / 7.5
+    change = np.clip(np.round(weight / scale), -8, 7) * scale - weight
+    x = one_massive_token().astype(np.float64)
+    by_token = ((x @ change.T) ** 2).sum(axis=1) / ((x @ weight.T) ** 2).sum(axis=1)
+    low, high = np.quantile(by_token, [0.3, 0.7])
+    assert low <= (costs["W4"].token_error or 0.0) <= high
+    assert costs[FLOAT].token_error is None
+    assert costs[FLOAT].largest_error == 0.0
+
+
+def test_without_a_sample_energy_alone_decides(problem):
+    """No figure of the median token, and no zero that would pass for a good one."""
+    assert {cost.token_error for cost in layer_costs(problem[1], BY_LINEAR)} == {None}
