@@ -18,6 +18,7 @@ __all__ = [
     "attention_block",
     "columns",
     "dense_forward",
+    "divergence",
     "head_logits",
     "linear",
     "negative_log_likelihood",
@@ -31,9 +32,9 @@ __all__ = [
 class AttentionForm(NamedTuple):
     """What a compiled attention depends on besides the shapes of its arguments.
 
-    `schemes` is the fake quantisation of the inputs of queries, keys, values and output: "none", "per_tensor" or
-    "per_token"; `kv_schemes` that of keys and values: "none", "per_channel" or "per_token". `qk_norm` is
-    `GroupedQueryAttention.qk_norm`.
+    `schemes` is the fake quantisation of the inputs of queries, keys, values and output: "none", "per_tensor",
+    "per_token" or "per_token_127"; `kv_schemes` that of keys and values, with "per_channel" for "per_tensor". `qk_norm`
+    is `GroupedQueryAttention.qk_norm`.
     """
 
     num_heads: int
@@ -72,9 +73,9 @@ def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return ops.cast(normed, x.dtype) * rows_of(weight, x.shape[0])
 
 
-def _round_per_token(x: Tensor) -> Tensor:
-    """Symmetric int8 with a scale a row, absmax / 127.5 (compressed-tensors `calculate_qparams`)."""
-    scale = ops.ReduceMax(True)(ops.abs(x), -1) / 127.5
+def _round_per_token(x: Tensor, divisor: float) -> Tensor:
+    """Symmetric int8 with a scale a row, the largest magnitude over the divisor; see `TokenStep`."""
+    scale = ops.ReduceMax(True)(ops.abs(x), -1) / divisor
     scale = ops.maximum(scale, 1e-30)  # a row of zeros stays one
     full = columns(scale, x.shape[1])
     return ops.clamp(ops.round(x / full), -128.0, 127.0) * full
@@ -97,7 +98,9 @@ def round_input(x: Tensor, scheme: str, scales: Tensor, index: int) -> Tensor:
     if scheme == "per_tensor":
         return _round_per_tensor(x, scales[index, 0], scales[index, 1])
     if scheme == "per_token":
-        return _round_per_token(x)
+        return _round_per_token(x, 127.5)
+    if scheme == "per_token_127":
+        return _round_per_token(x, 127.0)
     return x
 
 
@@ -105,7 +108,9 @@ def _round_cache(x: Tensor, scheme: str, scale: Tensor) -> Tensor:
     if scheme == "per_channel":
         return _round_per_channel(x, scale)
     if scheme == "per_token":
-        return _round_per_token(x)
+        return _round_per_token(x, 127.5)
+    if scheme == "per_token_127":
+        return _round_per_token(x, 127.0)
     return x
 
 
@@ -279,3 +284,20 @@ def negative_log_likelihood(hidden: Tensor, norm: Tensor, head: Tensor, targets:
     """-log p(target) (n, 1) float32 of hidden states (n, h) behind the last layer; targets (n, 1) int32."""
     logits = ops.MatMul(transpose_b=True)(normalise(hidden, norm, epsilon), head)
     return -ops.gather_elements(ops.LogSoftmax(-1)(ops.cast(logits, ms.float32)), 1, targets)
+
+
+@ms.jit
+def divergence(hidden: Tensor, head: Any, reference: Tensor, reference_head: Any, epsilon: float) -> tuple[Any, Any]:
+    """How far the next token's distribution is from a reference's; (n, h) hidden states of both behind the last layer.
+
+    `head` and `reference_head` are the final norm's weight and the head of each.
+
+    Returns:
+        KL(reference || it) in nats, (n, 1) float32, and whether both have the same most likely token, (n,).
+    """
+    ours = ops.LogSoftmax(-1)(ops.cast(head_logits(hidden, head[0], head[1], epsilon), ms.float32))
+    theirs = ops.LogSoftmax(-1)(
+        ops.cast(head_logits(reference, reference_head[0], reference_head[1], epsilon), ms.float32)
+    )
+    lost = ops.ReduceSum(True)(ops.exp(theirs) * (theirs - ours), -1)
+    return lost, ops.equal(ops.Argmax(-1)(ours), ops.Argmax(-1)(theirs))

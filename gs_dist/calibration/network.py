@@ -6,7 +6,7 @@ of the micro-batch, sizes, quantisation scheme) is compiled once a process and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,13 @@ import numpy.typing as npt
 from mindspore import Tensor, ops
 
 from gs_dist.calibration._experts import ROWS, Dispatch, RoutingForm, dispatch, expert_forward, routed_forward
-from gs_dist.calibration._forward import AttentionForm, dense_forward, head_logits, negative_log_likelihood
+from gs_dist.calibration._forward import (
+    AttentionForm,
+    dense_forward,
+    divergence,
+    head_logits,
+    negative_log_likelihood,
+)
 from gs_dist.calibration.device import Device
 from gs_dist.model.decoder import (
     DecoderArchitecture,
@@ -28,6 +34,7 @@ from gs_dist.model.decoder import (
 )
 from gs_dist.model.mlp import SHARED, expert_input
 from gs_dist.model.rotary import Rotary
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
 __all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "RoutedActivation", "rotary_tables"]
@@ -36,6 +43,7 @@ Array = npt.NDArray[Any]
 
 _MASKED = -1e30  # far below any score, and finite in bfloat16 and float32
 _LOGITS_BYTES = 64 << 20  # of one chunk of logits
+_TOKEN_SCHEMES = {TokenStep.OVER_127_5: "per_token", TokenStep.OVER_127: "per_token_127"}  # as `_forward` spells them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +114,13 @@ class DecoderNetwork:
 
     Attention is causal without a padding mask: padding stands at the end of a sample, where no token
     before it sees it. Results are the same to the last bit for the same micro-batch in any process.
+    Tokens that a quantised layer rounds have steps as `token_step` says.
     """
 
-    def __init__(self, architecture: DecoderArchitecture, device: Device) -> None:
+    def __init__(
+        self, architecture: DecoderArchitecture, device: Device, token_step: TokenStep = TokenStep.OVER_127_5
+    ) -> None:
+        self._token_scheme = _TOKEN_SCHEMES[token_step]
         self.architecture = architecture
         self.device = device
         self.dtype = device.compute_dtype(architecture.dtype)
@@ -278,28 +290,60 @@ class DecoderNetwork:
         Returns:
             Sum in nats (b,) float64 and number of predicted tokens (b,).
         """
-        batch, tokens, channels = hidden.shape
         norm, head = self._head(outer)
-        counted = np.zeros((batch, tokens), bool)
-        counted[:, :-1] = mask[:, :-1] & mask[:, 1:]
-        targets = np.zeros((batch, tokens), np.int32)
+        counted = _predicting(mask)
+        targets = np.zeros(mask.shape, np.int32)
         targets[:, :-1] = input_ids[:, 1:]
-        rows = batch * tokens
-        chunk = min(rows, max(16, _LOGITS_BYTES // (4 * self.architecture.vocab_size)))
-        flat = hidden.reshape((rows, channels))
-        losses = np.zeros(-(-rows // chunk) * chunk, np.float64)
-        for start in range(0, rows, chunk):
-            # The last chunk reaches back over rows already done: one shape, and nothing to pad.
-            first = min(start, rows - chunk)
-            part = slice(first, first + chunk)
-            if not counted.reshape(-1)[part].any():
-                continue
+        losses = np.zeros(mask.size, np.float64)
+        flat = hidden.reshape((mask.size, -1))
+        for part in self._chunks(counted):
             target = self.device.to_tensor(np.ascontiguousarray(targets.reshape(-1, 1)[part]))
             losses[part] = self.device.to_numpy(
                 negative_log_likelihood(flat[part], norm, head, target, self.architecture.rms_norm_eps)
             )[:, 0]
-        sums = np.where(counted, losses[:rows].reshape(batch, tokens), 0.0).sum(axis=1)
+        sums = np.where(counted, losses.reshape(mask.shape), 0.0).sum(axis=1)
         return sums, counted.sum(axis=1, dtype=np.int64)
+
+    def token_divergences(
+        self,
+        outer: OuterWeights,
+        hidden: Tensor,
+        reference_outer: OuterWeights,
+        reference: Tensor,
+        mask: npt.NDArray[np.bool_],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """How far the next token's distribution is from that of a reference, at the places of `token_losses`.
+
+        Args:
+            outer: norm and head of this model.
+            hidden: (b, t, h) behind its last layer.
+            reference_outer: norm and head of the model that it is compared with.
+            reference: hidden states of that one.
+            mask: (b, t), False for padding.
+
+        Returns:
+            KL(reference || this) in nats, float32, and whether the most likely tokens are equal; one each a predicted
+            token, sample by sample.
+        """
+        counted = _predicting(mask)
+        lost, equal = np.zeros(mask.size, np.float32), np.zeros(mask.size, bool)
+        flat, other = (states.reshape((mask.size, -1)) for states in (hidden, reference))
+        heads = ms.mutable(self._head(outer)), ms.mutable(self._head(reference_outer))
+        for part in self._chunks(counted):
+            found = divergence(flat[part], heads[0], other[part], heads[1], self.architecture.rms_norm_eps)
+            lost[part], equal[part] = self.device.to_numpy(found[0])[:, 0], self.device.to_numpy(found[1])
+        chosen = counted.reshape(-1)
+        return np.maximum(lost[chosen], 0), equal[chosen]  # rounding leaves equal distributions a hair below 0
+
+    def _chunks(self, counted: npt.NDArray[np.bool_]) -> Iterator[slice]:
+        """Positions whose logits exist at a time, of one length; those without any that counts are left out."""
+        rows = counted.size
+        chunk = min(rows, max(16, _LOGITS_BYTES // (4 * self.architecture.vocab_size)))
+        for start in range(0, rows, chunk):
+            # The last chunk reaches back over rows already done: one shape, and nothing to pad.
+            first = min(start, rows - chunk)
+            if counted.reshape(-1)[first : first + chunk].any():
+                yield slice(first, first + chunk)
 
     def _tensor(self, array: Array) -> Tensor:
         return self.device.to_tensor(array, self.dtype)
@@ -357,7 +401,7 @@ class DecoderNetwork:
                 row[:] = found.input_scale, found.input_zero_point or 0
                 schemes.append("per_tensor")
             else:
-                schemes.append("per_token")
+                schemes.append(self._token_scheme)
         return self.device.to_tensor(inputs, ms.float32), tuple(schemes)
 
     def _cache_schemes(self, quantized: QuantizedLayer | None) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
@@ -365,7 +409,7 @@ class DecoderNetwork:
         cache = None if quantized is None else quantized.kv_cache
         scales = (None, None) if cache is None else (cache.key_scale, cache.value_scale)
         schemes = tuple(
-            "none" if cache is None else "per_token" if scale is None else "per_channel" for scale in scales
+            "none" if cache is None else self._token_scheme if scale is None else "per_channel" for scale in scales
         )
         arrays = [np.ones(1, np.float32) if scale is None else scale for scale in scales]
         return tuple(self.device.to_tensor(array, ms.float32) for array in arrays), schemes
@@ -381,6 +425,13 @@ class DecoderNetwork:
             rotary = ms.mutable(tuple(self._tensor(table) for table in rotary_tables(attention, tokens)))
             self._tables[key] = (rotary, self._tensor(mask), block, window)
         return self._tables[key]
+
+
+def _predicting(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Where a token predicts the next one: `mask` (b, t) is True at both."""
+    counted = np.zeros(mask.shape, bool)
+    counted[:, :-1] = mask[:, :-1] & mask[:, 1:]
+    return counted
 
 
 def _routing_form(routing: Routing) -> tuple[Any, ...]:

@@ -133,6 +133,8 @@ def _quality(summary: CalibrationSummary, dialect: str) -> str:
             change = found.perplexity / found.float_perplexity - 1
             rows = [("float", f"{found.float_perplexity:.4f}"), (f"quantised ({change:+.2%})", rows[0][1])]
         parts.append(f"{_table(('model', 'perplexity'), rows)}\n\nOver {prose(found.basis())}.")
+        if found.comparison is not None:
+            parts.append(_table(("beside the float model, token by token", ""), found.comparison.rows()))
     if not probed and not evaluated:
         parts.append("Perplexity was not measured: `gs-dist evaluate` does so.")
     parts += [f"Before it was published: {prose(sentence)}." for sentence in probed]

@@ -55,6 +55,8 @@ CARD_GRAM_WORKSPACES = 2
 # While a model is evaluated logits exist for this many bytes of positions at a time, and 16 positions at least; raw,
 # shifted, and their exponents.
 LOGITS_BYTES, LOGITS_ROWS, LOGITS_COPIES = 64 << 20, 16, 3
+# Where distributions are compared: logits of both models, their logarithms, exponents, difference and product.
+COMPARED_COPIES = 7
 # A layer being loaded: its tensors as read or decoded, and dequantised in float32, beside what is on the device.
 LOADING_COPIES = 2
 
@@ -249,7 +251,13 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
 
 
 def probe_memory(
-    shape: JobShape, layers: Sequence[int], *, embeds: bool, last: bool, kept_micro_batches: int = 0
+    shape: JobShape,
+    layers: Sequence[int],
+    *,
+    embeds: bool,
+    last: bool,
+    kept_micro_batches: int = 0,
+    compares: bool = False,
 ) -> MemoryPlan:
     """Peak memory of a worker that holds `layers` of a model under evaluation, all of them at once.
 
@@ -259,15 +267,18 @@ def probe_memory(
         embeds: whether it is the first stage.
         last: whether it is the last one, which holds the head (as large as the embedding) and makes logits.
         kept_micro_batches: hidden states kept until the next layers are loaded, 0 where all of the stage's are held.
+        compares: whether the last stage compares distributions with the float model's, whose head may be another.
     """
     stage = StageShape(
         layers=layers, wave=(), resident=True, embeds=embeds, live_sets=0, kept_micro_batches=kept_micro_batches
     )
     held = stage_memory(shape, stage)
     rows = max(LOGITS_ROWS * 4 * shape.architecture.vocab_size, LOGITS_BYTES)
-    logits = LOGITS_COPIES * min(rows, shape.tokens * 4 * shape.architecture.vocab_size) if last else 0
+    copies = COMPARED_COPIES if compares else LOGITS_COPIES
+    logits = copies * min(rows, shape.tokens * 4 * shape.architecture.vocab_size) if last else 0
+    logits += shape.hidden_bytes if last and compares else 0
     loading = LOADING_COPIES * max(shape.layer_weight_bytes[i] for i in layers)
-    head = shape.embedding_bytes if last else 0
+    head = shape.embedding_bytes * (2 if compares else 1) if last else 0
     items, host = dict(held.items), dict(held.host_items)
     items["weights"] += head
     items["activations"] += logits

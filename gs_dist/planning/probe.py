@@ -82,6 +82,7 @@ def choose_groups(
     num_micro_batches: int,
     limit: int,
     host_limit: int | None,
+    compares: bool = False,
 ) -> LayerGroups:
     """The fewest groups of a stage's layers that fit; one layer a group, with `fits` False, where that does not.
 
@@ -93,12 +94,16 @@ def choose_groups(
         num_micro_batches: of the evaluation, whose hidden states are kept between groups.
         limit: bytes of the device.
         host_limit: bytes of the host, where the device is a card and the host is known.
+        compares: whether distributions are compared with the float model's.
     """
     found = None
     for count in range(1, len(layers) + 1):
         groups = split_evenly(layers, count)
         kept = num_micro_batches if count > 1 else 0
-        plans = [probe_memory(shape, group, embeds=embeds, last=last, kept_micro_batches=kept) for group in groups]
+        plans = [
+            probe_memory(shape, group, embeds=embeds, last=last, kept_micro_batches=kept, compares=compares)
+            for group in groups
+        ]
         memory = max(plans, key=lambda plan: (plan.peak, plan.host_peak))
         found = LayerGroups(
             bounds=tuple((group[0], group[-1] + 1) for group in groups),

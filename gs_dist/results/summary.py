@@ -21,9 +21,11 @@ from gs_dist.storage import rename, sync_directory, sync_file
 
 __all__ = [
     "CalibrationSummary",
+    "FloatComparison",
     "PerplexitySummary",
     "ProbeSummary",
     "StageSummary",
+    "evaluations_json",
     "read_summary",
     "write_summary",
 ]
@@ -95,6 +97,34 @@ class ProbeSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FloatComparison:
+    """How far a published model is from the float model, token by token over the same samples.
+
+    Attributes:
+        loss_increase: by how much the mean loss of a predicted token is larger, in nats.
+        standard_error: of that, from the differences of samples; None of a single sample.
+        mean_kl, kl_99th_percentile: of KL(float || published) of the next token's distribution, in nats.
+        equal_top1: share of predicted places where both models have the same most likely token.
+    """
+
+    loss_increase: float
+    standard_error: float | None
+    mean_kl: float
+    kl_99th_percentile: float
+    equal_top1: float
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """What is measured and the figure, for people."""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.5f}"
+        return (
+            ("loss increase ± paired standard error, nats", f"{self.loss_increase:+.5f}{error}"),
+            ("KL divergence from the float model, mean, nats", f"{self.mean_kl:.5f}"),
+            ("KL divergence, 99th percentile, nats", f"{self.kl_99th_percentile:.5f}"),
+            ("most likely token the same", f"{self.equal_top1:.2%}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerplexitySummary:
     """What `gs-dist evaluate` measured of a published model.
 
@@ -104,6 +134,8 @@ class PerplexitySummary:
         num_samples, sequence_length, num_tokens: samples, tokens of each, and tokens predicted in all of them.
         data: base names of what the samples were read from.
         data_fingerprint: of the samples, sha256 in hex: equal where two figures may be compared.
+        comparison: with the float model, None where that was not run.
+        engine: the one that rounds tokens as it was done here; None for compressed-tensors' way.
     """
 
     format: str
@@ -114,6 +146,8 @@ class PerplexitySummary:
     num_tokens: int
     data: tuple[str, ...]
     data_fingerprint: str
+    comparison: FloatComparison | None = None
+    engine: str | None = None
 
     def sentence(self) -> str:
         """The figures and what they are over, in words, without the format."""
@@ -128,6 +162,7 @@ class PerplexitySummary:
         return (
             f"{self.num_samples} samples of {self.sequence_length} tokens of {', '.join(self.data)} "
             f"({self.num_tokens} predicted tokens, data {self.data_fingerprint[:12]})"
+            f"{'' if self.engine is None else f', tokens rounded as {self.engine} does'}"
         )
 
 
@@ -234,7 +269,7 @@ class CalibrationSummary:
             rows = tuple(_rebuilt(LinearSummary, row) for row in document.pop("rows"))
             stages = tuple(_rebuilt(StageSummary, stage) for stage in document.pop("stages"))
             probes = tuple(_rebuilt(ProbeSummary, probe) for probe in document.pop("probes", ()))
-            found = tuple(_rebuilt(PerplexitySummary, entry) for entry in document.pop("evaluations", ()))
+            found = tuple(_rebuilt_evaluation(entry) for entry in document.pop("evaluations", ()))
             parts = {"rows": rows, "stages": stages, "probes": probes, "evaluations": found}
             return _rebuilt(cls, {**document, **parts})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -254,6 +289,17 @@ def _finite(value: Any) -> Any:
 
 def _rebuilt(kind: Callable[..., Row], values: Mapping[str, Any]) -> Row:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _rebuilt_evaluation(values: Mapping[str, Any]) -> PerplexitySummary:
+    comparison = values.get("comparison")
+    made = None if comparison is None else FloatComparison(**comparison)
+    return _rebuilt(PerplexitySummary, {**values, "comparison": made})
+
+
+def evaluations_json(found: Sequence[PerplexitySummary]) -> str:
+    """As JSON text, one object a format; numbers that are not finite become null."""
+    return json.dumps(_finite([dataclasses.asdict(entry) for entry in found]), indent=1, ensure_ascii=False) + "\n"
 
 
 def write_summary(directory: Path, summary: CalibrationSummary) -> None:

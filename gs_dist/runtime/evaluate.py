@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gs_dist.checkpoint.engines import engine_named
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.data.dataset import open_dataset
-from gs_dist.errors import CheckpointError, PlanError
+from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.device_kind import DeviceKind
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.probe import choose_groups, evaluation_shape
 from gs_dist.planning.spread import ASCEND_MEMORY_PER_WORKER, host_share
@@ -38,9 +40,10 @@ def evaluate(
     memory_per_worker: int | None = None,
     address: str | None = None,
     timeout: float = 600.0,
+    engine: str | None = None,
     progress: Progress,
 ) -> tuple[PerplexitySummary, ...]:
-    """Perplexity of a published model in each of its dialects, and of the float model it was made of.
+    """Perplexity of a published model in each of its dialects, and how far it is from the float model it was made of.
 
     Args:
         directory: a job's output, or the model directory within it.
@@ -51,12 +54,17 @@ def evaluate(
         memory_per_worker: bytes that a worker may use; None for its share of the machine, or of a card.
         address: of a Ray cluster to join; None starts one here.
         timeout: seconds without any progress after which the workers count as lost.
+        engine: the one whose steps of a token are taken; compared with it are only dialects that it reads. None for
+            those of compressed-tensors.
         progress: told of finished micro-batches, and where layers do not all fit at once.
 
     Raises:
         UserError: a directory or the data cannot be used, or not even one layer fits.
     """
     published = find_models(Path(directory), dialects)
+    token_step = TokenStep.OVER_127_5
+    if engine is not None:
+        published, token_step = _read_by(engine, published, dialects), engine_named(engine).token_step
     reader = CheckpointReader(next(iter(published.values())), quantized=True)
     num_layers = reader.architecture.num_layers
     sources: Mapping[str, str] = {}
@@ -88,6 +96,8 @@ def evaluate(
         max_in_flight=2 * num_stages,
         threads_per_worker=max(1, threads // num_stages),
         sources=sources,
+        compares=model is not None,
+        token_step=token_step,
     )
     num_cpus = num_stages * evaluation.threads_per_worker
     with cluster(address, num_cpus, patience=timeout, tell=progress.message) as facts:
@@ -110,9 +120,28 @@ def evaluate(
             num_tokens=found.num_tokens,
             data=tuple(map(base_name, data.data)),
             data_fingerprint=fingerprint,
+            comparison=found.comparisons.get(name),
+            engine=engine,
         )
         for name, perplexity in found.published.items()
     )
+
+
+def _read_by(engine: str, published: Mapping[str, Path], asked: Sequence[str]) -> dict[str, Path]:
+    """Those of the directories that an engine reads.
+
+    Raises:
+        UserError: there is none, or one that was asked for is not among them.
+    """
+    read = engine_named(engine).dialects
+    others = [name for name in (asked or published) if name not in read]
+    found = {name: path for name, path in published.items() if name in read}
+    if not found or (asked and others):
+        raise UserError(
+            f"--as {engine}: it reads {' and '.join(read)}, and not {', '.join(others)}; leave --as out, or name "
+            "another --format"
+        )
+    return found
 
 
 def _sources(published: Mapping[str, Path], source: CheckpointReader, progress: Progress) -> Mapping[str, str]:
@@ -164,6 +193,7 @@ def _fitted(
             num_micro_batches=num_micro_batches,
             limit=limit,
             host_limit=None if device.on_host else share,
+            compares=evaluation.compares,
         )
         if not groups.fits:
             needed = groups.memory

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gs_dist.errors import WorkerLostError
 from gs_dist.progress import Progress
+from gs_dist.runtime.batch_losses import BatchLosses
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.micro_batches import MicroBatchQueue
 from gs_dist.runtime.workers import Reference, WorkerGroup, WorkerKey, as_they_come, value_of
@@ -63,8 +64,8 @@ class EvaluatedModel:
         """For people."""
         return "the float model" if self.which == FLOAT else f"the {self.which} model"
 
-    def losses(self, num_micro_batches: int, progress: Progress) -> list[tuple[float, int]]:
-        """Negative log likelihood in nats and number of predicted tokens of each micro-batch, in order.
+    def losses(self, num_micro_batches: int, progress: Progress) -> list[BatchLosses]:
+        """Losses of each micro-batch, in order.
 
         Raises:
             WorkerLostError: a worker died, or nothing happened for `timeout` seconds.

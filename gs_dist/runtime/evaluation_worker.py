@@ -20,7 +20,9 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.errors import CheckpointError
 from gs_dist.model.device_kind import DeviceKind
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.recipe.config import CalibrationData
+from gs_dist.runtime.batch_losses import BatchLosses, Divergences
 
 __all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]
 
@@ -46,6 +48,8 @@ class Evaluation:
             noted them.
         max_in_flight: micro-batches between the first and the last stage.
         device, threads_per_worker: as planned.
+        compares: whether published models' distributions are compared with the float model's, which then runs first.
+        token_step: of what published models round token by token.
     """
 
     model: str | None
@@ -56,11 +60,43 @@ class Evaluation:
     device: DeviceKind = DeviceKind.CPU
     threads_per_worker: int = 1
     sources: Mapping[str, str] = field(default_factory=dict)
+    compares: bool = False
+    token_step: TokenStep = TokenStep.OVER_127_5
 
     @property
     def layers_at_a_time(self) -> int | None:
         """The most layers held at a time by a stage that does not hold all of its own; None where each one does."""
         return max((end - first for groups in self.stages if len(groups) > 1 for first, end in groups), default=None)
+
+
+class _FloatModel:
+    """What the last stage keeps of the float model: its head, and on disk the hidden states that the head reads."""
+
+    def __init__(self) -> None:
+        self._sums: Mapping[str, str] = {}
+        self._outer: OuterWeights | None = None
+        self._states = ActivationStore()
+
+    @property
+    def outer(self) -> OuterWeights | None:
+        """Norm and head; None before the float model ran."""
+        return self._outer
+
+    def keep(self, outer: OuterWeights, sums: Mapping[str, str]) -> None:
+        """Remembers norm and head, and checksums of what they are made of."""
+        self._outer, self._sums = outer, sums
+
+    def shared(self, sums: Mapping[str, str]) -> OuterWeights | None:
+        """Norm and head, if those of a published model have the same checksums."""
+        return self._outer if self._sums == sums else None
+
+    def put(self, micro_batch: int, states: npt.NDArray[Any]) -> None:
+        """Keeps the hidden states (b, t, h) behind the last layer."""
+        self._states.put(micro_batch, states)
+
+    def states(self, micro_batch: int) -> npt.NDArray[Any]:
+        """What was kept."""
+        return self._states.get(micro_batch)
 
 
 class EvaluationWorker:
@@ -82,6 +118,7 @@ class EvaluationWorker:
         self._dataset: CalibrationDataset | None = None
         self._batches: Iterator[TokenBatch] = iter(())
         self._store = ActivationStore()
+        self._float_model = _FloatModel() if evaluation.compares and self._is_last else None
         self._kept: dict[int, TokenBatch] = {}
 
     def begin(self, which: str, group: int) -> None:
@@ -113,20 +150,27 @@ class EvaluationWorker:
             self._reader = CheckpointReader(Path(evaluation.model))
         else:
             self._reader = CheckpointReader(Path(evaluation.published[which]), quantized=True)
-        self._network = DecoderNetwork(self._reader.architecture, self._device)
-        self._outer = self._network.outer_weights(self._outer_tensors(which))
+        self._network = DecoderNetwork(self._reader.architecture, self._device, evaluation.token_step)
+        self._outer = self._outer_weights(which)
         self._which = which
 
-    def _outer_tensors(self, which: str) -> Mapping[str, npt.NDArray[Any]]:
+    def _outer_weights(self, which: str) -> OuterWeights:
         tied = self._reader.architecture.tie_word_embeddings
         names = ["model.embed_tokens.weight"] if self._is_first or (self._is_last and tied) else []
         if self._is_last:
             names += ["model.norm.weight"] + ([] if tied else ["lm_head.weight"])
         tensors = self._reader.read(names)
+        if which != FLOAT and self._float_model is None:
+            return self._network.outer_weights(tensors)
+        sums = checksums(tensors)
         if which == FLOAT:
-            for name, checksum in checksums(tensors).items():
+            for name, checksum in sums.items():
                 self._refuse_other_source(name, checksum, name)
-        return tensors
+        shared = None if self._float_model is None else self._float_model.shared(sums)
+        outer = shared or self._network.outer_weights(tensors)
+        if which == FLOAT and self._float_model is not None:
+            self._float_model.keep(outer, sums)
+        return outer
 
     def _refuse_other_source(self, part: str, checksum: str, what: str) -> None:
         if self._evaluation.sources.get(part, checksum) != checksum:
@@ -143,8 +187,8 @@ class EvaluationWorker:
             payload: what the stage before gave; None at the first stage, and behind a stage's first group of layers.
 
         Returns:
-            Hidden states with their batch, or at the last stage (negative log likelihood, tokens); None before the
-            stage's last group of layers.
+            Hidden states with their batch, or at the last stage a `BatchLosses`; None before the stage's last group of
+            layers.
         """
         states, batch = (None, self._batch(micro_batch)) if payload is None else payload
         if len(self._groups) > 1:
@@ -156,7 +200,24 @@ class EvaluationWorker:
             return self._device.to_numpy(hidden), batch
         assert self._outer is not None
         losses, tokens = self._network.token_losses(self._outer, hidden, batch.input_ids, batch.mask)
-        return float(np.sum(losses)), int(np.sum(tokens))
+        return BatchLosses(
+            losses=tuple(losses.tolist()),
+            tokens=tuple(tokens.tolist()),
+            divergences=self._divergences(micro_batch, hidden, batch),
+        )
+
+    def _divergences(self, micro_batch: int, hidden: Any, batch: TokenBatch) -> Divergences | None:
+        """From the float model, whose own hidden states are kept for the models that follow."""
+        if self._float_model is None:
+            return None
+        if self._which == FLOAT:
+            self._float_model.put(micro_batch, self._device.to_numpy(hidden))
+            return None
+        assert self._outer is not None
+        assert self._float_model.outer is not None, "the float model runs first"
+        reference = self._device.to_tensor(self._float_model.states(micro_batch))
+        kl, equal = self._network.token_divergences(self._outer, hidden, self._float_model.outer, reference, batch.mask)
+        return Divergences(kl=kl, equal=equal)
 
     def next_tokens(self, input_ids: npt.NDArray[np.int32], num_prompt: int, payload: npt.NDArray[Any] | None) -> Any:
         """The token of largest logit at each place behind the first `num_prompt` of `input_ids` (1, t).

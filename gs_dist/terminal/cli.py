@@ -30,7 +30,14 @@ from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.presets import PRESETS
 from gs_dist.recipe.sizes import parse_size
 from gs_dist.recipe.text import problems_of
-from gs_dist.results.summary import JSON_NAME, CalibrationSummary, PerplexitySummary, read_summary, write_summary
+from gs_dist.results.summary import (
+    JSON_NAME,
+    CalibrationSummary,
+    PerplexitySummary,
+    evaluations_json,
+    read_summary,
+    write_summary,
+)
 from gs_dist.terminal.console import PrintableConsole, say, show_progress
 from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, read_conversion
 from gs_dist.terminal.request import Request, again
@@ -413,8 +420,16 @@ def evaluate(
     memory: Annotated[str | None, typer.Option("--memory-per-worker", help="At most, such as 60GiB.")] = None,
     address: Address = None,
     timeout: Annotated[float, typer.Option(help="Seconds without progress before workers count as lost.")] = 600.0,
+    engine: Annotated[
+        str | None, typer.Option("--as", help="Engine whose int8 steps of a token are taken, such as vllm-ascend.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure the perplexity of a published model, beside the float model's if that is named."""
+    """Measure the perplexity of a published model, and with --model how far it is from the float one.
+
+    That is: the increase of the loss with its paired standard error, mean and 99th percentile of the KL divergence of
+    the next token's distribution, and how often the most likely token is the same.
+    """
     try:
         samples = CalibrationData(
             data=tuple(data), num_samples=num_samples, sequence_length=sequence_length, column=column, packing=packing
@@ -438,9 +453,13 @@ def evaluate(
             memory_per_worker=memory_per_worker,
             address=address,
             timeout=timeout,
+            engine=engine,
             progress=progress,
         )
-    _show_perplexity(found)
+    if json:
+        say(evaluations_json(found), nl=False)
+    else:
+        _show_perplexity(found)
     _record_perplexity(directory, found)
 
 
@@ -456,6 +475,11 @@ def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
     for name, perplexity, change in lines:
         if perplexity is not None:
             say(f"perplexity of {name + ':':<{width + 1}} {perplexity:.4f}{change}")
+    for entry in found:
+        if entry.comparison is not None:
+            say(f"the {entry.format} model beside the float model:")
+            for what, figure in entry.comparison.rows():
+                say(f"  {what + ':':<48} {figure}")
 
 
 def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:

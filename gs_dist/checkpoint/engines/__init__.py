@@ -7,10 +7,22 @@ from types import MappingProxyType
 
 from gs_dist.checkpoint.engines import mindformers, transformers, vllm, vllm_ascend, vllm_mindspore
 from gs_dist.checkpoint.engines.base import Engine
+from gs_dist.errors import UserError
 
-__all__ = ["ENGINES", "Engine"]
+__all__ = ["ENGINES", "Engine", "engine_named"]
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
     {module.ENGINE.name: module.ENGINE for module in (transformers, vllm, vllm_ascend, vllm_mindspore, mindformers)}
 )
 """Name in `gs-dist check --for` to the engine, in the order in which a model card tells of them."""
+
+
+def engine_named(name: str) -> Engine:
+    """An engine by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in ENGINES:
+        raise UserError(f"{name!r} is no engine that is known here: name one of {', '.join(ENGINES)}")
+    return ENGINES[name]

@@ -9,6 +9,7 @@ from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 
 __all__ = ["Engine", "serve_command"]
 
@@ -21,6 +22,7 @@ class Engine:
         name: spelling in `gs-dist check --for`.
         title: what a model card calls it.
         dialects: those that its card is shown for.
+        token_step: how it makes the int8 step of a token while serving.
         check: applies the loader's rules to a directory, those of a version or ("") of the newest that is known;
             problems and notes go to the inventory.
         serve: Markdown that says how to serve a directory, given its dialect, the model, and what `check` noted.
@@ -29,6 +31,7 @@ class Engine:
     name: str
     title: str
     dialects: tuple[str, ...]
+    token_step: TokenStep
     check: Callable[[Inventory, Layout, str], None]
     serve: Callable[[str, DecoderArchitecture, Sequence[Note]], str]
 

@@ -14,6 +14,7 @@ from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["ENGINE"]
@@ -38,4 +39,11 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
     return serve_command("MindFormers", command)
 
 
-ENGINE = Engine(name="mindformers", title="MindFormers", dialects=("golden-stick",), check=_check, serve=_serve)
+ENGINE = Engine(
+    name="mindformers",
+    title="MindFormers",
+    dialects=("golden-stick",),
+    token_step=TokenStep.OVER_127,  # MindSpore `ops.auto_generate.DynamicQuantExt`, which is CANN aclnnDynamicQuant
+    check=_check,
+    serve=_serve,
+)

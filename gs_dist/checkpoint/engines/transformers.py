@@ -11,6 +11,7 @@ from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 
 __all__ = ["ENGINE"]
 
@@ -41,4 +42,11 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
     )
 
 
-ENGINE = Engine(name="transformers", title="transformers", dialects=("compressed-tensors",), check=_check, serve=_serve)
+ENGINE = Engine(
+    name="transformers",
+    title="transformers",
+    dialects=("compressed-tensors",),
+    token_step=TokenStep.OVER_127_5,  # through compressed-tensors
+    check=_check,
+    serve=_serve,
+)

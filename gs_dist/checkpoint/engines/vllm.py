@@ -19,6 +19,7 @@ from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 
 __all__ = ["ENGINE"]
 
@@ -157,4 +158,11 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
     return serve_command("vLLM", f"vllm serve DIRECTORY{dtype}")
 
 
-ENGINE = Engine(name="vllm", title="vLLM", dialects=("compressed-tensors",), check=_check, serve=_serve)
+ENGINE = Engine(
+    name="vllm",
+    title="vLLM",
+    dialects=("compressed-tensors",),
+    token_step=TokenStep.OVER_127,  # `csrc/quantization/w8a8/int8/scaled_quant.cu`, and `csrc/cpu/dnnl_kernels.cpp`
+    check=_check,
+    serve=_serve,
+)

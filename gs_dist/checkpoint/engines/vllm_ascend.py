@@ -17,6 +17,7 @@ from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["ENGINE"]
@@ -168,5 +169,10 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
 
 
 ENGINE = Engine(
-    name="vllm-ascend", title="vLLM-Ascend", dialects=("compressed-tensors", "ascend"), check=_check, serve=_serve
+    name="vllm-ascend",
+    title="vLLM-Ascend",
+    dialects=("compressed-tensors", "ascend"),
+    token_step=TokenStep.OVER_127,  # `torch_npu.npu_dynamic_quant`, CANN aclnnDynamicQuant: row maximum / 127
+    check=_check,
+    serve=_serve,
 )

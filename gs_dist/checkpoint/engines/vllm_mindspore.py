@@ -15,6 +15,7 @@ from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.numbers.token_step import TokenStep
 from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["ENGINE"]
@@ -78,4 +79,11 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
     return serve_command("vLLM-MindSpore", f"vllm-mindspore serve DIRECTORY --quantization {dialect}")
 
 
-ENGINE = Engine(name="vllm-mindspore", title="vLLM-MindSpore", dialects=("golden-stick",), check=_check, serve=_serve)
+ENGINE = Engine(
+    name="vllm-mindspore",
+    title="vLLM-MindSpore",
+    dialects=("golden-stick",),
+    token_step=TokenStep.OVER_127,  # likewise; of W8A8 alone nothing is rounded by token
+    check=_check,
+    serve=_serve,
+)

@@ -15,6 +15,7 @@ from gs_dist.errors import OutputError
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import (
     CalibrationSummary,
+    FloatComparison,
     PerplexitySummary,
     ProbeSummary,
     StageSummary,
@@ -108,7 +109,9 @@ def shown(summary: CalibrationSummary, width: int = 200, **options: object) -> s
 
 def test_a_summary_survives_json(tmp_path: Path) -> None:
     """What is written is what is read, field by field."""
-    full = replace(SMALL, notes=("resumed",), probes=(PROBE,), evaluations=(EVALUATION,))
+    made = FloatComparison(loss_increase=0.1, standard_error=None, mean_kl=0.2, kl_99th_percentile=2.0, equal_top1=0.9)
+    measured = (EVALUATION, replace(EVALUATION, format="golden-stick", comparison=made, engine="mindformers"))
+    full = replace(SMALL, notes=("resumed",), probes=(PROBE,), evaluations=measured)
     write_summary(tmp_path, full)
     assert read_summary(tmp_path) == full
 

@@ -19,7 +19,7 @@ from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import open_dataset
-from gs_dist.errors import CheckpointError, ClusterError, PlanError, WorkerLostError
+from gs_dist.errors import CheckpointError, ClusterError, PlanError, UserError, WorkerLostError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import probe_memory
@@ -30,6 +30,7 @@ from gs_dist.results.summary import CalibrationSummary, PerplexitySummary
 from gs_dist.runtime.evaluate import evaluate
 from gs_dist.runtime.evaluated_model import EvaluatedModel, chained_groups
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
+from gs_dist.runtime.perplexity import compared, losses_of
 from gs_dist.runtime.probe import Probe
 from gs_dist.runtime.stage_worker import Job
 from gs_dist.runtime.workers import WorkerKey
@@ -267,7 +268,7 @@ def test_evaluation_takes_as_many_layers_as_the_memory_given_to_it_holds(
     assert heard.messages == [told]
     architecture = CheckpointReader(Path(config.model)).architecture
     shape = evaluation_shape(architecture, DeviceKind.CPU, config.probe_data, max_in_flight=4)
-    three_layers = probe_memory(shape, range(3), embeds=False, last=True).peak
+    three_layers = probe_memory(shape, range(3), embeds=False, last=True, compares=True).peak
     assert run(three_layers - 1, heard) == whole
     assert inline[-1].stages == (((0, 2),), ((2, 4), (4, 5)))
     assert heard.messages[1:] == [
@@ -296,9 +297,126 @@ def test_every_format_of_a_job_is_evaluated(tmp_path: Path, inline: list[Evaluat
         assert found.float_perplexity == pytest.approx(found.perplexity, rel=0.01)
         assert (found.num_samples, found.sequence_length, found.num_tokens) == (20, 32, 20 * 31)
         assert (found.data, found.data_fingerprint) == (("samples.parquet",), dataset.fingerprint())
+        assert found.comparison is not None
     (one,) = evaluate(job.output, job.calibration, dialects=["golden-stick"], progress=heard)
     assert (one.format, one.perplexity, one.float_perplexity) == ("golden-stick", both[1].perplexity, None)
+    assert one.comparison is None
     (inside,) = evaluate(f"{job.output}/golden-stick", job.calibration, progress=heard)
     assert inside == one
     with pytest.raises(CheckpointError, match="no finished model as ascend: choose from compressed-tensors, golden-st"):
         evaluate(job.output, job.calibration, dialects=["ascend"], progress=heard)
+
+
+class _Whole:
+    """Logits of a whole model at once, in NumPy's float64 from the last layer's hidden states on."""
+
+    def __init__(self, config: CalibrationConfig, which: str) -> None:
+        worker = EvaluationWorker(evaluation(config, RESIDENT), 0, 0)
+        worker.begin(which, 0)
+        self._worker = worker
+
+    def log_probabilities(self, input_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(b, t - 1, vocabulary) of the tokens that follow."""
+        worker = self._worker
+        states = worker._device.to_numpy(worker._run(-1, input_ids, None)).astype(np.float64)
+        outer = worker._outer
+        assert outer is not None
+        norm, head = (worker._device.to_numpy(tensor).astype(np.float64) for tensor in (outer.norm, outer.head))
+        states = states / np.sqrt((states**2).mean(axis=-1, keepdims=True) + 1e-5) * norm
+        logits = (states @ head.T)[:, :-1]
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_how_far_a_model_is_from_the_float_one_is_what_whole_distributions_say(
+    config: CalibrationConfig, published: CalibrationSummary, inline: list[Evaluation], stages: int
+) -> None:
+    """Loss, its paired standard error over samples, KL and equal tokens, as NumPy has them of all logits at once."""
+    (found,) = evaluate(
+        config.output, config.probe_data, model=config.model, pipeline_parallel_size=stages, progress=Heard()
+    )
+    dataset = open_dataset(config.probe_data, CheckpointReader(Path(config.model)).architecture.vocab_size)
+    ids = np.concatenate([batch.input_ids for batch in dataset.batches()])
+    ours, theirs = (_Whole(config, which).log_probabilities(ids) for which in (FORMAT, FLOAT))
+    chosen = ids[:, 1:, None].astype(np.int64)
+    losses = [-np.take_along_axis(logs, chosen, 2)[..., 0] for logs in (ours, theirs)]
+    of_samples = (losses[0] - losses[1]).mean(axis=1)  # all samples are of one length
+    kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1).reshape(-1)
+    made = found.comparison
+    assert made is not None
+    assert made.standard_error is not None
+    assert made.loss_increase == pytest.approx(of_samples.mean(), abs=1e-6)
+    assert made.standard_error == pytest.approx(of_samples.std(ddof=1) / np.sqrt(len(of_samples)), rel=1e-3)
+    assert made.mean_kl == pytest.approx(kl.mean(), rel=1e-3)
+    assert made.kl_99th_percentile == pytest.approx(np.percentile(kl, 99), rel=1e-3)
+    assert made.equal_top1 == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).mean(), abs=2 / kl.size)
+    assert made.mean_kl > 0
+    assert found.float_perplexity is not None
+    assert np.log(found.perplexity / found.float_perplexity) == pytest.approx(made.loss_increase, abs=1e-6)
+
+
+def test_a_model_is_no_distance_from_itself(config: CalibrationConfig) -> None:
+    """The float model in place of the published one: every difference is 0."""
+    two = dataclasses.replace(evaluation(config, GROUPINGS["both stages"]), compares=True)
+
+    class FloatAlone(EvaluationWorker):
+        """Reads the float model whatever it is asked for, and takes it for a published one."""
+
+        def begin(self, which: str, group: int) -> None:
+            super().begin(FLOAT, group)
+            self._published = which != FLOAT
+
+        def _divergences(self, micro_batch: int, hidden: Any, batch: Any) -> Any:
+            self._which = FORMAT if self._published else FLOAT
+            try:
+                return super()._divergences(micro_batch, hidden, batch)
+            finally:
+                self._which = FLOAT
+
+    group = InlineWorkerGroup(partial(FloatAlone, two), num_stages=2, num_replicas=1)
+    count = config.probe_data.num_micro_batches
+
+    def taken(which: str) -> Any:
+        return losses_of(EvaluatedModel(which=which, evaluation=two, group=group, timeout=60.0), count, Heard())
+
+    reference = taken(FLOAT)
+    assert all(batch.divergences is None for batch in reference.batches)
+    found = compared(taken(FORMAT), reference)
+    assert (found.loss_increase, found.standard_error, found.equal_top1) == (0, 0, 1)
+    assert found.mean_kl < 1e-6
+
+
+def test_tokens_are_rounded_as_the_engine_does(
+    config: CalibrationConfig, published: CalibrationSummary, inline: list[Evaluation]
+) -> None:
+    """Engines whose kernels divide by 127 give other figures than those that divide by 127.5; the basis says which."""
+    found = {
+        engine: evaluate(config.output, config.probe_data, engine=engine, progress=Heard())[0]
+        for engine in (None, "transformers", "vllm", "vllm-ascend")
+    }
+    assert found[None].perplexity == found["transformers"].perplexity
+    assert found["vllm"].perplexity == found["vllm-ascend"].perplexity != found[None].perplexity
+    assert found["vllm"].basis().endswith(", tokens rounded as vllm does")
+    assert [entry.token_step.value for entry in inline] == [127.5, 127.5, 127.0, 127.0]
+
+
+def test_an_engine_is_asked_for_a_format_that_it_reads(
+    config: CalibrationConfig, published: CalibrationSummary, inline: list[Evaluation]
+) -> None:
+    """Others are refused before anything runs."""
+    with pytest.raises(UserError, match="--as mindformers: it reads golden-stick, and not compressed-tensors"):
+        evaluate(config.output, config.probe_data, engine="mindformers", progress=Heard())
+    with pytest.raises(UserError, match="'vlm' is no engine that is known here: name one of transformers, vllm,"):
+        evaluate(config.output, config.probe_data, engine="vlm", progress=Heard())
+    assert inline == []
+
+
+def test_a_head_that_is_the_float_models_is_held_once(config: CalibrationConfig, published: CalibrationSummary) -> None:
+    """The published model's norm and head are the float model's own tensors where the bytes are the same."""
+    worker = EvaluationWorker(dataclasses.replace(evaluation(config, RESIDENT), compares=True), 0, 0)
+    worker.begin(FLOAT, 0)
+    kept = worker._outer
+    assert kept is not None
+    worker.begin(FORMAT, 0)
+    assert worker._outer is kept

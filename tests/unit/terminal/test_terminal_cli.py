@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -30,7 +31,13 @@ from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.recipe.config import CalibrationConfig, CalibrationData, ParallelConfig
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import LinearSummary
-from gs_dist.results.summary import CalibrationSummary, PerplexitySummary, read_summary, write_summary
+from gs_dist.results.summary import (
+    CalibrationSummary,
+    FloatComparison,
+    PerplexitySummary,
+    read_summary,
+    write_summary,
+)
 from gs_dist.terminal.cli import app
 
 
@@ -79,6 +86,16 @@ def a_summary() -> CalibrationSummary:
     )
 
 
+COMPARISON = FloatComparison(
+    loss_increase=0.04879, standard_error=0.00213, mean_kl=0.0234, kl_99th_percentile=0.31, equal_top1=0.9137
+)
+FIGURES = """  loss increase ± paired standard error, nats:     +0.04879 ± 0.00213
+  KL divergence from the float model, mean, nats:  0.02340
+  KL divergence, 99th percentile, nats:            0.31000
+  most likely token the same:                      91.37%
+"""
+
+
 class Runtime:
     """Stands where the runtime's modules are, so that no cluster is started."""
 
@@ -107,6 +124,8 @@ class Runtime:
                 num_tokens=2044,
                 data=("a.parquet",),
                 data_fingerprint="ab" * 32,
+                comparison=None if options["model"] is None else COMPARISON,
+                engine=options["engine"],
             )
             for name, perplexity in (("ascend", 33.0), ("compressed-tensors", 31.5))
             if name in (options["dialects"] or (name,))
@@ -414,6 +433,8 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
         "perplexity of the float model:              30.0000\n"
         "perplexity of the ascend model:             33.0000  (+10.00%)\n"
         "perplexity of the compressed-tensors model: 31.5000  (+5.00%)\n"
+        f"the ascend model beside the float model:\n{FIGURES}"
+        f"the compressed-tensors model beside the float model:\n{FIGURES}"
     )
     (((directory, samples), options),) = runtime.calls
     assert directory == str(tmp_path)
@@ -428,9 +449,24 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     cards = [(tmp_path / name / "README.md").read_text() for name in formats]
     assert ["33.0000" in card for card in cards] == [True, False]
     assert ["31.5000" in card for card in cards] == [False, True]
+    assert all("| most likely token the same | 91.37% |" in card for card in cards)
     assert "model: tiny\noutput: tiny\n" in cards[0]
     run("evaluate", tmp_path, "--data", "a.parquet", "--format", "ascend")
     assert runtime.calls[-1][1]["dialects"] == ("ascend",)
+
+
+def test_evaluate_prints_json(tmp_path: Path, runtime: Runtime) -> None:
+    """Nothing else on standard output; with the engine whose steps were taken."""
+    result = run("evaluate", tmp_path, "--data", "a", "--model", tmp_path, "--as", "vllm-ascend", "--json")
+    ascend, other = json.loads(result.stdout)
+    assert (ascend["format"], ascend["perplexity"], ascend["engine"]) == ("ascend", 33.0, "vllm-ascend")
+    assert other["comparison"] == {
+        "loss_increase": 0.04879,
+        "standard_error": 0.00213,
+        "mean_kl": 0.0234,
+        "kl_99th_percentile": 0.31,
+        "equal_top1": 0.9137,
+    }
 
 
 def test_evaluation_data_are_checked_like_a_recipes(tmp_path: Path, runtime: Runtime) -> None:
