@@ -253,10 +253,15 @@ def _from_json(content: Mapping[str, Any]) -> LayerManifest:
             name: QuantPolicy.model_validate_json(json.dumps(policy)) for name, policy in content["policies"].items()
         },
         kv_cache=content["kv_cache"],
-        rows=tuple(LinearSummary(**{**row, "notes": tuple(row["notes"])}) for row in content["rows"]),
+        rows=tuple(map(_row, content["rows"])),
         lineage=None if content["lineage"] is None else Lineage(**content["lineage"]),
         solved=content["solved"],
     )
+
+
+def _row(content: Mapping[str, Any]) -> LinearSummary:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return LinearSummary(**fields)
 
 
 def _record(content: Mapping[str, Any]) -> ShardRecord:

@@ -56,6 +56,7 @@ from gs_dist.storage import LockState, is_of_storage, sync_directory, try_lock
 __all__ = [
     "LAYER_POLICIES",
     "LOCK",
+    "REPORT",
     "RunDirectory",
     "StatisticsOrigin",
     "StatisticsRecord",
@@ -79,9 +80,10 @@ STATISTICS = "statistics"
 UNJUDGED = ".gs-dist-unjudged"
 _ATTEMPTS = 20  # where a lock's file is removed by its holder in the instant that it is asked for
 LAYER_POLICIES = "layer_policies.yaml"
+REPORT = "report.html"
 _KEEP = "run the job with --keep-statistics first"
 _HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
-_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet")
+_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet", REPORT)
 
 
 @contextmanager

@@ -11,7 +11,19 @@ import numpy.typing as npt
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.integers import Float32, Int8, dequantise
 
-__all__ = ["Float32", "Int8", "LinearSummary", "QuantizedKVCache", "QuantizedLayer", "QuantizedLinear"]
+__all__ = [
+    "OUTLIER_FACTOR",
+    "Float32",
+    "Int8",
+    "LinearSummary",
+    "QuantizedKVCache",
+    "QuantizedLayer",
+    "QuantizedLinear",
+]
+
+OUTLIER_FACTOR = 10.0
+"""Of a channel's largest magnitude over the median channel's, from which on it counts as an outlier; a ratio, since
+models differ in scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,9 @@ class LinearSummary:
     tokens and what the median token say, where the recipe asked for it. `notes` records fallbacks and gates.
     `num_given` is set where a linear reads an expert's own input: of `num_tokens`, those that the router gave to the
     expert.
+    `input_min` and `input_max` are the least and the largest value of its input over all calibration tokens, before
+    any rescaling, and `input_typical` the median over channels of their largest magnitudes. `outlier_channels` are
+    the channels whose largest magnitude is `OUTLIER_FACTOR` times that or more, the largest first, a few of them.
     """
 
     layer: int
@@ -44,6 +59,22 @@ class LinearSummary:
     scheme_errors: Mapping[str, float] | None = None
     token_error: float | None = None
     num_given: int | None = None
+    input_min: float | None = None
+    input_max: float | None = None
+    input_typical: float | None = None
+    outlier_channels: tuple[int, ...] = ()
+
+    @property
+    def role(self) -> str:
+        """The name with `*` for each number: `model.layers.*.mlp.experts.*.up_proj`."""
+        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+
+    @property
+    def outlier_ratio(self) -> float | None:
+        """The input's largest magnitude in units of `input_typical`; None where its range is not known."""
+        if self.input_min is None or self.input_max is None or not self.input_typical:
+            return None
+        return max(abs(self.input_min), abs(self.input_max)) / self.input_typical
 
     @property
     def energy_error(self) -> float | None:

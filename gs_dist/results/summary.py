@@ -54,6 +54,11 @@ class StageSummary:
     peak_memory_measured: int | None
     account: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long it waited; 0 where it did nothing else, and nobody knows for how long."""
+        return self.seconds * self.idle_share / (1.0 - self.idle_share) if self.idle_share < 1.0 else 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSummary:
@@ -183,6 +188,8 @@ class CalibrationSummary:
         notes: what a person should know of the run as a whole.
         probes: one a format, where the job was to compare what it published with the float model.
         evaluations: the last one of each format that was evaluated since.
+        source_bytes: of the float model's tensors; None where it was not noted.
+        model_bytes: of the weight files of each published format, by dialect.
     """
 
     model: str
@@ -198,6 +205,8 @@ class CalibrationSummary:
     notes: tuple[str, ...] = field(default=())
     probes: tuple[ProbeSummary, ...] = ()
     evaluations: tuple[PerplexitySummary, ...] = ()
+    source_bytes: int | None = None
+    model_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def strategies(self) -> dict[str, int]:
@@ -350,6 +359,10 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("activation_error", pa.float64()),
             pa.field("token_error", pa.float64()),
             pa.field("num_given", pa.int64()),
+            pa.field("input_min", pa.float64()),
+            pa.field("input_max", pa.float64()),
+            pa.field("input_typical", pa.float64()),
+            pa.field("outlier_channels", pa.list_(pa.int32())),
             # Not a map, which `datasets` cannot load.
             pa.field("scheme_errors", pa.list_(pa.struct([("scheme", pa.string()), ("relative_error", pa.float64())]))),
         ],

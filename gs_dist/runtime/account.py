@@ -11,6 +11,7 @@ from gs_dist import __version__
 from gs_dist.checkpoint.layer_costs import read_costs
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import DamagedError, OutputError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
@@ -76,7 +77,13 @@ def summarise(
         rows=(*rows, head),
         stages=times.summaries(),
         notes=(*(() if mixture is None else (mixture,)), *shipped_note(job.config.calibration.data)),
+        source_bytes=sum(info.nbytes for info in reader.tensors.values()),
+        model_bytes={name: _weight_bytes(unjudged(Path(job.config.output), name)) for name in job.config.dialects},
     )
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _costs_of(job: Job, layer: int) -> LayerCosts | None:
@@ -102,6 +109,8 @@ def as_told_before(
             fingerprints=summary.fingerprints,
             formats=summary.formats,
             probes=probes,
+            source_bytes=summary.source_bytes,
+            model_bytes=summary.model_bytes,
         )
     with suppress(RecipeError, OSError):
         judged = {"max_perplexity_increase": config.max_perplexity_increase, "probe": config.probe}

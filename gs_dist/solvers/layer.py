@@ -24,6 +24,7 @@ from gs_dist.solvers import affine, kv_cache, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
 from gs_dist.solvers.gates import dead_input_notes, is_dead, lost_channels_notes, overflow_notes
+from gs_dist.solvers.input_figures import InputFigures, input_figures
 from gs_dist.solvers.objective import Objective, plain_objective
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.rounding import round_weight
@@ -336,6 +337,7 @@ def _solve_linear(
         scale_max=float(solved.scale.max()),
         num_tokens=statistics.num_tokens,
         token_error=token_error,
+        **input_figures(statistics),
         notes=(
             *rescaling.notes,
             *notes,
@@ -399,6 +401,7 @@ def _untouched_row(problem: LayerProblem, name: str) -> LinearSummary:
         scale_max=None,
         num_tokens=seen.num_tokens if seen else 0,
         notes=overflow_notes(seen, problem.scale_dtype) if seen and seen.num_tokens else (),
+        **(input_figures(seen) if seen and seen.num_tokens else InputFigures()),
     )
 
 

@@ -396,6 +396,46 @@ def summary(
         print_summary(_console(), found, sort=sort, limit=limit)
 
 
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR [DIR]", help="Output of a finished job; of two jobs, to compare them.")
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; report.html in the job's output, comparison.html here."),
+    ] = None,
+) -> None:
+    """Draw a job's report again, or that of two jobs side by side: one HTML file, which needs no network.
+
+    gs-dist report runs/qwen3-w8a8
+
+    gs-dist report runs/qwen3-w8a8 runs/qwen3-w4a16 -o comparison.html
+    """
+    from gs_dist.checkpoint.run_directory import REPORT
+    from gs_dist.checkpoint.writer import write_bytes
+    from gs_dist.report.comparison import render_comparison
+    from gs_dist.report.page import render_report
+
+    runs = [_run_directory(directory) for directory in directories]
+    summaries = [read_summary(run) for run in runs]
+    if len(runs) == 1:
+        path, page = runs[0] / REPORT, render_report(summaries[0], _recipe_of(runs[0]))
+    elif len(runs) == 2:
+        names = (runs[0].resolve().name, runs[1].resolve().name)
+        path, page = Path("comparison.html"), render_comparison(summaries[0], summaries[1], names)
+    else:
+        raise UserError(f"{len(runs)} directories were named: name one output for its report, or two to compare them")
+    write_bytes(output or path, page.encode())
+    say(f"report: {output or path}")
+
+
+def _recipe_of(run: Path) -> CalibrationConfig | None:
+    """The recipe that a job kept beside its summary."""
+    return read_published_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+
+
 def _run_directory(directory: Path) -> Path:
     """The run that a model directory lies in, or the directory itself."""
     beside = directory.resolve().parent

@@ -288,16 +288,11 @@ def _least_width(column: str, cells: Sequence[str]) -> int:
     return max(len(word) for cell in (column, *cells) for word in cell.split() or [""])
 
 
-def _role(row: LinearSummary) -> str:
-    """The name without the layer's number."""
-    return ".".join("*" if part.isdigit() else part for part in row.name.split("."))
-
-
 def _role_rows(rows: Sequence[LinearSummary]) -> list[list[str]]:
     """One line for each role and strategy: how many, and the errors' median and worst."""
     groups: dict[tuple[str, str], list[LinearSummary]] = {}
     for row in rows:
-        groups.setdefault((_role(row), row.strategy), []).append(row)
+        groups.setdefault((row.role, row.strategy), []).append(row)
     lines = []
     for (role, strategy), members in groups.items():
         measured = [(row.largest_error, row.layer) for row in members if row.largest_error is not None]

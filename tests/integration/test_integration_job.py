@@ -70,6 +70,7 @@ def test_a_finished_job_leaves_what_it_promises(job: tuple[Path, CalibrationConf
         "done",
         "manifests",
         "recipe.yaml",
+        "report.html",
         "summary.json",
         "summary.parquet",
     }
