@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_header
 from gs_dist.checkpoint.lineage import checksum_of
-from gs_dist.checkpoint.seal import SEAL
 from gs_dist.checkpoint.writer import write_safetensors
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
+from gs_dist.seal import SEAL
 
 __all__ = ["read_arrays", "read_texts", "write_arrays"]
 

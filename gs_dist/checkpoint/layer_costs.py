@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gs_dist.checkpoint.lineage import Lineage
 from gs_dist.checkpoint.manifest import Fingerprints, MadeWith, part_stem
-from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.writer import make_directory
 from gs_dist.errors import DamagedError
 from gs_dist.results.costs import LayerCosts, SchemeCost

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-__all__ = ["EMBEDDING", "Lineage", "checksum_of", "checksums", "joined"]
+from gs_dist.seal import joined
+
+__all__ = ["EMBEDDING", "Lineage", "checksum_of", "checksums"]
 
 Array = npt.NDArray[Any]
 
@@ -72,8 +74,3 @@ def checksum_of(tensors: Mapping[str, Array], *texts: str) -> str:
     for text in texts:
         digest.update(f"\0{len(text)} ".encode() + text.encode())
     return digest.hexdigest()
-
-
-def joined(*texts: str) -> str:
-    """One checksum of several, in order."""
-    return checksum_of({}, *texts)

@@ -18,7 +18,7 @@ from typing import Any
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_safetensors
 from gs_dist.errors import OutputError
 from gs_dist.model.decoder import DecoderArchitecture

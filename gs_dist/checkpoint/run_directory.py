@@ -43,10 +43,10 @@ from gs_dist.checkpoint.run_record import (
     version_differences,
     write_record,
 )
-from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
 from gs_dist.checkpoint.weight_files import INDEX_FILE
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes, write_json
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
 from gs_dist.recipe.dialects import DIALECTS
@@ -420,7 +420,7 @@ class RunDirectory:
             _rename(unjudged(self.path, name), self.path / name)
         (self.path / UNJUDGED).rmdir()
         remove_solved(self.path)
-        write_json(self.path / DONE, facts)
+        write_sealed_json(self.path / DONE, facts)
 
     def withdraw(self) -> None:
         """Takes back what `merge` made, as far as it is there: shards stay, and there is no model any more."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.manifest import MANIFESTS, Fingerprints, MadeWith
-from gs_dist.checkpoint.seal import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.writer import make_directory
 from gs_dist.recipe.text import format_path
 

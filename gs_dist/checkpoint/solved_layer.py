@@ -17,11 +17,11 @@ import numpy.typing as npt
 from gs_dist.checkpoint.array_file import read_arrays, read_texts, write_arrays
 from gs_dist.checkpoint.lineage import Lineage
 from gs_dist.checkpoint.manifest import MANIFESTS, part_stem, read_manifest
-from gs_dist.checkpoint.seal import SEAL
 from gs_dist.checkpoint.writer import make_directory
 from gs_dist.errors import DamagedError, OutputError
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
+from gs_dist.seal import SEAL
 
 __all__ = ["SOLVED", "read_solved", "remove_solved", "solved_is_whole", "write_solved"]
 

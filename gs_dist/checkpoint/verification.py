@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,11 @@ from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.part_manifest import finished_parts, read_part
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, ScaleRange, file_sha256, read_provenance
-from gs_dist.errors import CheckpointError, OutputError
+from gs_dist.checkpoint.run_directory import DONE, LAYER_POLICIES
+from gs_dist.checkpoint.sealed_json import read_sealed_json
+from gs_dist.errors import CheckpointError, DamagedError, OutputError
+from gs_dist.results.summary import read_summary, table_sha256
+from gs_dist.seal import unsealed_text
 from gs_dist.wording import counted
 
 __all__ = ["verify"]
@@ -37,6 +41,7 @@ def verify(inventory: Inventory, layout: Layout, sound: set[str]) -> str | None:
     """
     provenance = _provenance(inventory)
     manifests = _manifest_hashes(inventory)
+    _check_run(inventory)
     noted: dict[str, Mapping[str, str]] = dict(manifests)
     if provenance is not None:
         noted[PROVENANCE_FILE] = provenance.shards
@@ -160,6 +165,43 @@ def _manifest_hashes(inventory: Inventory) -> dict[str, dict[str, str]]:
         if record is not None:
             hashes[label] = {record.file: record.sha256}
     return hashes
+
+
+def _check_run(inventory: Inventory) -> None:
+    """What else the run that the directory lies in keeps: each file against its checksum."""
+    run = inventory.directory.resolve().parent
+    if not (run / MANIFESTS).is_dir() or finished_parts(run):
+        return
+    finished = (run / DONE).is_file()
+    for name, is_whole in _RUN_FILES.items():
+        label = f"../{name}"
+        if not (run / name).is_file():
+            if finished and name in _ALWAYS:
+                inventory.report(label, "run-file-present", "no such file", "a file that a finished job has")
+            continue
+        try:
+            is_whole(run / name)
+        except (OutputError, OSError, ValueError) as error:
+            inventory.report(label, "run-file-whole", f"{error!s:.300}", "the file as a job wrote it")
+
+
+def _whole_table(path: Path) -> None:
+    if file_sha256(path) != table_sha256(path.parent):
+        raise DamagedError(f"{path.name}: is not the one that summary.json was written with")
+
+
+def _whole_text(path: Path) -> None:
+    unsealed_text(path.read_text(encoding="utf-8"), path.name)
+
+
+_RUN_FILES: Mapping[str, Callable[[Path], object]] = {
+    DONE: lambda path: read_sealed_json(path, path.name),
+    "summary.json": lambda path: read_summary(path.parent),
+    "summary.parquet": _whole_table,
+    "recipe.yaml": _whole_text,
+    LAYER_POLICIES: _whole_text,
+}
+_ALWAYS = ("summary.json", "summary.parquet", "recipe.yaml")
 
 
 def _part_hashes(inventory: Inventory, run: Path, parts: list[int]) -> dict[str, dict[str, str]]:

@@ -36,6 +36,7 @@ from gs_dist.recipe.keys import Values
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 from gs_dist.recipe.text import Document, apply_overrides, parse_document, problems_of, report
+from gs_dist.seal import unsealed_text
 
 __all__ = [
     "CalibrationConfig",
@@ -524,14 +525,17 @@ def published_recipe(config: CalibrationConfig) -> str:
 
 
 def read_published_recipe(path: str | os.PathLike[str]) -> CalibrationConfig:
-    """What `published_recipe` wrote; its paths are names, which name nothing by themselves.
+    """What `published_recipe` gave and was sealed in a file; its paths are names, which name nothing by themselves.
 
     Raises:
         RecipeError: the file cannot be read, or holds what this version does not know.
+        DamagedError: it does not hold what was written.
+        OutputError: it has no checksum.
     """
+    source = Path(path).name
+    document = parse_document(unsealed_text(_text_of(path), source), source)
     # Model and output may be of one name, which would be refused as one directory.
-    config = load_recipe(path, ["model=/"])
-    document = parse_document(Path(path).read_text(encoding="utf-8"), Path(path).name)
+    config = config_of(document, ["model=/"], source=source)
     return config.model_copy(update={"model": str(document["model"])})
 
 
@@ -543,14 +547,18 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             contradictions; the message lists every problem, one a line.
     """
     source = Path(path).name
+    return config_of(parse_document(_text_of(path), source), overrides, source=source)
+
+
+def _text_of(path: str | os.PathLike[str]) -> str:
+    source = Path(path).name
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {source} is not UTF-8 text (byte {error.start}): name a YAML file") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RecipeError(f"recipe {os.fspath(path)} cannot be read: {reason}; name a YAML file") from None
-    return config_of(parse_document(text, source), overrides, source=source)
 
 
 def config_of(document: Document, overrides: Sequence[str] = (), *, source: str) -> CalibrationConfig:

@@ -6,6 +6,7 @@ Nothing in it tells on which machine it was made: no host names, no paths.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from gs_dist.errors import OutputError
 from gs_dist.results.quantized import LinearSummary
+from gs_dist.seal import sealed, unsealed
 from gs_dist.storage import rename, sync_directory, sync_file
 
 __all__ = [
@@ -27,12 +29,14 @@ __all__ = [
     "StageSummary",
     "evaluations_json",
     "read_summary",
+    "table_sha256",
     "write_summary",
 ]
 
 SUMMARY_VERSION = 1
 JSON_NAME = "summary.json"
 PARQUET_NAME = "summary.parquet"
+_FILES = "files"  # beside the summary, with their hashes
 
 Row = TypeVar("Row")
 
@@ -255,8 +259,12 @@ class CalibrationSummary:
 
     def to_json(self) -> str:
         """As JSON text, keys in a fixed order; numbers that are not finite become null."""
-        document = {"version": SUMMARY_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n"
+        return _as_json(self.to_document())
+
+    def to_document(self) -> dict[str, Any]:
+        """What `to_json` writes."""
+        document = json.loads(_as_json({"version": SUMMARY_VERSION, **dataclasses.asdict(self)}))
+        return dict(document)
 
     @classmethod
     def from_json(cls, text: str) -> CalibrationSummary:
@@ -267,24 +275,47 @@ class CalibrationSummary:
         """
         try:
             document = json.loads(text)
-            version = document.pop("version")
-            if version != SUMMARY_VERSION:
-                raise OutputError(
-                    f"{JSON_NAME} has version {version} and this gs-dist reads version {SUMMARY_VERSION}: "
-                    "use the gs-dist that wrote it"
-                )
-            for name in ("perplexity", "float_perplexity"):  # once written without format and samples: no figures
-                document.pop(name, None)
-            rows = tuple(_rebuilt(LinearSummary, row) for row in document.pop("rows"))
-            stages = tuple(_rebuilt(StageSummary, stage) for stage in document.pop("stages"))
-            probes = tuple(_rebuilt(ProbeSummary, probe) for probe in document.pop("probes", ()))
-            found = tuple(_rebuilt_evaluation(entry) for entry in document.pop("evaluations", ()))
+        except (ValueError, RecursionError) as error:
+            raise _no_summary(error) from error
+        return cls.from_document(document)
+
+    @classmethod
+    def from_document(cls, document: Any) -> CalibrationSummary:
+        """Inverse of `to_document`.
+
+        Raises:
+            OutputError: as of `from_json`.
+        """
+        _refuse_other_version(document)
+        # Perplexities were once written without format and samples: no figures.
+        known = {n: v for n, v in document.items() if n not in ("version", "perplexity", "float_perplexity")}
+        try:
+            rows = tuple(_rebuilt(LinearSummary, row) for row in known.pop("rows"))
+            stages = tuple(_rebuilt(StageSummary, stage) for stage in known.pop("stages"))
+            probes = tuple(_rebuilt(ProbeSummary, probe) for probe in known.pop("probes", ()))
+            found = tuple(_rebuilt_evaluation(entry) for entry in known.pop("evaluations", ()))
             parts = {"rows": rows, "stages": stages, "probes": probes, "evaluations": found}
-            return _rebuilt(cls, {**document, **parts})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"{JSON_NAME} is not a summary ({error}): run the job again to rewrite it") from error
+            return _rebuilt(cls, {**known, **parts})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _no_summary(error) from error
+
+
+def _no_summary(reason: object) -> OutputError:
+    return OutputError(f"{JSON_NAME} is not a summary ({reason}): run the job again to rewrite it")
+
+
+def _refuse_other_version(document: Any) -> None:
+    if not isinstance(document, dict) or "version" not in document:
+        raise _no_summary("no version in it")
+    if document["version"] != SUMMARY_VERSION:
+        raise OutputError(
+            f"{JSON_NAME} has version {document['version']!r:.40} and this gs-dist reads version {SUMMARY_VERSION}: "
+            "use the gs-dist that wrote it"
+        )
+
+
+def _as_json(document: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -312,14 +343,18 @@ def evaluations_json(found: Sequence[PerplexitySummary]) -> str:
 
 
 def write_summary(directory: Path, summary: CalibrationSummary) -> None:
-    """Writes summary.json, and summary.parquet with one row a linear, each in one step.
+    """Writes summary.parquet with one row a linear, and summary.json, each in one step.
+
+    summary.json holds the table's hash too, and a checksum of itself.
 
     Raises:
         OutputError: the directory cannot be written.
     """
     try:
-        _publish(directory / JSON_NAME, lambda path: path.write_text(summary.to_json(), encoding="utf-8"))
         _publish(directory / PARQUET_NAME, lambda path: _write_parquet(path, summary))
+        table = hashlib.sha256((directory / PARQUET_NAME).read_bytes()).hexdigest()
+        text = _as_json(sealed({**summary.to_document(), _FILES: {PARQUET_NAME: {"sha256": table}}}))
+        _publish(directory / JSON_NAME, lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"the summary cannot be written: {error.strerror}; make output writable") from error
 
@@ -328,8 +363,27 @@ def read_summary(directory: Path) -> CalibrationSummary:
     """Reads the summary of a run's output directory.
 
     Raises:
-        OutputError: there is none, or it is damaged.
+        OutputError: there is none, or one that is not of this version.
+        DamagedError: it does not hold what was written.
     """
+    document = _read_document(directory)
+    document.pop(_FILES, None)
+    return CalibrationSummary.from_document(document)
+
+
+def table_sha256(directory: Path) -> str:
+    """What summary.json says of summary.parquet.
+
+    Raises:
+        OutputError: as of `read_summary`.
+    """
+    try:
+        return str(_read_document(directory)[_FILES][PARQUET_NAME]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{JSON_NAME} does not tell the hash of {PARQUET_NAME}: run the job again") from error
+
+
+def _read_document(directory: Path) -> dict[str, Any]:
     try:
         text = (directory / JSON_NAME).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -338,7 +392,12 @@ def read_summary(directory: Path) -> CalibrationSummary:
         raise OutputError(
             f"{directory} holds no {JSON_NAME} ({error.strerror}): name the output directory of a finished job"
         ) from error
-    return CalibrationSummary.from_json(text)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_summary(error) from error
+    _refuse_other_version(document)
+    return unsealed(document, JSON_NAME)
 
 
 def _write_parquet(path: Path, summary: CalibrationSummary) -> None:

@@ -27,6 +27,7 @@ from gs_dist.results.costs import FLOAT, LayerCosts, SchemeCost
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import Software
+from gs_dist.seal import sealed_text
 from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
 from gs_dist.wording import counted
 
@@ -76,7 +77,8 @@ def choose(job: Job, judged: Mapping[int, LayerCosts], progress: Progress) -> Jo
     """
     output = job.config.output
     plan, layer_policies = chosen_policies(job.config, job.plan, judged)
-    write_bytes(Path(output) / LAYER_POLICIES, render_layer_policies(layer_policies, job.fingerprints.recipe).encode())
+    text = render_layer_policies(layer_policies, job.fingerprints.recipe)
+    write_bytes(Path(output) / LAYER_POLICIES, sealed_text(text).encode())
     counts = Counter(
         policy.weight_format.bits if policy else 16 for name, policy in plan.policies.items() if name != "lm_head"
     )

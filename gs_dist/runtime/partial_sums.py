@@ -10,9 +10,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gs_dist.checkpoint.lineage import checksum_of, joined
+from gs_dist.checkpoint.lineage import checksum_of
 from gs_dist.errors import CheckpointError, LayerError
 from gs_dist.model.statistics import TreeNode
+from gs_dist.seal import joined
 
 __all__ = ["PartialSums", "check_partial_sums"]
 

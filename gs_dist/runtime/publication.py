@@ -29,6 +29,7 @@ from gs_dist.runtime.job import Job
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.software import Software
 from gs_dist.runtime.stage_times import StageTimes
+from gs_dist.seal import sealed_text
 
 __all__ = ["publish"]
 
@@ -99,8 +100,8 @@ def _judged(
         for note in summary.notes:
             progress.message(note)
     else:
-        summary, recipe = as_told_before(run.path, summary, config)
-    write_bytes(run.path / RECIPE, published_recipe(recipe).encode())
+        summary, recipe = as_told_before(run.path, summary, config, progress.message)
+    write_bytes(run.path / RECIPE, sealed_text(published_recipe(recipe)).encode())
     write_summary(run.path, summary)  # of use where the probe fails, too
     _report(run, summary, recipe, progress)
     _settle_statistics(job, run, finished, progress)

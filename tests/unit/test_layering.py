@@ -34,7 +34,7 @@ ALLOWED = {
     "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "conversion", "report", "runtime"},
     "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "conversion", "report", "runtime", "terminal"},
 }
-LOOSE_MODULES = {"__init__", "__main__", "errors", "processor", "progress", "storage", "wording"}
+LOOSE_MODULES = {"__init__", "__main__", "errors", "processor", "progress", "seal", "storage", "wording"}
 FRAMEWORKS = {
     "ray": ("runtime/worker_group.py", "runtime/cluster.py", "runtime/conversion_workers.py"),
     "mindspore": ("calibration/", "ptq/"),

@@ -23,7 +23,7 @@ from gs_dist.checkpoint.manifest import (
     shard_faults,
 )
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.seal import write_sealed_json
+from gs_dist.checkpoint.sealed_json import write_sealed_json
 from gs_dist.errors import DamagedError, OutputError
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.results.quantized import LinearSummary, QuantizedKVCache

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE
+from gs_dist.seal import sealed_text
 
 DIALECTS = ("compressed-tensors", "ascend", "golden-stick")
 W4 = {
@@ -169,6 +170,22 @@ def test_what_is_not_as_published_is_named(case: str, name: str, alone: Callable
     directory = alone(name)
     spoil(directory)
     assert (rule, place) in rules(directory)
+
+
+@pytest.mark.parametrize("name", ["done", "summary.json", "summary.parquet", "recipe.yaml", "layer_policies.yaml"])
+def test_what_lies_beside_the_models_of_a_run_is_verified_too(name: str, published: Path, tmp_path: Path) -> None:
+    """A byte of any file that a job keeps in its output, and the absence of one that it always has."""
+    run = Path(shutil.copytree(published / "w8a8", tmp_path / "run"))
+    path = run / name
+    if name == "layer_policies.yaml":
+        path.write_text(sealed_text("layer_policies:\n  'a': null\n"))
+    assert check(run / "ascend").clean
+    whole = path.read_bytes()
+    path.write_bytes(whole[:30] + bytes([whole[30] ^ 1]) + whole[31:])
+    assert [(p.file, p.rule) for p in check(run / "ascend").problems] == [(f"../{name}", "run-file-whole")]
+    path.unlink()
+    missed = [] if name in ("done", "layer_policies.yaml") else [(f"../{name}", "run-file-present")]
+    assert [(p.file, p.rule) for p in check(run / "ascend").problems if p.file == f"../{name}"] == missed
 
 
 def test_a_directory_that_nothing_vouches_for_is_not_called_clean(alone: Callable[[str], Path]) -> None:

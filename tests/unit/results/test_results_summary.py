@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from gs_dist.errors import OutputError
+from gs_dist.errors import DamagedError, OutputError
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import (
     CalibrationSummary,
@@ -20,6 +22,7 @@ from gs_dist.results.summary import (
     ProbeSummary,
     StageSummary,
     read_summary,
+    table_sha256,
     write_summary,
 )
 from gs_dist.terminal.tables import print_summary
@@ -166,8 +169,28 @@ def test_a_directory_without_summary_is_named(tmp_path: Path) -> None:
 def test_a_damaged_summary_is_refused(tmp_path: Path, text: str) -> None:
     """Whatever stands in the file, the outcome is one message."""
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(OutputError, match="is not a summary"):
+    with pytest.raises(OutputError, match=r"is not a summary|has no checksum"):
         read_summary(tmp_path)
+    with pytest.raises(OutputError, match="is not a summary"):
+        CalibrationSummary.from_json(text)
+
+
+def test_a_figure_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    """One bit anywhere in summary.json, or another table beside it: nothing of it is believed."""
+    write_summary(tmp_path, SMALL)
+    path = tmp_path / "summary.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 1, 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(bytes(changed))
+        with suppress(OutputError):
+            assert read_summary(tmp_path) == SMALL, "white space may differ"
+    path.write_bytes(whole.replace(b"0.0001", b"0.0002"))
+    with pytest.raises(DamagedError, match=r"summary\.json: does not hold what was written to it, by its checksum"):
+        read_summary(tmp_path)
+    path.write_bytes(whole)
+    assert table_sha256(tmp_path) == hashlib.sha256((tmp_path / "summary.parquet").read_bytes()).hexdigest()
 
 
 def test_a_summary_of_a_later_version_is_refused(tmp_path: Path) -> None:

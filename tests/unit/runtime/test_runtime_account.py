@@ -10,8 +10,10 @@ import pytest
 from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
+from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.run_directory import read_origin
-from gs_dist.errors import JobFailure, OutputError, WorkerLostError
+from gs_dist.errors import DamagedError, JobFailure, OutputError, WorkerLostError
+from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import read_published_recipe
 from gs_dist.results.summary import read_summary
 from gs_dist.runtime.software import Software
@@ -98,6 +100,41 @@ def test_where_nothing_was_left_to_do_the_recipe_stays(tmp_path: Path) -> None:
     run_inline(limited, make_group=no_group)
     recipe = read_published_recipe(output / "recipe.yaml")
     assert (recipe.parallel.pipeline_parallel_size, recipe.max_perplexity_increase) == (1, 0.5)
+
+
+def test_what_a_run_said_of_itself_is_not_believed_once_it_was_changed(tmp_path: Path) -> None:
+    """A figure in summary.json, a value in recipe.yaml: the user is told, and both are written anew."""
+    config = small_recipe(tmp_path, num_layers=NUM_LAYERS)
+    first = run_inline(config)
+    output = tmp_path / "out"
+    assert first.seconds > 0
+    for name, was, becomes in (("summary.json", '"seconds": ', '"seconds": 1'), ("recipe.yaml", "seed: ", "seed: 1")):
+        path = output / name
+        assert was in path.read_text()
+        path.write_text(path.read_text().replace(was, becomes))
+    with pytest.raises(DamagedError, match=r"recipe\.yaml: does not hold what was written"):
+        read_published_recipe(output / "recipe.yaml")
+    messages: list[str] = []
+    progress = SilentProgress()
+    progress.message = messages.append  # type: ignore[method-assign]  # all that is of interest
+    run_inline(config, make_group=no_group, progress=progress)
+    told = [text for text in messages if "does not hold what was written" in text]
+    assert [text.split(":")[0] for text in told] == ["summary.json", "recipe.yaml"]
+    assert "who did the work" in told[0]
+    assert "the recipe as it is now stands in its place" in told[1]
+    assert read_summary(output).rows == first.rows
+    read_published_recipe(output / "recipe.yaml")
+    assert check(output).clean
+
+
+def test_costs_that_are_gone_are_missed(tmp_path: Path) -> None:
+    """A finished layer is not judged again: the summary says of which layers nobody knows what schemes cost."""
+    config = small_recipe(tmp_path, num_layers=NUM_LAYERS, ptq={"weight_quant_dtype": "int8"}, sensitivity=True)
+    assert not run_inline(config).notes
+    (tmp_path / "out" / "sensitivity" / "layer-00001.json").write_text("{}")
+    (tmp_path / "out" / "summary.json").unlink()
+    (note,) = run_inline(config, make_group=no_group).notes
+    assert "not known of layer 1: sensitivity/layer-00001.json is gone or was changed" in note
 
 
 def test_a_probe_that_fails_takes_back_what_an_earlier_one_found(tmp_path: Path) -> None:
