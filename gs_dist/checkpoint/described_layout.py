@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
+from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, listed_patterns, scheme_groups
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import FLOAT_NAMES, Expectation, Layout, Leaves
 from gs_dist.model.families import FAMILIES
@@ -167,13 +167,12 @@ _LABELS: Mapping[str, Callable[[int, int], Leaves]] = {
 
 def _of_groups(inventory: Inventory, layout: Layout) -> Iterator[tuple[str, Leaves]]:
     groups = scheme_groups(inventory)
-    ignore = [target for target in inventory.quantization_config.get("ignore") or [] if isinstance(target, str)]
+    ignore = listed_patterns(inventory, "ignore", inventory.quantization_config.get("ignore") or [])
     for name, info in inventory.tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "weight_packed") or len(info.shape) != 2:
             continue
-        ignored = any(_matches(module, target) for target in ignore)
-        group = None if ignored else next((group for group in groups if group.takes(module)), None)
+        group = None if ignore.match(module) else next((group for group in groups if group.takes(module)), None)
         scaled = f"{module}.weight_scale" in inventory.tensors
         if group is None or (not scaled and _NO_LINEAR.search(module)):
             layout.kinds[module] = "FLOAT"
@@ -230,10 +229,3 @@ def _group_tensors(group: SchemeGroup, shape: tuple[int, ...]) -> Leaves | None:
             "weight_shape": Expectation(dtypes=("int64", "int32"), shape=(2,), values=f"shape {rows} {columns}"),
         }
     return None
-
-
-def _matches(name: str, target: str) -> bool:
-    try:
-        return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-    except (re.error, OverflowError, RecursionError):
-        return False

@@ -1,18 +1,15 @@
 """Names and patterns in a foreign config.json, matched in time that is linear in the name.
 
-Python's `re` backtracks, and a short pattern can keep it busy for ever; RE2 does not, and refuses what would need it
-(look-around, references back to groups).
+Nobody here can mend a pattern of theirs, so that one which RE2 does not take is refused as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
-import re2
-
 from gs_dist.errors import CheckpointError
+from gs_dist.recipe.pattern import compiled
 
 __all__ = ["NamePatterns", "matches"]
 
@@ -46,17 +43,13 @@ def matches(name: str, target: str) -> bool:
     return bool(_compiled(target).match(name)) if target.startswith(_PREFIX) else target == name
 
 
-@lru_cache(maxsize=2 * _MOST)
 def _compiled(target: str) -> Any:
     if len(target) > _LONGEST:
         raise CheckpointError(f"{target!r:.60}...: a pattern of {len(target)} characters; {_LONGEST} are the most")
-    options = re2.Options()
-    options.log_errors = False
     try:
-        return re2.compile(target.removeprefix(_PREFIX), options)
-    except (re2.error, UnicodeError) as error:
-        reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else error
+        return compiled(target.removeprefix(_PREFIX))
+    except ValueError as error:
         raise CheckpointError(
-            f"{target!r:.100} is no pattern that is tried ({reason!s:.100}): patterns of others are matched by RE2, "
+            f"{target!r:.100} is no pattern that is tried ({error}): patterns of others are matched by RE2, "
             "which has no look-around and no references to groups"
         ) from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gs_dist.recipe.keys import Values
+from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 
 __all__ = ["ConversionConfig"]
@@ -79,9 +79,9 @@ class ConversionConfig(BaseModel):
     def _refuse_bad_patterns(cls, value: dict[str, str | None]) -> dict[str, str | None]:
         for pattern in value:
             try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error}): correct it") from None
+                compiled_of_recipe(pattern)
+            except ValueError as error:
+                raise ValueError(f"{pattern!r} is no pattern of names: {error}") from None
         return value
 
     @model_validator(mode="after")

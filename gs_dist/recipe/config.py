@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +32,7 @@ from gs_dist.model.sketch import DEFAULT_ROWS
 from gs_dist.recipe.bits import contradictions
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import Values
+from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 from gs_dist.recipe.text import Document, apply_overrides, parse_document, problems_of, report
@@ -464,9 +464,9 @@ def _policy_errors(policies: Mapping[Any, Any], ptq: PTQSection | None) -> list[
         if not isinstance(pattern, str):
             continue  # refused as a key that is not text
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            write = f"a regular expression: this one does not compile ({error})"
+            compiled_of_recipe(pattern)
+        except ValueError as error:
+            write = f"a regular expression: {error}"
             errors.append(InitErrorDetails(type=_refusal(write), loc=(pattern,), input=pattern))
         if isinstance(override, Mapping):
             errors += _override_errors(pattern, override, ptq)

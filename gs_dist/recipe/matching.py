@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 
 from gs_dist.errors import PolicyConflictError, UserError
+from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["match_patterns", "resolve_policies"]
 
 
 def match_patterns(names: Sequence[str], patterns: Collection[str]) -> dict[str, str]:
-    """The pattern that matches each name, by `re.match`; names that none matches are left out.
+    """The pattern that matches each name, from its start; names that none matches are left out.
 
     Raises:
         PolicyConflictError: two patterns match one name.
-        UserError: a pattern is not a regular expression, or matches no name.
+        UserError: a pattern is none that `gs_dist.recipe.pattern` takes, or matches no name.
     """
     compiled = {}
     for pattern in patterns:
         try:
-            compiled[pattern] = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(f"layer_policies: {pattern!r} is not a regular expression ({error}): correct it") from None
+            compiled[pattern] = compiled_of_recipe(pattern)
+        except ValueError as error:
+            raise UserError(f"layer_policies: {pattern!r} is no pattern of names: {error}") from None
     found: dict[str, str] = {}
     for name in names:
         matching = [key for key, pattern in compiled.items() if pattern.match(name)]
@@ -52,7 +52,7 @@ def resolve_policies(
 ) -> dict[str, QuantPolicy | None]:
     """Policy of every linear, None for one that stays as it is.
 
-    A key of `layer_policies` is matched by `re.match` on the full dotted name, and the order of keys
+    A key of `layer_policies` is matched from the start of the full dotted name, and the order of keys
     does not matter; a blacklist entry is a plain substring of the name and holds for linears that no
     key matches (golden-stick `ptq.py`, `_get_decoder_layer_policy`).
 

@@ -22,6 +22,7 @@ from gs_dist.planning.bits import override_of
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.pattern import compiled
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.costs import FLOAT, LayerCosts, SchemeCost
 from gs_dist.results.quantized import LinearSummary
@@ -110,7 +111,7 @@ def chosen_policies(
     policies |= {name: config.policy_with(override) for name, override in overrides.items()}
     layer_policies: dict[str, dict[str, Any] | None] = dict(config.layer_policies)
     for pattern in layer_patterns(schemes):
-        layer_policies[pattern] = next(o for name, o in overrides.items() if re.match(pattern, name))
+        layer_policies[pattern] = next(o for name, o in overrides.items() if compiled(pattern).match(name))
     return dataclasses.replace(plan, policies=policies, size_budget=None), layer_policies
 
 

@@ -129,7 +129,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         "ptq.weight_quant_dtype: found 'int9'; write int8, qint4x2 or mxfp4, or null",
         "ptq.opname_blacklist: found 'lm_head'; write a list of parts of names, such as [lm_head]",
         "ptq.algo_args.alpha: found 3; write at most 1.0, or a list",
-        "layer_policies.'.*(o': found '.*(o'; write a regular expression: this one does not compile "
+        "layer_policies.'.*(o': found '.*(o'; write a regular expression: it does not compile "
         "(missing ), unterminated subpattern at position 2)",
         "layer_policies.a: found 3; write a table of options to lay over ptq, or null to leave the linears alone",
         "layer_policies.b.act_quant_granularit: found an unknown key; write act_quant_granularity if that is meant",

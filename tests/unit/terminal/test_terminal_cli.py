@@ -38,6 +38,7 @@ from gs_dist.results.summary import (
     read_summary,
     write_summary,
 )
+from gs_dist.seal import sealed_text
 from gs_dist.terminal.cli import app
 
 
@@ -422,7 +423,8 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     formats = ("ascend", "compressed-tensors")
     write_summary(tmp_path, replace(a_summary(), formats=formats))
     # Model and output of one base name, as in models/tiny and runs/tiny.
-    (tmp_path / "recipe.yaml").write_text("model: tiny\noutput: tiny\ncalibration: {data: c.parquet}\n")
+    recipe = "model: tiny\noutput: tiny\ncalibration: {data: c.parquet}\n"
+    (tmp_path / "recipe.yaml").write_text(sealed_text(recipe))
     dialects.save_model(tmp_path / "ascend", AscendCodec(), dialects.W8A8)
     dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsCodec(), dialects.W8A8)
     data = ["--data", "a.parquet", "--data", "b.parquet", "--num-samples", "4", "--no-packing"]

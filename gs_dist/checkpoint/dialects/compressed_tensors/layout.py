@@ -27,7 +27,7 @@ from gs_dist.checkpoint.name_patterns import NamePatterns
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 
-__all__ = ["LAYOUT", "CompressedTensorsLayout", "SchemeGroup", "scheme_groups"]
+__all__ = ["LAYOUT", "CompressedTensorsLayout", "SchemeGroup", "listed_patterns", "scheme_groups"]
 
 _PACKED_BITS = (4, 8)
 
@@ -39,7 +39,7 @@ class CompressedTensorsLayout:
         """See `DialectLayout.quantised`."""
         config = inventory.quantization_config
         groups = scheme_groups(inventory)
-        ignore = _patterns(inventory, "ignore", config.get("ignore") or [])
+        ignore = listed_patterns(inventory, "ignore", config.get("ignore") or [])
         quantised = {}
         for name, linear in all_linears(architecture):
             group = None if ignore.match(name) else next((group for group in groups if group.takes(name)), None)
@@ -258,7 +258,7 @@ def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
             inventory.report(CONFIG_FILE, "config-groups", f"{label}: {group!r:.160}", expected)
             continue
         form = content.get("format") or config.get("format")
-        patterns = _patterns(inventory, label, targets)
+        patterns = listed_patterns(inventory, label, targets)
         found.append(
             SchemeGroup(
                 label=label, targets=tuple(targets), patterns=patterns, weights=weights, inputs=inputs, format=form
@@ -267,7 +267,7 @@ def scheme_groups(inventory: Inventory) -> list[SchemeGroup]:
     return found
 
 
-def _patterns(inventory: Inventory, where: str, targets: object) -> NamePatterns:
+def listed_patterns(inventory: Inventory, where: str, targets: object) -> NamePatterns:
     """Targets or exceptions that are well formed; of a list that is not, nothing."""
     try:
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
