@@ -13,14 +13,22 @@ from gs_dist.model.statistics import (
     HISTOGRAM_MIN_EXPONENT,
     InputStatistics,
 )
+from gs_dist.model.token_sample import SAMPLE_TOKENS, token_ids, token_keys
 
 
 def statistics_of(
-    x: npt.NDArray[Any], *, gram: bool = True, weighted: bool = False, histogram: bool = False
+    x: npt.NDArray[Any],
+    *,
+    gram: bool = True,
+    weighted: bool = False,
+    histogram: bool = False,
+    sample: bool = False,
 ) -> InputStatistics:
     """Of tokens (tokens, channels)."""
     wide = x.astype(np.float64)
     energy = (wide**2).sum(axis=1, keepdims=True)
+    keys = token_keys(token_ids(0, len(x)))
+    kept = np.argsort(keys)[:SAMPLE_TOKENS]
     by_energy = np.divide(wide, energy, out=np.zeros_like(wide), where=energy > 0) if weighted else wide
     return InputStatistics(
         num_tokens=len(x),
@@ -31,6 +39,8 @@ def statistics_of(
         gram=(wide.T @ wide).astype(np.float32) if gram else None,
         weighted_gram=(by_energy.T @ wide).astype(np.float32) if weighted else None,
         histogram=histogram_of(x) if histogram else None,
+        sample_keys=keys[kept] if sample else None,
+        sample_tokens=x[kept].astype(np.float32) if sample else None,
     )
 
 

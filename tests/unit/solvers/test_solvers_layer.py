@@ -54,6 +54,7 @@ W8A16 = QuantPolicy()
 STATIC = QuantPolicy(act_quant_dtype="int8")
 DYNAMIC = QuantPolicy(act_quant_dtype="int8", act_quant_granularity="per_token")
 SMOOTH = QuantPolicy(act_quant_dtype="int8", outliers_suppression="smooth")
+FEW = AlgoArgs(smooth_alpha=(0.3, 0.5, 0.7))  # strengths to search where the search is not what is looked at
 
 
 def softmax(scores):
@@ -179,7 +180,7 @@ def test_without_gram_matrices_the_diagonal_stands_in_and_the_row_says_so():
 @pytest.mark.parametrize("biases", [(), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), tuple(SHAPES)])
 def test_folding_keeps_the_function_of_the_layer(suppression, biases):
     """With 8-bit weights the layer's output moves by rounding only, grouped queries and biases included."""
-    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression=suppression)
+    policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression=suppression, algo_args=FEW)
     problem, hidden, _ = make_problem(policy, biases=biases)
     solved = solve_layer(problem)
     expected, _ = forward(problem.tensors, hidden)
@@ -493,7 +494,7 @@ def test_a_network_without_a_source_reports_the_scale_to_divide_by():
     assert solved.tensors["input_layernorm.weight"] is problem.tensors["input_layernorm.weight"]
 
 
-PLUS = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
+PLUS = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+", algo_args=FEW)
 
 
 def off_centre(problem, seen, rng):
@@ -552,7 +553,6 @@ def test_a_shift_of_every_input_leaves_the_function_of_the_layer():
 
 
 SEARCHED_STATIC = {"act_quant_dtype": "int8", "act_range": "mse"}
-FEW = AlgoArgs(smooth_alpha=(0.3, 0.5, 0.7))
 FOUR_BITS = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 64}
 
 

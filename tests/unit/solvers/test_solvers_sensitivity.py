@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from observed import statistics_of
 
-from gs_dist.calibration.observers import observe
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput, Linear
-from gs_dist.model.statistics import InputStatistics, StatisticsSettings
+from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results import integers
@@ -190,7 +190,7 @@ def two_layers_of_one_linear(loud: float) -> list[LayerProblem]:
                 inputs=(LayerInput(name="x", channels=256, linears=("q",), source=None),),
                 linears=(Linear(name="q", out_features=64, in_features=256, bias=False),),
                 tensors={"q.weight": weight},
-                statistics={"x": observe(one_massive_token(), StatisticsSettings(gram=True, sample=True))},
+                statistics={"x": statistics_of(one_massive_token(), sample=True)},
                 policies={},
                 scale_dtype="float32",
             )

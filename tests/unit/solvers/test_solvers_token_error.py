@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from observed import statistics_of
 
-from gs_dist.calibration.observers import observe
 from gs_dist.errors import LayerError
 from gs_dist.model.decoder import LayerInput, Linear
-from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 from gs_dist.solvers.layer import LayerProblem, solve_layer
 
 CHANNELS, TOKENS = 256, 512
-TAKEN = StatisticsSettings(gram=True, weighted_gram=True, histogram=True, sample=True)
 
 
 def problem_of(x: np.ndarray, weight: np.ndarray, **policy: Any) -> LayerProblem:
@@ -26,7 +24,7 @@ def problem_of(x: np.ndarray, weight: np.ndarray, **policy: Any) -> LayerProblem
         inputs=(LayerInput(name="mlp_activation", channels=CHANNELS, linears=("mlp.down_proj",), source="n"),),
         linears=(Linear(name="mlp.down_proj", out_features=64, in_features=CHANNELS, bias=False),),
         tensors={"mlp.down_proj.weight": weight, "n.weight": np.ones(CHANNELS, np.float32)},
-        statistics={"mlp_activation": observe(x, TAKEN)},
+        statistics={"mlp_activation": statistics_of(x, weighted=True, histogram=True, sample=True)},
         policies={"mlp.down_proj": QuantPolicy(weight_quant_dtype="int8", **policy)},
         scale_dtype="float32",
     )
@@ -112,7 +110,7 @@ def test_without_a_sample_there_is_no_figure() -> None:
     """None, and no zero that would pass for a good one."""
     x, weight = one_massive_token()
     problem = problem_of(x, weight)
-    seen = observe(x, StatisticsSettings(gram=True, weighted_gram=True))
+    seen = statistics_of(x, weighted=True)
     assert (
         solve_layer(LayerProblem(**{**vars(problem), "statistics": {"mlp_activation": seen}})).rows[0].token_error
         is None
