@@ -40,11 +40,49 @@ _CLASSES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+}
+_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
 }
 # Keys that a family's tiny config has beyond those of all; `None` is written as null.
 _FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 32},  # on purpose not hidden_size / num_attention_heads
+    "ministral3": {
+        "head_dim": 32,
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "seed_oss": {"head_dim": 32, "attention_bias": True, "attention_out_bias": False},
     "mixtral": {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
     "glm4_moe": {
         "head_dim": 32,
@@ -61,6 +99,9 @@ _FAMILY_KEYS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "num_nextn_predict_layers": 0,
     },
+    "deepseek_v2": {**_DEEPSEEK, "norm_topk_prob": False, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_DEEPSEEK, "norm_topk_prob": True, "num_nextn_predict_layers": 0},
+    "kimi_k2": {**_DEEPSEEK, "norm_topk_prob": True, "num_nextn_predict_layers": 0},
     "qwen2_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 4,
@@ -178,7 +219,7 @@ def _mlp_rows(config: dict[str, Any], layer: int) -> list[tuple[str, int, int, b
         for expert in range(config["num_local_experts"]):
             rows += gated(f"block_sparse_moe.experts.{expert}", inner, ("w1", "w3", "w2"))
         return rows
-    if kind == "glm4_moe" and layer >= config["first_k_dense_replace"]:
+    if kind in ("glm4_moe", *_LATENT) and layer >= config["first_k_dense_replace"]:
         rows = [("mlp.gate", config["n_routed_experts"], hidden, False)]
         for expert in range(config["n_routed_experts"]):
             rows += gated(f"mlp.experts.{expert}", config["moe_intermediate_size"])
@@ -194,22 +235,49 @@ def _mlp_rows(config: dict[str, Any], layer: int) -> list[tuple[str, int, int, b
     return rows
 
 
+def _attention_rows(config: dict[str, Any]) -> list[tuple[str, int, int, bool]]:
+    """Likewise of its attention."""
+    hidden, heads, kind = config["hidden_size"], config["num_attention_heads"], config["model_type"]
+    bias = bool(config.get("attention_bias"))
+    if kind in _LATENT:
+        nope, rope, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
+        query = [("self_attn.q_proj", heads * (nope + rope), hidden, False)]
+        if rank is not None:
+            query = [
+                ("self_attn.q_a_proj", rank, hidden, bias),
+                ("self_attn.q_b_proj", heads * (nope + rope), rank, False),
+            ]
+        return [
+            *query,
+            ("self_attn.kv_a_proj_with_mqa", kv_rank + rope, hidden, bias),
+            ("self_attn.kv_b_proj", heads * (nope + value), kv_rank, False),
+            ("self_attn.o_proj", hidden, heads * value, bias),
+        ]
+    head_dim = config.get("head_dim") or hidden // heads
+    query_size, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    qkv_bias = bias or kind in ("qwen2", "qwen2_moe")
+    return [
+        ("self_attn.q_proj", query_size, hidden, qkv_bias),
+        ("self_attn.k_proj", kv, hidden, qkv_bias),
+        ("self_attn.v_proj", kv, hidden, qkv_bias),
+        ("self_attn.o_proj", hidden, query_size, bool(config.get("attention_out_bias", bias and kind != "glm4_moe"))),
+    ]
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Full name to shape of every tensor the model class saves for this config."""
     hidden, heads, kind = config["hidden_size"], config["num_attention_heads"], config["model_type"]
     head_dim = config.get("head_dim") or hidden // heads
     query, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
-    attention_bias = bool(config.get("attention_bias"))
-    qkv_bias = attention_bias or kind in ("qwen2", "qwen2_moe")
-    attention = [
-        ("self_attn.q_proj", query, hidden, qkv_bias),
-        ("self_attn.k_proj", kv, hidden, qkv_bias),
-        ("self_attn.v_proj", kv, hidden, qkv_bias),
-        ("self_attn.o_proj", hidden, query, attention_bias and kind != "glm4_moe"),
-    ]
+    attention = _attention_rows(config)
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if kind in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
         norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    if kind in _LATENT:
+        norms["self_attn.kv_a_layernorm"] = config["kv_lora_rank"]
+        if config["q_lora_rank"] is not None:
+            norms["self_attn.q_a_layernorm"] = config["q_lora_rank"]
     if kind == "olmo2":
         norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
         norms |= {"self_attn.q_norm": query, "self_attn.k_norm": kv}
@@ -222,7 +290,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (out_features,)
-            if kind == "glm4_moe" and name == "mlp.gate":
+            if kind in ("glm4_moe", "deepseek_v3", "kimi_k2") and name == "mlp.gate":
                 shapes[f"{prefix}{name}.e_score_correction_bias"] = (out_features,)
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, ops
 
-from gs_dist.calibration._forward import attention_block, columns, linear, norm_of, round_input, rows_of
+from gs_dist.calibration._attention import attention_block
+from gs_dist.calibration._operations import columns, linear, norm_of, round_input, rows_of
 
 __all__ = ["ROWS", "Dispatch", "RoutingForm", "dispatch", "expert_forward", "routed_forward"]
 
@@ -81,23 +82,24 @@ def routed_forward(
 
     Args:
         hidden: (b, t, h) in the compute dtype.
-        attention: see `_forward.dense_forward`.
+        attention: see `attention_block`.
         outer: the router, and the shared expert's gate where there is one, each (weight,).
         correction: (E,) float32 added to scores for choosing, or nothing.
         norms: the attention's and the mlp's.
-        rotary: see `_forward.dense_forward`.
+        rotary: see `attention_block`.
         mask: likewise.
-        form: the fields of a `RoutingForm` and of an `AttentionForm`, as plain tuples.
+        form: the fields of a `RoutingForm`, epsilon of the norms, kind of attention and the fields of its form, as
+            plain tuples.
 
     Returns:
         Hidden states (n, h) after the attention; the norm's output (n, h); scores, weights and chosen experts, see
-        `_route`; the shared expert's weight (n, 1), 1 without a gate; inputs of the attention's linears, keys, values.
+        `_route`; the shared expert's weight (n, 1), 1 without a gate; then what is captured of the attention.
     """
-    routing, attention_form = form
+    routing, epsilon, kind, attention_form = form
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], False, attention_form)
-    mlp_input = norm_of(attended[0], norms[1], attention_form[4])
+    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], False, kind, attention_form)
+    mlp_input = norm_of(attended[0], norms[1], epsilon)
     if routing[7]:
         logits = ops.MatMul(transpose_b=True)(ops.cast(mlp_input, ms.float32), ops.cast(outer[0][0], ms.float32))
     else:
@@ -106,16 +108,10 @@ def routed_forward(
     share = ops.ones((hidden.shape[0], 1), hidden.dtype)
     if len(outer) > 1:
         share = ops.sigmoid(linear(mlp_input, outer[1]))
-    return (
-        attended[0],
-        mlp_input,
-        *routed,
-        share,
-        ops.reshape(attended[1], (*samples, -1)),
-        ops.reshape(attended[2], (*samples, -1)),
-        ops.reshape(attended[3], (*samples, -1)),
-        ops.reshape(attended[4], (*samples, -1)),
-    )
+    seen = []
+    for activation in attended[1:]:
+        seen.append(ops.reshape(activation, (*samples, -1)))
+    return (attended[0], mlp_input, *routed, share, *seen)
 
 
 @ms.jit
@@ -130,7 +126,7 @@ def expert_forward(
         share: weights of its outputs, (r, 1).
         weights: gate, up and down, each (weight,) or (weight, bias).
         inputs: (3, 2) float32 scale and zero point of the linears' inputs.
-        schemes: of the linears' inputs, see `AttentionForm`.
+        schemes: of the linears' inputs, see `GroupedQueryForm`.
 
     Returns:
         What its last linear reads, (r, m), and its weighted output (r, h).

@@ -15,18 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, ops
 
+from gs_dist.calibration._attention import GroupedQueryForm, LatentForm
 from gs_dist.calibration._experts import ROWS, Dispatch, RoutingForm, dispatch, expert_forward, routed_forward
-from gs_dist.calibration._forward import (
-    AttentionForm,
-    dense_forward,
-    divergence,
-    head_logits,
-    negative_log_likelihood,
-)
+from gs_dist.calibration._forward import dense_forward, divergence, head_logits, negative_log_likelihood
 from gs_dist.calibration.device import Device
 from gs_dist.model.decoder import (
+    Attention,
     DecoderArchitecture,
-    GroupedQueryAttention,
+    LatentAttention,
     LayerSpec,
     Linear,
     MixtureOfExperts,
@@ -43,7 +39,10 @@ Array = npt.NDArray[Any]
 
 _MASKED = -1e30  # far below any score, and finite in bfloat16 and float32
 _LOGITS_BYTES = 64 << 20  # of one chunk of logits
-_TOKEN_SCHEMES = {TokenStep.OVER_127_5: "per_token", TokenStep.OVER_127: "per_token_127"}  # as `_forward` spells them
+_TOKEN_SCHEMES = {
+    TokenStep.OVER_127_5: "per_token",
+    TokenStep.OVER_127: "per_token_127",
+}  # as `_operations` spells them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class DecoderNetwork:
         self.architecture = architecture
         self.device = device
         self.dtype = device.compute_dtype(architecture.dtype)
-        self._tables: dict[tuple[int, int, Rotary], tuple[Any, Tensor, int, int]] = {}
+        self._tables: dict[tuple[int, int, float, Rotary], tuple[Any, Tensor, int, int]] = {}
 
     def outer_weights(self, tensors: Mapping[str, Array]) -> OuterWeights:
         """Weights outside the layers from their full names; absent ones are left out.
@@ -199,26 +198,16 @@ class DecoderNetwork:
         """
         spec = weights.spec
         rotary, mask, block, window = self._table(hidden.shape[1], spec.attention)
-        attention = AttentionForm(
-            num_heads=spec.attention.num_heads,
-            num_kv_heads=spec.attention.num_kv_heads,
-            head_dim=spec.attention.head_dim,
-            qk_norm=spec.attention.qk_norm,
-            epsilon=self.architecture.rms_norm_eps,
-            block=block,
-            window=window,
-            turning=spec.attention.rotary.channels,
-            schemes=weights.attention_schemes,
-            kv_schemes=weights.kv_schemes,
-        )
+        epsilon = self.architecture.rms_norm_eps
+        attention = _attention_form(weights, epsilon, block, window)
         if isinstance(spec.mlp, MixtureOfExperts):
-            arguments = (rotary, mask, (_routing_form(spec.mlp.routing), tuple(attention)))
-            return self._forward_experts(weights, hidden, arguments, capture, seen)
-        form = (capture, spec.norms_after, weights.mlp_schemes, tuple(attention))
+            routed = (_routing_form(spec.mlp.routing), epsilon, spec.attention.kind, attention)
+            return self._forward_experts(weights, hidden, (rotary, mask, routed), capture, seen)
+        form = (capture, spec.norms_after, epsilon, weights.mlp_schemes, spec.attention.kind, attention)
         results = dense_forward(hidden, weights.attention, weights.mlp, weights.norms, rotary, mask, form)
         if not capture:
             return results, {}
-        return results[0], dict(zip(spec.channels, results[1:], strict=True))
+        return results[0], dict(zip(spec.captured, results[1:], strict=True))
 
     def _forward_experts(
         self,
@@ -230,7 +219,7 @@ class DecoderNetwork:
     ) -> tuple[Tensor, dict[str, Any]]:
         mlp: _ExpertWeights = weights.mlp
         results = routed_forward(hidden, weights.attention, mlp.outer, mlp.correction, weights.norms, *arguments)
-        total, tokens, scores, shares, chosen, share, attention_input, attention_output, key, value = results
+        total, tokens, scores, shares, chosen, share, *attended = results
         everyone = np.ones(tokens.shape[0], bool) if seen is None else seen.reshape(-1)
         scores, shares, chosen = (self.device.to_numpy(tensor) for tensor in (scores, shares, chosen))
         products, places = dispatch(scores, shares, chosen, everyone, every=capture)
@@ -256,8 +245,8 @@ class DecoderNetwork:
             captured[SHARED] = activation.reshape((*hidden.shape[:2], -1))
         if not capture:
             return total.reshape(hidden.shape), {}
-        captured |= {"attention_input": attention_input, "attention_output": attention_output}
-        captured |= {"mlp_input": tokens.reshape(hidden.shape), "key": key, "value": value}
+        captured |= dict(zip(weights.spec.attention.captured, attended, strict=True))
+        captured["mlp_input"] = tokens.reshape(hidden.shape)
         return total.reshape(hidden.shape), captured
 
     def _run_expert(self, weights: _GatedWeights, tokens: Tensor, product: Dispatch) -> tuple[Tensor, list[Tensor]]:
@@ -414,11 +403,11 @@ class DecoderNetwork:
         arrays = [np.ones(1, np.float32) if scale is None else scale for scale in scales]
         return tuple(self.device.to_tensor(array, ms.float32) for array in arrays), schemes
 
-    def _table(self, tokens: int, attention: GroupedQueryAttention) -> tuple[Any, Tensor, int, int]:
+    def _table(self, tokens: int, attention: Attention) -> tuple[Any, Tensor, int, int]:
         """Rotary tables, mask, block and the window where it matters, for that sequence length."""
         limit = attention.window
         window = limit if limit is not None and tokens > limit else 0
-        key = (tokens, window, attention.rotary)
+        key = (tokens, window, attention.score_scale, attention.rotary)
         if key not in self._tables:
             block = min(tokens, max(128, -(-tokens // 8)))
             mask = _mask(block, window)
@@ -434,12 +423,47 @@ def _predicting(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return counted
 
 
+def _attention_form(weights: LayerWeights, epsilon: float, block: int, window: int) -> tuple[Any, ...]:
+    """The fields of the form of the layer's kind of attention."""
+    attention = weights.spec.attention
+    if isinstance(attention, LatentAttention):
+        return tuple(
+            LatentForm(
+                num_heads=attention.num_heads,
+                has_query_latent=attention.query_rank is not None,
+                kv_rank=attention.kv_rank,
+                nope_dim=attention.nope_dim,
+                turning=attention.rotary.channels,
+                interleaved=attention.rotary.interleaved,
+                score_scale=attention.score_scale,
+                epsilon=epsilon,
+                latent_epsilon=attention.latent_epsilon,
+                block=block,
+                schemes=weights.attention_schemes,
+            )
+        )
+    return tuple(
+        GroupedQueryForm(
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            qk_norm=attention.qk_norm,
+            epsilon=epsilon,
+            block=block,
+            window=window,
+            turning=attention.rotary.channels,
+            schemes=weights.attention_schemes,
+            kv_schemes=weights.kv_schemes,
+        )
+    )
+
+
 def _routing_form(routing: Routing) -> tuple[Any, ...]:
     return tuple(getattr(routing, name) for name in RoutingForm._fields)
 
 
 def _mask(block: int, window: int) -> npt.NDArray[np.float32]:
-    """What is added to the scores of a block of queries, see `_forward.layer_forward`.
+    """What is added to the scores of a block of queries, see `_operations.attend`.
 
     Without a window (0) the keys are the block's own, (block, block); with one they begin window - 1
     before the block's first query, (block, window - 1 + block).
@@ -450,42 +474,17 @@ def _mask(block: int, window: int) -> npt.NDArray[np.float32]:
     return np.where(seen, 0.0, _MASKED).astype(np.float32)
 
 
-def _inverse_frequencies(rotary: Rotary) -> npt.NDArray[np.float32]:
-    """Rotary frequencies (d / 2,) in float32, scaled as `rope_scaling` says.
+def rotary_tables(attention: Attention, tokens: int) -> list[npt.NDArray[np.float32]]:
+    """Cosine and sine for queries, times the factor of the scores, then for keys; (tokens, 1, channels) float32.
 
-    Source: transformers `modeling_rope_utils.py` (`_compute_llama3_parameters`,
-    `_compute_linear_scaling_rope_parameters`).
+    Channels are `attention.table_channels`. The sine's first half carries the minus sign of transformers'
+    `rotate_half`.
     """
-    exponent = np.arange(0, rotary.channels, 2, dtype=np.float32) / np.float32(rotary.channels)
-    inverse = np.float32(1.0) / np.power(np.float32(rotary.theta), exponent)
-    scaling = rotary.scaling
-    if scaling is None:
-        return inverse
-    if scaling.rope_type == "linear":
-        return inverse / np.float32(scaling.factor)
-    wavelength = np.float32(2 * np.pi) / inverse
-    context = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
-    slowed = inverse / np.float32(scaling.factor)
-    mixed = (1 - smooth) * slowed + smooth * inverse
-    return np.where(wavelength > context / low, slowed, np.where(wavelength < context / high, inverse, mixed)).astype(
-        np.float32
-    )
-
-
-def rotary_tables(attention: GroupedQueryAttention, tokens: int) -> list[npt.NDArray[np.float32]]:
-    """Cosine and sine for queries, times 1 / sqrt(d), then for keys; (tokens, 1, d) float32.
-
-    The sine's first half carries the minus sign of transformers' `rotate_half`.
-    """
-    angle = np.arange(tokens, dtype=np.float32)[:, None] * _inverse_frequencies(attention.rotary)[None, :]
-    cosine = np.cos(angle.astype(np.float64))
-    sine = np.sin(angle.astype(np.float64))
-    still = np.zeros((tokens, attention.head_dim - attention.rotary.channels))
+    cosine, sine = attention.rotary.waves(tokens)
+    still = np.zeros((tokens, attention.table_channels - attention.rotary.channels))
     full = (
         np.concatenate([cosine, cosine, still + 1], axis=1)[:, None],
         np.concatenate([-sine, sine, still], axis=1)[:, None],
     )
-    scale = attention.head_dim**-0.5
+    scale = attention.score_scale * attention.rotary.query_factor(tokens)[:, None, None]
     return [np.asarray(table, dtype=np.float32) for table in (full[0] * scale, full[1] * scale, *full)]

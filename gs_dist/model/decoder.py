@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from gs_dist.model.attention import GroupedQueryAttention
+from gs_dist.model.attention import Attention, GroupedQueryAttention, LatentAttention
 from gs_dist.model.linear import LayerInput, Linear
 from gs_dist.model.mlp import GatedMlp, MixtureOfExperts, Mlp, Routing
 
 __all__ = [
+    "Attention",
     "DecoderArchitecture",
     "GatedMlp",
     "GroupedQueryAttention",
+    "LatentAttention",
     "LayerInput",
     "LayerSpec",
     "Linear",
@@ -37,7 +39,7 @@ class LayerSpec:
     `norms_after`, behind it, over what is added; then nothing can take up a rescaling of the block's input.
     """
 
-    attention: GroupedQueryAttention
+    attention: Attention
     mlp: Mlp
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     norms_after: bool = False
@@ -63,6 +65,11 @@ class LayerSpec:
         """Channels of each activation that can be observed: the inputs by name, and what the cache keeps."""
         found = {layer_input.name: layer_input.channels for layer_input in self.inputs}
         return found | dict.fromkeys(self.attention.cached, self.attention.kv_size)
+
+    @cached_property
+    def captured(self) -> tuple[str, ...]:
+        """Names of what a forward pass shows of a dense layer, in its order."""
+        return (*self.attention.captured, *(layer_input.name for layer_input in self.mlp.inputs(None)))
 
     def share_of_tokens(self, name: str) -> float:
         """Share of the tokens that an observed activation is made of, where a router deals them out evenly."""

@@ -42,7 +42,7 @@ READ = frozenset(
         "vocab_size",
     }
 )
-"""Keys that the parts of `config_parts` read for every family."""
+"""Keys that `config_parts` and `config_rotary` read for every family."""
 
 _BASE = """
 _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _experts_implementation
@@ -185,6 +185,7 @@ ROPE_KEYS = frozenset(
         "beta_slow",
         "factor",
         "high_freq_factor",
+        "llama_4_scaling_beta",
         "low_freq_factor",
         "mscale",
         "mscale_all_dim",
@@ -196,7 +197,7 @@ ROPE_KEYS = frozenset(
         "type",
     }
 )
-"""Keys within `rope_parameters` and `rope_scaling` that `config_parts` reads, or that the types it reads ignore."""
+"""Keys within `rope_parameters` and `rope_scaling` that `config_rotary` reads, or that the types it reads ignore."""
 
 # Ending of a class's name to what such a model is.
 _CLASSES: Mapping[str, str] = {

@@ -181,7 +181,7 @@ def _activation_bytes(shape: JobShape) -> int:
             + MLP_COPIES * layer.mlp.channels_for_one
         )
         entries = max(entries, held + SCORE_COPIES * scores)
-        widest = max(a.hidden_size, attention.query_size, layer.mlp.widest)
+        widest = max(a.hidden_size, attention.query_size, attention.output_size, layer.mlp.widest)
         observed = max(observed, OBSERVER_COPIES * tokens * widest * 4)
     return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
 

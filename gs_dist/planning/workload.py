@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.device_kind import DeviceKind
+from gs_dist.model.kept_in_float import family_of, kept_reason
 from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.numbers.groups import num_groups
 from gs_dist.planning.bits import budget_bytes, schemes_of
@@ -19,6 +21,7 @@ from gs_dist.planning.solver_operations import solver_operations
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.matching import resolve_policies
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
+from gs_dist.wording import counted
 
 __all__ = [
     "Operations",
@@ -201,17 +204,21 @@ def _resolve(
     if resolved["lm_head"] is not None:
         notes = ("lm_head is carried over as it is; add it to ptq.opname_blacklist to say so in the recipe",)
         resolved["lm_head"] = None
-    routers = [name for name in _staying(architecture) if resolved[name] is not None]
-    if routers:
-        resolved |= dict.fromkeys(routers)
-        kinds = sorted({name.rpartition(".")[2] for name in routers})
-        more = f"{len(routers)} linears that choose or weight experts ({', '.join(kinds)}) are carried over as they are"
-        notes = (*notes, f"{more}, rescaled with the norms they read")
+    kept = [name for name in _staying(architecture) if resolved[name] is not None]
+    resolved |= dict.fromkeys(kept)
+    notes = (*notes, *_kept_notes(kept))
     if not any(p and (p.quantises_linear or p.kvcache_quant_dtype) for p in resolved.values()):
         raise UserError(
             "the policies leave every linear of the decoder layers unquantised: change ptq or layer_policies"
         )
     return resolved, notes
+
+
+def _kept_notes(names: Sequence[str]) -> Iterator[str]:
+    """Why linears that the recipe would quantise stay in float."""
+    for leaf, number in sorted(Counter(name.rpartition(".")[2] for name in names).items()):
+        reason = kept_reason(leaf, family_of(""))
+        yield f"{counted(number, 'linear')} {leaf} ({reason}) stay in float, and follow what rescales their inputs"
 
 
 def _staying(architecture: DecoderArchitecture) -> list[str]:
@@ -237,6 +244,11 @@ def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mappi
     """Refuses policies that differ where linears share what is changed: a rescaled input, or the KV cache."""
     prefix = architecture.layer_prefix(layer)
     cached = architecture.layers[layer].attention.cached
+    if not cached and any(map(_cache_of, policies.values())):
+        raise PlanError(
+            f"{prefix}self_attn caches one latent for all heads (multi-head latent attention), which no engine keeps "
+            "in int8 by scales of keys and values: set kvcache_quant_dtype: null"
+        )
     if len({_cache_of(policies[name]) for name in cached.values()}) > 1:
         written = " and ".join(cached.values()).replace("and self_attn.", "and ")
         raise PlanError(
@@ -395,7 +407,7 @@ def count_operations(workload: Workload, num_samples: int, sequence_length: int,
         attention = sum(linear.out_features * linear.in_features for linear in layer.attention.linears)
         forward = 2 * (attention + layer.mlp.active_entries)
         # Scores and their product with values, half of them masked.
-        forward += 2 * (sequence_length + 1) * layer.attention.query_size
+        forward += (sequence_length + 1) * (layer.attention.query_size + layer.attention.output_size)
         observed = 0
         for name, taken in settings.items():
             seen = round(tokens * layer.share_of_tokens(name))

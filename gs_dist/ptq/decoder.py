@@ -110,6 +110,11 @@ class DecoderLayer(nn.Cell):
 
     def __init__(self, prefix: str, layer: LayerSpec, source: _Source) -> None:
         super().__init__()
+        if not isinstance(layer.attention, GroupedQueryAttention):
+            raise CheckpointError(
+                f"{prefix}self_attn is latent attention, which CausalDecoder does not build: quantise it by a recipe "
+                "(gs-dist quantize)"
+            )
         self.self_attn = _Attention(prefix, layer.attention, source)
         if not isinstance(layer.mlp, GatedMlp):
             raise CheckpointError(

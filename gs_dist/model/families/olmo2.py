@@ -5,7 +5,8 @@ and all keys. Source: transformers `configuration_olmo2.py`, `modeling_olmo2.py`
 from __future__ import annotations
 
 from gs_dist.model.config_keys import ConfigKeys
-from gs_dist.model.config_parts import decoder, heads, num_layers, rotary
+from gs_dist.model.config_parts import decoder, heads, num_layers
+from gs_dist.model.config_rotary import rotary
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
 from gs_dist.model.known_keys import KnownKeys
 

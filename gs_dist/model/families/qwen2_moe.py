@@ -6,7 +6,8 @@ Source: transformers `configuration_qwen2_moe.py`, `modeling_qwen2_moe.py`.
 from __future__ import annotations
 
 from gs_dist.model.config_keys import ConfigKeys
-from gs_dist.model.config_parts import decoder, heads, rotary, sparse_layers, windows
+from gs_dist.model.config_parts import decoder, heads, sparse_layers, windows
+from gs_dist.model.config_rotary import rotary
 from gs_dist.model.decoder import (
     DecoderArchitecture,
     GatedMlp,

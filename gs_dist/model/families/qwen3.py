@@ -6,7 +6,8 @@ Source: transformers `configuration_qwen3.py`.
 from __future__ import annotations
 
 from gs_dist.model.config_keys import ConfigKeys
-from gs_dist.model.config_parts import decoder, heads, rotary, windows
+from gs_dist.model.config_parts import decoder, heads, windows
+from gs_dist.model.config_rotary import rotary
 from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAttention, LayerSpec
 from gs_dist.model.known_keys import KnownKeys
 

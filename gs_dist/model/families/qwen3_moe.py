@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from gs_dist.model.config_keys import ConfigKeys
-from gs_dist.model.config_parts import decoder, heads, rotary, sparse_layers
+from gs_dist.model.config_parts import decoder, heads, sparse_layers
+from gs_dist.model.config_rotary import rotary
 from gs_dist.model.decoder import (
     DecoderArchitecture,
     GatedMlp,

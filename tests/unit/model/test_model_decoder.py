@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.families import read_architecture
-from gs_dist.model.rotary import RopeScaling
+from gs_dist.model.rotary import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -77,13 +77,23 @@ def test_qwen3_head_dim_is_not_derived() -> None:
     [
         ({}, 10000.0, None),
         ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, RopeScaling(rope_type="linear", factor=2.0)),
-        ({"rope_scaling": LLAMA3}, 10000.0, RopeScaling(rope_type="llama3", factor=8.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, LinearScaling(factor=2.0)),
+        ({"rope_scaling": LLAMA3}, 10000.0, Llama3Scaling(factor=8.0)),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 512}},
+            10000.0,
+            YarnScaling(factor=4.0, original_max_position_embeddings=512),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 512, "beta_fast": 16}},
+            10000.0,
+            YarnScaling(factor=8.0, original_max_position_embeddings=512, beta_fast=16.0),
+        ),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
         (
             {"rope_theta": None, "rope_parameters": {**LLAMA3, "factor": 32.0, "rope_theta": 5e5}},
             5e5,
-            RopeScaling(rope_type="llama3", factor=32.0),
+            Llama3Scaling(factor=32.0),
         ),
     ],
 )
@@ -150,13 +160,51 @@ def test_a_family_may_turn_some_channels_of_a_head(share: dict[str, Any], channe
     assert read_architecture({**config, **share}).layers[0].attention.rotary.channels == channels
 
 
+def test_a_dynamic_embedding_is_refused_with_what_to_write() -> None:
+    """It is stretched by the text's length in transformers and always in vLLM, so that it has no one arithmetic."""
+    with pytest.raises(CheckpointError) as refused:
+        parse(rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}' in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_says_what_reads_what(family: str) -> None:
+    """Queries' latent is normed and may be rescaled; what expands the other latent stays as it is."""
+    layer = parse(family).layers[0]
+    assert [(i.name, i.linears, i.source) for i in layer.attention.inputs("n")] == [
+        ("attention_input", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "n"),
+        ("query_latent", ("self_attn.q_b_proj",), "self_attn.q_a_layernorm"),
+        ("attention_output", ("self_attn.o_proj",), None),
+    ]
+    assert [linear.name for linear in layer.linears if linear.stays] == ["self_attn.kv_b_proj"]
+    direct = parse(family, q_lora_rank=None).layers[0]
+    assert direct.inputs[0].linears == ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("deepseek_v3", {"num_key_value_heads": 2}, "must be equal"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+    ],
+)
+def test_what_engines_compute_otherwise_is_refused(family: str, overrides: dict[str, Any], message: str) -> None:
+    """The message names the key."""
+    with pytest.raises(CheckpointError, match=message):
+        parse(family, **overrides)
+
+
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("model_type", {"model_type": "gpt2"}),
     ("model_type", {"model_type": ["llama"]}),
     ("model_type", {"model_type": None}),
     ("hidden_act", {"hidden_act": "gelu"}),
     ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
-    ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
     ("rope_scaling.type", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
     ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "longrope"}}),
     ("rope_parameters.full_attention", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),

@@ -14,7 +14,7 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.config_keys import ConfigKeys
 from gs_dist.model.families import KNOWN_KEYS, read_architecture, unknown_keys
 from gs_dist.model.known_keys import FOREIGN, HARMLESS, READ
-from gs_dist.model.rotary import RopeScaling
+from gs_dist.model.rotary import Llama3Scaling
 
 DATA = Path(__file__).parents[2] / "data"
 CLASSES: dict[str, dict[str, Any]] = json.loads((DATA / "config_keys.json").read_text())["classes"]
@@ -206,8 +206,7 @@ def test_a_config_that_says_two_things_is_refused(overrides: dict[str, Any], mes
 def test_what_two_places_say_alike_is_read() -> None:
     """Files that carry both spellings, one for each version of transformers, are common."""
     both = {"rope_theta": 5e5, "rope_scaling": dict(LLAMA3), "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
-    wanted = RopeScaling(
-        rope_type="llama3",
+    wanted = Llama3Scaling(
         factor=8.0,
         low_freq_factor=1.0,
         high_freq_factor=4.0,

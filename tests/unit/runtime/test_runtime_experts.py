@@ -93,6 +93,9 @@ def far_off(found: Array, expected: Array) -> Array:
         ("glm4_moe", "compressed-tensors"),
         ("qwen3_moe", "compressed-tensors"),
         ("qwen3_moe", "ascend"),
+        ("deepseek_v2", "ascend"),
+        ("deepseek_v3", "compressed-tensors"),
+        ("deepseek_v3", "ascend"),
     ],
 )
 def test_what_is_published_computes_what_the_model_did(family: str, dialect: str, tmp_path: Path) -> None:
@@ -105,7 +108,10 @@ def test_what_is_published_computes_what_the_model_did(family: str, dialect: str
     assert far_off(decoded, source)[-4] < 0.15
     # The same integers with inputs rounded to int8, as an engine runs them.
     assert far_off(logits(published, dialect), source)[-4] < 0.3
-    assert family != "glm4_moe" or stored(published)["model.layers.1.mlp.gate.e_score_correction_bias"].any()
+    assert (
+        family not in ("glm4_moe", "deepseek_v3")
+        or stored(published)["model.layers.1.mlp.gate.e_score_correction_bias"].any()
+    )
     router = [name for name in stored(published) if name.endswith(("mlp.gate.weight", "moe.gate.weight"))]
     with safe_open(tmp_path / "model" / "model.safetensors", "np") as file:
         assert all((stored(published)[name] != file.get_tensor(name)).any() for name in router)
@@ -137,6 +143,27 @@ def starving(directory: Path) -> Path:
     save_samples(directory / "samples.parquet", 128)
     save_checkpoint(directory / "model", config, tensors)
     return directory
+
+
+def test_latent_attention_is_the_same_bytes_at_any_layout(tmp_path: Path) -> None:
+    """A dense first layer and one of experts lie on two stages, or on one."""
+    prepared(tmp_path, "deepseek_v3", dtype="float16")
+    alone = small_recipe(tmp_path, "alone", ptq=SMOOTH)
+    shared = small_recipe(tmp_path, "shared", ptq=SMOOTH, parallel={"pipeline_parallel_size": 2})
+    for config in (alone, shared):
+        run_inline(config)
+    assert published_hashes(alone) == published_hashes(shared)
+    kept = stored(tmp_path / "alone" / "compressed-tensors")["model.layers.1.self_attn.kv_b_proj.weight"]
+    assert kept.dtype == np.float16
+    notes = " ".join(plan_of(alone).notes)
+    assert "2 linears kv_b_proj (taken apart by engines, which absorb it into attention) stay in float" in notes
+
+
+def test_a_cache_of_latents_is_not_quantised(tmp_path: Path) -> None:
+    """Its scales would be of keys and values, which are not what is cached."""
+    config = small_recipe(prepared(tmp_path, "deepseek_v2"), ptq={**DYNAMIC, "kvcache_quant_dtype": "int8"})
+    with pytest.raises(UserError, match="kvcache_quant_dtype: null"):
+        plan_of(config)
 
 
 @pytest.mark.parametrize("ptq", [SMOOTH, GPTQ], ids=["smooth", "gptq"])
