@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.array_file import read_arrays, read_texts, write_arrays
 from gs_dist.checkpoint.dialects import published_dialect
+from gs_dist.checkpoint.job_log import LOG, STATUS
 from gs_dist.checkpoint.layer_costs import SENSITIVITY
 from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
 from gs_dist.checkpoint.manifest import (
@@ -83,7 +84,7 @@ LAYER_POLICIES = "layer_policies.yaml"
 REPORT = "report.html"
 _KEEP = "run the job with --keep-statistics first"
 _HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
-_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet", REPORT)
+_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet", REPORT, LOG, STATUS)
 
 
 @contextmanager

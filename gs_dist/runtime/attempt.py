@@ -73,7 +73,7 @@ def run_attempt(
         CheckpointError: a worker reads another checkpoint than this process.
     """
     config = job.config
-    progress.message(f"starting {counted(job.plan.num_workers, 'worker')}")
+    progress.phase(f"starting {counted(job.plan.num_workers, 'worker')}")
     group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
     try:
         plan = job.plan

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from gs_dist.checkpoint.job_log import JobLog
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest
 from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -25,6 +26,8 @@ from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.attempt import MakeGroup, OfLayer, run_attempt
 from gs_dist.runtime.choice import choose, judged_before
 from gs_dist.runtime.job import Job
+from gs_dist.runtime.job_watch import JobWatch, watched
+from gs_dist.runtime.pace import Pace, solves_per_pass
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.publication import publish
 from gs_dist.runtime.retry import retry
@@ -86,26 +89,44 @@ def run_locked_job(
     probe = Probe.open(job, reader)
     num_layers = reader.architecture.num_layers
     finished = run.prepare(num_layers, progress.message, reader)
-    if finished:
-        progress.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
     if len(finished) < num_layers:
         reader.refuse_damaged_outer()
         for name in job.config.dialects:
             refuse_foreign_weights(run.path, name, num_layers)
     times = StageTimes()
-    job = _until_nothing_is_damaged(
-        lambda: _observe_and_solve(job, reader, finished, make_group, progress, times), num_layers, progress
-    )
-    return publish(
-        job,
-        run,
-        reader,
-        finished,
-        times,
-        probe,
-        make_evaluation_group=make_evaluation_group,
-        seconds=time.monotonic() - began,
-        progress=progress,
+    with watched(_watch(job, progress, len(finished))) as watch:
+        if finished:
+            watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
+        solved = _until_nothing_is_damaged(
+            lambda: _observe_and_solve(job, reader, finished, make_group, watch, times), num_layers, watch
+        )
+        return publish(
+            solved,
+            run,
+            reader,
+            finished,
+            times,
+            probe,
+            make_evaluation_group=make_evaluation_group,
+            seconds=time.monotonic() - began,
+            progress=watch,
+        )
+
+
+def _watch(job: Job, progress: Progress, layers_done: int) -> JobWatch:
+    """Tells of the job from here on, in its output too."""
+    config, plan = job.config, job.plan
+    probed = 0.0
+    if config.max_perplexity_increase is not None:
+        models, batch = 1 + len(config.dialects), config.probe_data.samples_per_micro_batch
+        longest_stage = max(len(stage.layers) for stage in plan.stages)
+        probed = models * -(-config.probe_data.num_samples // batch) * longest_stage
+    return JobWatch(
+        progress,
+        JobLog(Path(config.output)),
+        Pace(prior=solves_per_pass(plan), probe=probed),
+        layers_done=layers_done,
+        num_layers=plan.architecture.num_layers,
     )
 
 

@@ -6,13 +6,14 @@ the same process alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 from gs_dist.errors import WorkerLostError
 from gs_dist.planning.plan import CalibrationPlan
-from gs_dist.progress import Progress
+from gs_dist.progress import Progress, StageLeft, WorkLeft
 from gs_dist.runtime.layer_statistics import Payload
 from gs_dist.runtime.micro_batches import MicroBatchQueue
 from gs_dist.runtime.partial_sums import PartialSums
@@ -43,6 +44,16 @@ class _Active(Generic[Outcome]):
     @property
     def total(self) -> int:
         return sum(queue.total for queue in self.queues)
+
+    @property
+    def steps_left(self) -> list[int]:
+        """Micro-batches that each replica has still to pass."""
+        return [queue.total - len(queue.results) for queue in self.queues]
+
+    @property
+    def tasks_left(self) -> Collection[int] | None:
+        """Layers whose task is not done; None before any was started."""
+        return set(self.tasks.values()) if self.solving else None
 
     @property
     def ran(self) -> bool:
@@ -95,6 +106,7 @@ def run_streams(
         for run in active:
             steps = [reference for queue in run.queues for reference in queue.fill()]
             references += [*run.begins, *steps, *run.tasks]  # a step fails for what its begin failed for
+        progress.work_left(_work_left(waiting, active, plan, deal, task))
         for reference in _wait(group, references, timeout, active):
             _finish_one(group, active, reference, progress, on_finished)
         for run in list(active):
@@ -105,7 +117,33 @@ def run_streams(
                 run.tasks = _start_tasks(group, run.stream, plan, task)
             if not run.tasks:
                 active.remove(run)
+    progress.work_left(_work_left(waiting, active, plan, deal, task))
     return not waiting
+
+
+def _work_left(
+    waiting: Sequence[Stream],
+    active: Sequence[_Active[Outcome]],
+    plan: CalibrationPlan,
+    deal: Sequence[range],
+    task: Task[Outcome],
+) -> WorkLeft:
+    """What is ahead of each stage; of its replicas, the one that has most of it."""
+    replicas = plan.data_parallel_size
+    owned = {stage.stage: -(-len(stage.layers) // replicas) if task.solved_later else 0 for stage in plan.stages}
+    passes: dict[int, float] = dict.fromkeys(owned, 0.0)
+    solves: dict[int, float] = dict.fromkeys(owned, 0.0) | owned
+    steps = 0
+    ahead = [(stream, [len(batches) for batches in deal], None) for stream in waiting]
+    for stream, left, tasks in [*ahead, *((run.stream, run.steps_left, run.tasks_left) for run in active)]:
+        steps += sum(left)
+        for wave in stream.waves:
+            passes[wave.stage] += max(left, default=0) * (wave.end_layer - wave.first_layer)
+            todo = wave.observed if tasks is None else [layer for layer in wave.observed if layer in tasks]
+            solves[wave.stage] += max(Counter(map(plan.owner, todo)).values(), default=0)
+    tokens = steps * plan.micro_batch_size * plan.sequence_length
+    stages = tuple(StageLeft(stage=stage, passes=passes[stage], solves=solves[stage]) for stage in passes)
+    return WorkLeft(stages=stages, tokens=tokens)
 
 
 def _ready(waiting: Sequence[Stream], active: Sequence[_Active[Outcome]]) -> list[Stream]:

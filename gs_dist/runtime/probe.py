@@ -109,7 +109,7 @@ class Probe:
             WorkerLostError: workers died more often in a row than `parallel.max_restarts`.
         """
         at_a_time = self._evaluation.layers_at_a_time
-        progress.message(
+        progress.phase(
             f"probing float and published model on {self._dataset.num_samples} samples"
             + (f", up to {at_a_time} of a stage's layers in memory at a time" if at_a_time else "")
         )

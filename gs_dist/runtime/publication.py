@@ -92,7 +92,7 @@ def _judged(
     progress: Progress,
 ) -> CalibrationSummary:
     config = job.config
-    progress.message("merging")
+    progress.phase("merging")
     run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
     _check_published(run, config.dialects)
     summary, recipe = summarise(job, reader, finished, times, seconds), config

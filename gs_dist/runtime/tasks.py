@@ -24,10 +24,12 @@ class Task(Generic[Outcome]):
     Attributes:
         start: has it done to a layer by its owner, given the partial sums of other replicas.
         done: a layer to which it was done is ...
+        solved_later: whether every layer is still to be solved when it is done to all.
     """
 
     start: Callable[[WorkerGroup[StageWorker], WorkerKey, int, list[Reference[PartialSums | None]]], Reference[Outcome]]
     done: str
+    solved_later: bool = False
 
 
 def _solve(
@@ -43,4 +45,4 @@ def _judge(
 
 
 SOLVE = Task(_solve, "published")
-JUDGE = Task(_judge, "judged")
+JUDGE = Task(_judge, "judged", solved_later=True)

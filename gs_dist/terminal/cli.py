@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,8 +39,9 @@ from gs_dist.results.summary import (
     read_summary,
     write_summary,
 )
-from gs_dist.terminal.console import PrintableConsole, say, show_progress
+from gs_dist.terminal.console import PrintableConsole, say, show_progress, showing
 from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, read_conversion
+from gs_dist.terminal.following import follow, status_json, status_line, status_of
 from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 
@@ -394,6 +396,38 @@ def summary(
         say(found.to_json(), nl=False)
     else:
         print_summary(_console(), found, sort=sort, limit=limit)
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a job, while it runs or after.")],
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say where a job stands: layers, tokens a second, time left; from any node that sees its output.
+
+    gs-dist status runs/qwen3-w8a8
+
+    gs-dist status runs/qwen3-w8a8 --json
+    """
+    found, now = status_of(directory), datetime.now(timezone.utc)
+    say(status_json(found, now) if json else status_line(found, now))
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a job, while it runs or after.")],
+) -> None:
+    """Follow a job until it ends, from any node that sees its output; exit code 1 if it did not end well.
+
+    gs-dist watch runs/qwen3-w8a8
+
+    gs-dist watch /mnt/shared/runs/llama-70b
+    """
+    with showing() as show:
+        ended = follow(directory, say, show)
+    if ended.state != "done":
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()

@@ -11,17 +11,18 @@ from typing import TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichBars
 from rich.segment import Segment
 from rich.text import Text
 
-from gs_dist.progress import Progress
+from gs_dist.progress import JobStatus, Progress, WorkLeft, duration, rate
 from gs_dist.wording import printable
 
-__all__ = ["BarProgress", "LineProgress", "PrintableConsole", "say", "show_progress"]
+__all__ = ["BarProgress", "LineProgress", "PrintableConsole", "say", "show_progress", "showing"]
 
 SECONDS_BETWEEN_LINES = 10.0
+_A_DAY = 86400.0
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -66,6 +67,8 @@ class LineProgress:
         self._stream = stream
         self._clock = clock
         self._passes: dict[int, _Pass] = {}
+        self._told = float("-inf")  # when the last line on the whole job was printed
+        self._whole_job = False
 
     def stage_progress(self, stage: int, done: int, total: int, what: str) -> None:
         """Prints `stage 1: observing layers 4-7, 12 of 64, 3.1/s, 17 s left`."""
@@ -74,6 +77,8 @@ class LineProgress:
         if current is None or current.what != what or done < current.done:
             current = self._passes[stage] = _Pass(what=what, done=done, started=now, first=done, shown=-1e18)
         current.done = done
+        if self._whole_job:
+            return  # its lines tell of stages, too
         if done < total and now - current.shown < SECONDS_BETWEEN_LINES:
             return
         current.shown = now
@@ -97,21 +102,53 @@ class LineProgress:
         """Prints the text as a line."""
         print(printable(text), file=self._stream, flush=True)
 
+    def phase(self, what: str) -> None:
+        """Prints what the job goes on to."""
+        self._whole_job = False
+        self.message(what)
+
+    def work_left(self, left: WorkLeft) -> None:
+        """Ignored: the status tells of it."""
+
+    def job_status(self, status: JobStatus) -> None:
+        """Prints where the whole job stands, not too often; stages have no lines of their own then."""
+        self._whole_job = bool(status.stages)
+        now = self._clock()
+        if self._whole_job and now - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = now
+            self.message(status.line())
+
 
 class _RateColumn(TextColumn):
-    """Steps a second of a task."""
+    """Steps a second of a task, or the rate that it was given."""
 
     def __init__(self) -> None:
         super().__init__("")
 
     def render(self, task: Task) -> Text:
         """`3.1/s`, or nothing before the first step."""
+        if "rate" in task.fields:
+            return Text(task.fields["rate"], style="progress.data.speed")
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
 
 
+class _LeftColumn(TextColumn):
+    """Time left of a task by its own rate, or what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        """`14 min left`, or nothing while there is no rate."""
+        if "left" in task.fields:
+            return Text(task.fields["left"], style="progress.remaining")
+        left = None if task.finished else task.time_remaining
+        return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
+
+
 class BarProgress:
-    """A bar a stage and one for published layers, with rate and time left; messages scroll above."""
+    """A bar a stage, one for published layers, and a line for the whole job; messages scroll above."""
 
     def __init__(self, bars: RichBars) -> None:
         self._bars = bars
@@ -144,6 +181,39 @@ class BarProgress:
         """Prints the text above the bars."""
         self._bars.console.print(text, markup=False, highlight=False)
 
+    def phase(self, what: str) -> None:
+        """Prints it above the bars."""
+        self.message(what)
+
+    def work_left(self, left: WorkLeft) -> None:
+        """Ignored: the status tells of it."""
+
+    def job_status(self, status: JobStatus) -> None:
+        """Shows the time left for everything beside the published layers."""
+        self._show("layers published", status.layers_done, status.num_layers, "")
+        left = "" if status.seconds_left is None else f"{duration(status.seconds_left)} left"
+        tokens = "" if status.tokens_per_second is None else rate(status.tokens_per_second)
+        self._bars.update(self._tasks["layers published"], rate=tokens, left=left)
+
+
+@contextmanager
+def showing(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Shows a line below all others in the place of the one before; elsewhere than on a terminal, lines that differ."""
+    console = PrintableConsole(file=sys.stderr if stream is None else stream)
+    if console.is_terminal:
+        with console.status("") as shown:
+            yield lambda text: shown.update(Text(text))
+        return
+    last = ""
+
+    def show(text: str) -> None:
+        nonlocal last
+        if text != last:
+            print(printable(text), file=console.file, flush=True)
+        last = text
+
+    yield show
+
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
@@ -158,7 +228,8 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
-        TimeRemainingColumn(),
+        _LeftColumn(),
     )
-    with RichBars(*columns, console=console, transient=True) as bars:
+    # Steps of half a minute and more are usual: none may be forgotten before the next one.
+    with RichBars(*columns, console=console, transient=True, speed_estimate_period=_A_DAY) as bars:
         yield BarProgress(bars)
