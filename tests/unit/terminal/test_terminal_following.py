@@ -71,7 +71,7 @@ def test_a_job_is_followed_to_its_end_and_no_line_is_said_twice(tmp_path: Path) 
 
 def test_an_output_without_a_job_is_refused(tmp_path: Path) -> None:
     """The message says what to name."""
-    with pytest.raises(OutputError, match="holds no progress.json"):
+    with pytest.raises(OutputError, match="holds no progress"):
         follow(tmp_path, print, print)
     assert CliRunner().invoke(app, ["status", str(tmp_path)]).exit_code == 2
 
