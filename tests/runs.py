@@ -61,8 +61,13 @@ def small_recipe(directory: Path, output: str = "out", *, num_layers: int = 6, *
     return CalibrationConfig.model_validate(sections)
 
 
+def reader_of(config: CalibrationConfig) -> CheckpointReader:
+    """The recipe's model as its job opens it."""
+    return CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
+
+
 def plan_of(config: CalibrationConfig) -> CalibrationPlan:
-    reader = CheckpointReader(Path(config.model))
+    reader = reader_of(config)
     facts = ClusterFacts(num_cpus=16, num_npus=0, memory_bytes=64 << 30)
     return make_plan(config, reader.architecture, reader.tensors, facts)
 
@@ -112,7 +117,7 @@ def run_inline(
     )
     return run_job(
         job,
-        CheckpointReader(Path(config.model)),
+        reader_of(config),
         make_group=make_group,
         make_evaluation_group=make_evaluation_group,
         progress=progress or SilentProgress(),

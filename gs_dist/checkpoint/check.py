@@ -22,6 +22,7 @@ from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
+from gs_dist.checkpoint.scale_range import check_scale_range
 from gs_dist.checkpoint.source_comparison import compare_with_source
 from gs_dist.checkpoint.values import check_tensors
 from gs_dist.checkpoint.verification import verify
@@ -68,6 +69,7 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
         layout = build_layout(inventory, dialect, rules, architecture)
         sound = check_tensors(inventory, layout)
         rules.check_relations(inventory, layout, sound)
+        check_scale_range(inventory, layout, sound)
         check_files_beside(inventory)
         if engine is not None:
             _check_engine(inventory, layout, engine, kinds)

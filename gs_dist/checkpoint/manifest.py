@@ -15,13 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.finite import beyond_float16
 from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_safetensors
-from gs_dist.errors import OutputError
+from gs_dist.errors import LayerError, OutputError
 from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import LinearSummary, QuantizedLayer
 
@@ -134,6 +139,8 @@ def publish_layer(
     for name in dialects:
         directory = make_directory(output / name)
         tensors = codec_of(name).encode_layer(layer, architecture)
+        if architecture.dtype == "float16":
+            _refuse_beyond_float16(tensors)
         shards[name] = write_safetensors(directory / f"{part_stem(layer.layer)}.safetensors", tensors)
     kv_cache = None
     if layer.kv_cache is not None:
@@ -151,6 +158,14 @@ def publish_layer(
     )
     write_manifest(output, manifest)
     return manifest
+
+
+def _refuse_beyond_float16(tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """What stays in float, of another dtype, is cast by the engine."""
+    for name, array in tensors.items():
+        if array.dtype in FLOATS.values() and array.dtype != np.float16 and beyond_float16(array).any():
+            largest = float(np.abs(array.astype(np.float32)).max())
+            raise LayerError(f"{name} holds {largest:.4g}, which float16 cannot: set serving_dtype: bfloat16")
 
 
 def publish_outer(

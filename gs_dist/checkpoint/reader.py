@@ -29,6 +29,7 @@ __all__ = ["CheckpointReader"]
 Array = npt.NDArray[Any]
 
 CONFIG_FILE = "config.json"
+_DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4, and of 5
 
 
 class CheckpointReader:
@@ -44,13 +45,14 @@ class CheckpointReader:
         notes: what was read otherwise than it is written, and what was left out, for people.
     """
 
-    def __init__(self, directory: Path | str, *, quantized: bool = False) -> None:
+    def __init__(self, directory: Path | str, *, quantized: bool = False, serving_dtype: str | None = None) -> None:
         """Reads config.json, the index and every header; of tensors only those that two places hold, to compare them.
 
         Args:
             directory: holds config.json and model.safetensors, or an index and the files it names.
             quantized: for reading back what a format wrote: `quantization_config` is accepted, and
                 tensors are not compared with the float architecture's; the format does that.
+            serving_dtype: takes the place of the dtype that config.json states; tensors stay what they are.
 
         Raises:
             CheckpointError: a file is missing, damaged, contradictory or leads outside of the directory, or the
@@ -67,6 +69,9 @@ class CheckpointReader:
         self.quantization_config: Any = self.config.get("quantization_config")  # checked by the format that reads it
         if quantized:
             self._refuse_float()
+        if serving_dtype is not None:
+            stated = [key for key in _DTYPE_KEYS if key in self.config] or _DTYPE_KEYS[:1]
+            self.config = {**self.config, **dict.fromkeys(stated, serving_dtype)}
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
         self.architecture = read_architecture(config)
         self._files = files = WeightFiles.find(self.directory)
@@ -78,7 +83,7 @@ class CheckpointReader:
             refuse_quantised(self.directory, self.config, files.tensors)
             self._settle(files)
         embedding = self.tensors.get("model.embed_tokens.weight")
-        if embedding and config.get("dtype") is None and config.get("torch_dtype") is None:
+        if embedding and all(config.get(key) is None for key in _DTYPE_KEYS):
             self.architecture = dataclasses.replace(self.architecture, dtype=embedding.dtype)
 
     def _refuse_float(self) -> None:
@@ -144,10 +149,11 @@ class CheckpointReader:
         """Looks at every value of embedding, final norm and head, most of which no calibration sample ever meets.
 
         Raises:
-            CheckpointError: a value is not finite; the message names tensor and place.
+            CheckpointError: a value is not finite, or none of the serving dtype; the message names tensor and place.
         """
         outer = self.read_outer()
-        refuse_not_finite(outer, files={name: self.tensors[name].file for name in outer}, names=outer)
+        files = {name: self.tensors[name].file for name in outer}
+        refuse_not_finite(outer, files=files, names=outer, dtype=self.architecture.dtype)
 
     def companions(self) -> Companions:
         """The files that go along with the weights.

@@ -280,6 +280,9 @@ class CalibrationConfig(_Section):
         "compressed-tensors",
     )
     """Forms the model is published in, each in a directory of its own."""
+    serving_dtype: Literal["float16", "bfloat16"] | None = None
+    """Dtype that the model is served in, which decides how scales are stored; null is the checkpoint's own. Ascend 310P
+    cards serve float16 alone."""
     gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """What errors are reported and searched from: auto takes sketches, on whole Gram matrices, off only what a solver
     must have. GPTQ takes a Gram matrix anyway."""
@@ -450,6 +453,7 @@ class CalibrationConfig(_Section):
             "max_token_error": self.max_token_error,
             "on_bad_layer": self.on_bad_layer,
             **({"bits": "auto", "size_budget": self.size_budget} if self.bits == "auto" else {}),
+            **({"serving_dtype": self.serving_dtype} if self.serving_dtype is not None else {}),
         }
 
 

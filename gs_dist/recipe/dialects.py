@@ -27,6 +27,7 @@ class Dialect:
         quant_method: value of that key of config.json's `quantization_config` by which a directory is known; None
             where a description file tells.
         elsewhere: what a model card says where an engine does not serve the directory and something else reads it.
+        casts: whether all its readers cast floats to the dtype that they serve in.
         one_cache_scale: whether keys, and values, of a KV cache have one stored scale for all their channels.
     """
 
@@ -36,6 +37,7 @@ class Dialect:
     description_file: str | None = None
     quant_method: str | None = None
     elsewhere: str = ""
+    casts: bool = True
     one_cache_scale: bool = False
 
     @property
@@ -65,6 +67,7 @@ DIALECTS: Mapping[str, Dialect] = {
             title="Golden Stick's layout",
             home=f"{_ROOM}.golden_stick",
             description_file="quantization_description.json",
+            casts=False,  # vLLM-MindSpore 0.5.1 and MindFormers 2.1.0 set some parameters as they are
             elsewhere="Networks that Golden Stick builds load every strategy above.",
         ),
     )

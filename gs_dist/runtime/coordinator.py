@@ -37,7 +37,7 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
         UserError: something in recipe, checkpoint, data, output or cluster must be changed first.
         JobFailure: the run failed; what was finished is kept.
     """
-    reader = CheckpointReader(Path(config.model))
+    reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
     planned = _planned_early(config, reader, address)
     dataset = open_dataset(
         config.calibration,
@@ -77,7 +77,7 @@ def resolve(
         UserError: the kept statistics are of another model or calibration, or do not serve the recipe.
         JobFailure: the run failed.
     """
-    reader = CheckpointReader(Path(config.model))
+    reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
     source = reader.fingerprint()
     origin = origin_of(run, config, source)
     note = software_note(run, origin)

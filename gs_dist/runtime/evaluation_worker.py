@@ -162,10 +162,10 @@ class EvaluationWorker:
         tensors = self._reader.read(names)
         if which != FLOAT and self._float_model is None:
             return self._network.outer_weights(tensors)
-        sums = checksums(tensors)
+        sums = {**checksums(tensors), "dtype": str(self._network.dtype)}
         if which == FLOAT:
-            for name, checksum in sums.items():
-                self._refuse_other_source(name, checksum, name)
+            for name in tensors:
+                self._refuse_other_source(name, sums[name], name)
         shared = None if self._float_model is None else self._float_model.shared(sums)
         outer = shared or self._network.outer_weights(tensors)
         if which == FLOAT and self._float_model is not None:

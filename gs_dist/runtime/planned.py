@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from gs_dist.checkpoint.dialects import check_policies
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.errors import ClusterError
+from gs_dist.errors import ClusterError, RecipeError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import MemoryPlan, layer_set_bytes
 from gs_dist.planning.plan import CalibrationPlan, StagePlan, make_plan
 from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["PlannedJob", "plan_here", "plan_job"]
 
@@ -49,6 +50,7 @@ def plan_job(
     Raises:
         UserError: as of `make_plan`, or policies that a dialect cannot hold.
     """
+    _refuse_other_dtype(config, reader)
     # A probe runs the model after all.
     of = _plan_of_solves if solves_only and config.max_perplexity_increase is None else _plan_of_passes
     plan = of(config, reader, facts)
@@ -60,6 +62,17 @@ def plan_job(
         for note in check_policies(name, policies, reader.architecture)
     ]
     return PlannedJob(plan, tuple(dict.fromkeys(notes)))
+
+
+def _refuse_other_dtype(config: CalibrationConfig, reader: CheckpointReader) -> None:
+    """A dialect whose readers take floats as they are is of the checkpoint's own dtype."""
+    kept = [name for name in config.dialects if not DIALECTS[name].casts]
+    stored = {info.dtype for info in reader.tensors.values()}
+    if kept and config.serving_dtype is not None and stored != {config.serving_dtype}:
+        raise RecipeError(
+            f"serving_dtype is {config.serving_dtype} and the checkpoint is {' and '.join(sorted(stored))}, which "
+            f"readers of {kept[0]} take as they are: leave serving_dtype out, or {kept[0]} out of format"
+        )
 
 
 def _plan_of_passes(config: CalibrationConfig, reader: CheckpointReader, facts: ClusterFacts) -> CalibrationPlan:

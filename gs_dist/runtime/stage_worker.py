@@ -83,7 +83,7 @@ class StageWorker:
         self._replica = replica
         self._device = open_device(plan.device, threads=plan.threads_per_worker)
         try:
-            self._reader = CheckpointReader(Path(job.config.model))
+            self._reader = CheckpointReader(Path(job.config.model), serving_dtype=job.config.serving_dtype)
         except CheckpointError as error:
             raise CheckpointError(f"node {platform.node()}: {error}") from error
         self._output = Path(job.config.output)

@@ -183,7 +183,7 @@ def plan(
     from gs_dist.checkpoint.reader import CheckpointReader
     from gs_dist.runtime.planned import plan_job
 
-    made, told = plan_job(config, CheckpointReader(Path(config.model)), facts)
+    made, told = plan_job(config, CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype), facts)
     notes = list(told)
     notes += _data_notes(config)
     if described is not None or address is not None:
@@ -205,7 +205,7 @@ def _data_notes(config: CalibrationConfig) -> list[str]:
     from gs_dist.checkpoint.reader import CheckpointReader
     from gs_dist.data.dataset import open_dataset  # imports Arrow
 
-    reader = CheckpointReader(Path(config.model))
+    reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
     dataset = open_dataset(
         config.calibration,
         reader.architecture.vocab_size,

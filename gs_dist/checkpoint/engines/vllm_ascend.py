@@ -119,7 +119,7 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
             "serving-dtype",
             f"deq_scale is stored as {stored}, for {lost}: served with --dtype {wrong}"
             f"{'' if half else ', as 310P cards serve everything,'} it loads without a word and every static linear is "
-            "wrong (w8a8_static.py, get_perchannel_param)",
+            f"wrong (w8a8_static.py, get_perchannel_param); serving_dtype: {wrong} in the recipe makes it fit",
         )
 
 

@@ -838,3 +838,29 @@ def test_no_json_value_makes_the_check_itself_fail(
     node[last] = data.draw(JSON_VALUES)
     save_json(directory / file, content)
     assert check(directory, engine).render()
+
+
+def single_scales(tensors: dict[str, np.ndarray]) -> None:
+    """Scales as float32, from which loaders cast."""
+    tensors.update({name: array.astype(np.float32) for name, array in tensors.items() if "scale" in name})
+
+
+def test_scales_that_float16_loses_are_computed(tmp_path: Path) -> None:
+    """A note where bfloat16 is served, a problem where float16 is what config.json says."""
+    dialects.save_model(tmp_path / "m", CompressedTensorsCodec(), dialects.W8A8_DYNAMIC)
+    assert "scale-dtype" not in {note.rule for note in check(tmp_path / "m").notes}
+    name = UP + "weight_scale"
+    put(name, 2.0**-25)(tmp_path / "m")
+    (note,) = [note for note in check(tmp_path / "m").notes if note.rule == "scale-dtype"]
+    assert note.text.startswith(f"{name} holds scales down to 2.98e-08, which float16 makes 0: serve with --dtype bf")
+    half = tmp_path / "half"
+    dialects.save_model(half, CompressedTensorsCodec(), dialects.W8A8_DYNAMIC)
+    edit_json("config.json", lambda config: config.update(torch_dtype="float16"))(half)
+    for file in ("model-00000.safetensors", LAYER):
+        edit_tensors(single_scales, file)(half)
+    put(name, 2.0**-24)(half)
+    assert check(half).clean
+    put(name, 2.0**-25)(half)
+    (problem,) = check(half).problems
+    assert (problem.rule, problem.tensor) == ("scale-dtype", name)
+    assert problem.found == "2.98e-08, which float16 makes 0"

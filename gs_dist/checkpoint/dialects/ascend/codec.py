@@ -10,7 +10,7 @@ its name, and ignores an index of another name. `quant_model_weights-*.safetenso
 `quant_model_weights.safetensors.index.json`, ModelSlim's own names, would work only because vLLM then reads all
 files unfiltered, and transformers would find no index.
 
-Tensors of a linear `<p>` with weight (N, K), pd being the model's dtype:
+Tensors of a linear `<p>` with weight (N, K), pd being the dtype that the model is served in:
 
 * `W8A8`: weight int8 (N, K); input_scale pd (1,); input_offset int8 (1,); deq_scale (N,) float32, or for float16
   models int64 holding the float32's bits; quant_bias int32 (N,) with the linear's bias folded in, because the
@@ -111,8 +111,8 @@ class AscendCodec:
         if static and architecture.dtype != "float16":
             notes.append(
                 "ascend: static W8A8 of a model that is not float16 is for serving in bfloat16; with --dtype float16, "
-                "as 310P cards serve everything, its scales load as zeros: convert the source to float16 for those, or "
-                "set act_quant_granularity: per_token"
+                "as 310P cards serve everything, its scales load as zeros: set serving_dtype: float16 for those, or "
+                "act_quant_granularity: per_token"
             )
         if kv_layers(policies, architecture) and architecture.model_type not in CACHE_LOADERS:
             notes.append(
