@@ -14,7 +14,12 @@ import numpy as np
 from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, scheme_groups
 from gs_dist.checkpoint.engines.base import Engine, serve_command
 from gs_dist.checkpoint.engines.compressed_tensors_library import check_library, is_symmetric
-from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
+from gs_dist.checkpoint.engines.vllm_kernels import (
+    PackedWeights,
+    describe_tensor_parallel,
+    needs_hopper,
+    takes_group_size,
+)
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.problems import Note
@@ -90,7 +95,7 @@ def _check_scheme(inventory: Inventory, group: SchemeGroup, dtype: str) -> None:
                 "groups of 32, 64 or 128 (4 bits: 256 too), or weights per channel: no kernel takes others on CUDA "
                 "cards (marlin.py, triton_w4a16.py), but for symmetric ones with --dtype float16 (exllama.py)"
             )
-        elif not packed.symmetric and packed.num_bits == 8:
+        elif needs_hopper(packed):
             inventory.note(
                 "zero-points",
                 "8-bit weights with zero points: vLLM has a kernel for them on Hopper cards only (machete.py; Marlin "

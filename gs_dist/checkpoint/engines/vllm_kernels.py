@@ -1,9 +1,10 @@
 """Which weights of packed integers vLLM has a kernel for on CUDA cards, and over how many cards it splits them.
 
-As vLLM 0.33.0 has it: `kernels/linear/mixed_precision/marlin.py` (can_implement: groups, which a card must hold whole;
-other sizes are padded, since 0.24), `triton_w4a16.py` (4 bits in groups of 256 too), `exllama.py` (symmetric weights in
-float16), `layers/quantization/utils/marlin_utils.py` (MARLIN_SUPPORTED_GROUP_SIZES). Kernels of packages that vLLM does
-not bring along are left out.
+As the chooser of vLLM 0.32.0 answers (`kernels/linear/__init__.py`, choose_mp_linear_kernel), told that it runs on such
+cards: `tests/data/make_vllm_kernels.py` asks it for each combination, and a test holds this module against the answers.
+They come from `kernels/linear/mixed_precision/marlin.py` (can_implement: groups, which a card must hold whole; other
+sizes are padded, since 0.24), `triton_w4a16.py` (4 bits in groups of 256 too), `exllama.py` (symmetric weights in
+float16) and `machete.py` (Hopper alone). Kernels of packages that vLLM does not bring along are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from gs_dist.model.decoder import DecoderArchitecture
 
-__all__ = ["PackedWeights", "describe_tensor_parallel", "takes_group_size"]
+__all__ = ["PackedWeights", "describe_tensor_parallel", "needs_hopper", "takes_group_size"]
 
 _GROUP_SIZES = (0, 32, 64, 128)  # Marlin's
 _GROUP_SIZES_OF_INT4 = (*_GROUP_SIZES, 256)  # and Triton's
@@ -34,6 +35,11 @@ def takes_group_size(weights: PackedWeights, dtype: str) -> bool:
     """Whether a kernel takes such groups; Exllama, for symmetric weights in float16 models, takes any."""
     sizes = _GROUP_SIZES_OF_INT4 if weights.num_bits == 4 else _GROUP_SIZES
     return weights.group_size in sizes or (weights.symmetric and weights.group_size > 0 and dtype == "float16")
+
+
+def needs_hopper(weights: PackedWeights) -> bool:
+    """Whether Machete alone takes them, which runs on Hopper cards, for output channels in whole tiles of 128."""
+    return weights.num_bits == 8 and not weights.symmetric
 
 
 def describe_tensor_parallel(linears: Mapping[str, PackedWeights], architecture: DecoderArchitecture) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,17 @@ from checkpoints import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel, takes_group_size
+from gs_dist.checkpoint.engines import vllm_kernels
+from gs_dist.checkpoint.engines.vllm_kernels import (
+    PackedWeights,
+    describe_tensor_parallel,
+    needs_hopper,
+    takes_group_size,
+)
 from gs_dist.model.families import read_architecture
 
+ANSWERS = json.loads((Path(__file__).parents[2] / "data" / "vllm_kernels.json").read_text())
+HOPPER = "9.0"
 QWEN2_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
 LLAMA_70B = {**QWEN2_72B, "intermediate_size": 28672}
 SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -87,3 +97,45 @@ def test_the_limit_is_the_largest_that_gives_every_card_whole_groups(
 def test_groups_with_a_kernel(weights: PackedWeights, dtype: str, taken: bool) -> None:
     """32 to 128 and whole rows; 256 at four bits; others symmetric and in float16 alone."""
     assert takes_group_size(weights, dtype) is taken
+
+
+def answers(whole: bool) -> list[tuple[dict[str, Any], int, str | None]]:
+    """Combination, group and kernel that vLLM chooses, where a card's share of the channels is all of them, or not."""
+    return [
+        (row, group, kernel)
+        for row in ANSWERS["rows"]
+        for group, kernel in zip(ANSWERS["groups"], row["kernels"], strict=True)
+        if (row["in_out_share"][0] == row["in_out_share"][2]) is whole and row["in_out_share"][0] % (group or 1) == 0
+    ]
+
+
+def test_a_kernel_is_told_of_where_vllms_own_chooser_finds_one() -> None:
+    """On cards before and after Hopper; the module names the version that was asked."""
+    assert f"vLLM {ANSWERS['vllm']} answers" in (vllm_kernels.__doc__ or "").replace("\n", " ")
+    seen = 0
+    for row, group, kernel in answers(whole=True):
+        weights = packed(group, row["num_bits"], symmetric=row["symmetric"])
+        if row["capability"] != HOPPER:
+            expected = takes_group_size(weights, row["dtype"]) and not needs_hopper(weights)
+            assert (kernel is not None) is expected, (row, group, kernel)
+            seen += 1
+    assert seen > 200
+
+
+def test_eight_bits_with_zero_points_have_a_kernel_on_hopper_alone() -> None:
+    """Machete, where output channels are whole tiles."""
+    for row, group, kernel in answers(whole=True):
+        if row["num_bits"] == 8 and not row["symmetric"]:
+            tiles = row["in_out_share"][1] % 128 == 0
+            chosen = row["capability"] == HOPPER and tiles and group in (0, 64, 128)
+            assert kernel == ("Machete" if chosen else None), (row, group)
+
+
+def test_a_card_takes_whole_groups() -> None:
+    """Where a share is none, Marlin refuses; the others leave that to `compressed_tensors_wNa16.py`, create_weights."""
+    for row, group, kernel in answers(whole=False):
+        share = row["in_out_share"][2]
+        weights = packed(group, row["num_bits"], symmetric=row["symmetric"])
+        marlins = row["capability"] != HOPPER and row["dtype"] == "bfloat16" and group in (32, 64, 128)
+        if marlins and not needs_hopper(weights):
+            assert (kernel is not None) is (share % group == 0), (row, group)

@@ -31,6 +31,7 @@ from gs_dist.errors import CheckpointError, DatasetError, OutputError, UserError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import CalibrationSummary
+from gs_dist.runtime.batch_losses import BatchLosses
 from gs_dist.runtime.coordinator import quantize
 from gs_dist.runtime.evaluation_worker import FLOAT, Evaluation, EvaluationWorker
 from gs_dist.runtime.perplexity import perplexity_of
@@ -386,8 +387,8 @@ def test_there_is_no_perplexity_over_no_tokens() -> None:
     class Model:
         name = "the float model"
 
-        def losses(self, num_micro_batches: int, progress: Any) -> list[tuple[float, int]]:
-            return [(0.0, 0)] * num_micro_batches
+        def losses(self, num_micro_batches: int, progress: Any) -> list[BatchLosses]:
+            return [BatchLosses(losses=(0.0,), tokens=(0,))] * num_micro_batches
 
     with pytest.raises(DatasetError, match="the float model predicts nothing on these samples"):
         perplexity_of(Model(), 3, SilentProgress())  # type: ignore[arg-type]
