@@ -9,6 +9,8 @@ the scales were known serve afterwards.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -97,7 +99,8 @@ class RangeProfile:
         zero = zero_point or 0
         total = 0.0
         for mass, steps in ((self.mass[0], 128 + zero), (self.mass[1], 127 - zero)):
-            total += float(mass @ (np.diff(_integrated_error(self.edges, scale, steps)) / self._widths))
+            integral = _integrated_error(self.edges, scale, steps)
+            total += float(mass @ ((integral[1:] - integral[:-1]) / self._widths))
         return total
 
     @cached_property
@@ -107,7 +110,8 @@ class RangeProfile:
 
 def _integrated_error(x: Float64, step: float, num_steps: int) -> Float64:
     """Integral from 0 to x of (q(v) - v)^2 dv for a grid 0, step .. num_steps * step."""
-    nearest = np.clip(np.floor(x / step + 0.5), 0, num_steps)
+    nearest = np.floor(x / step + 0.5)
+    np.clip(nearest, 0, num_steps, out=nearest)
     rest = x - nearest * step
     # A product: NumPy raises to the third power by way of logarithms, thirty times as long.
     return np.asarray(nearest * step**3 / 12.0 + rest * rest * rest / 3.0)
@@ -272,11 +276,11 @@ def _within(edges: Float64, mass: Float64, low: float, high: float) -> RangeProf
         mass[sign, last] += mass[sign, last + 1 :].sum()
         mass[sign, last + 1 :] = 0.0
     used = np.flatnonzero(mass.any(axis=0))
-    stop = int(used[-1]) + 1 if used.size else 1
-    edges = edges[: stop + 1].copy()
+    start, stop = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
+    edges = edges[start : stop + 1].copy()
     # The last bin ends where the values do: beyond the grid's end a fraction of a bin is many steps.
     edges[-1] = max(min(edges[-1], max(-low, high)), edges[-2] * (1 + 1e-6))
-    return RangeProfile(edges=edges, mass=mass[:, :stop], low=low, high=high)
+    return RangeProfile(edges=edges, mass=mass[:, start:stop], low=low, high=high)
 
 
 def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: str) -> ActivationRange:
@@ -286,21 +290,25 @@ def least_error_range(profile: RangeProfile, *, symmetric: bool, scale_dtype: st
     itself in turn until neither moves. The first of equals wins, starting from the widest.
     """
 
-    def tried(low: float, high: float) -> ActivationRange:
-        found = _as_range(low, high, symmetric, scale_dtype)
-        return replace(found, rounding=profile.error(found.scale, found.zero_point))
+    def least(tried: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """The shares of the range's two ends that cost least."""
+        lows, highs = np.array(tried).T
+        scales, zero_points = INT8.range_parameters(
+            profile.low * lows, profile.high * highs, symmetric=symmetric, scale_dtype=scale_dtype
+        )
+        zeros = itertools.repeat(None) if zero_points is None else map(int, zero_points)
+        costs = [profile.error(float(scale), zero) for scale, zero in zip(scales, zeros, strict=False)]
+        return tried[int(np.argmin(costs))]
 
-    def cost(shares: tuple[float, float]) -> float:
-        return float(tried(profile.low * shares[0], profile.high * shares[1]).rounding or 0.0)
-
-    shares = min(((r, r) for r in RATIOS), key=cost)
+    shares = least([(r, r) for r in RATIOS])
     while not symmetric:
-        lower = min(((r, shares[1]) for r in (shares[0], *RATIOS)), key=cost)
-        moved = min(((lower[0], r) for r in (lower[1], *RATIOS)), key=cost)
+        lower = least([(r, shares[1]) for r in (shares[0], *RATIOS)])
+        moved = least([(lower[0], r) for r in (lower[1], *RATIOS)])
         if moved == shares:
             break
         shares = moved
-    return tried(profile.low * shares[0], profile.high * shares[1])
+    found = _as_range(profile.low * shares[0], profile.high * shares[1], symmetric, scale_dtype)
+    return replace(found, rounding=profile.error(found.scale, found.zero_point))
 
 
 def channel_rounding(

@@ -17,7 +17,6 @@ import typer.main
 import yaml
 from checkpoints import header_only_checkpoint, tiny_config
 from packaging.requirements import Requirement
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gs_dist
 from gs_dist.checkpoint.check import check
@@ -235,6 +234,8 @@ def test_nobody_submits_without_a_token() -> None:
 
 def test_on_premises_file_passes_rays_own_check() -> None:
     """`ray up` accepts the file: its schema, and as many workers as addresses."""
+    from ray.autoscaler._private.util import prepare_config, validate_config  # its schema; no cluster is started
+
     config = yaml.safe_load((ROOT / "deploy/on-premises.yaml").read_text())
     assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
     validate_config(prepare_config(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gs_dist.recipe.dialects import DIALECTS
 
 PACKAGE = Path(__file__).parents[2] / "gs_dist"
 JOBS = Path(__file__).parents[2] / "jobs"
+TESTS = Path(__file__).parents[1]
 
 # Which rooms each room may import, itself included, lowest first. `words` are the loose modules at the top of the
 # package: what every room may say.
@@ -178,3 +180,23 @@ def test_a_checker_knows_nothing_of_the_writer_that_it_checks(dialect: str) -> N
         found = {name for name in imported(MODULES[module]) if name in MODULES} - reached
         reached |= found
         pending.extend(found)
+
+
+def test_the_fast_lane_leaves_out_the_rooms_that_start_a_framework_and_no_other_test_reaches_one() -> None:
+    """What `tests/run.sh --fast` runs imports neither Ray nor MindSpore, itself or through what tests share."""
+    lane = re.search(r"for room in (.*); do", (TESTS / "run.sh").read_text())
+    assert lane is not None
+    left_out = [TESTS / name for name in lane[1].split()]
+    assert {path.name for path in left_out} == {"integration", "calibration", "ptq", "runtime", "terminal"}
+    shared = {path.stem: ast.parse(path.read_text()) for path in TESTS.glob("*.py")}
+    for path in TESTS.glob("**/test_*.py"):
+        if path.parent in left_out:
+            continue
+        reached: set[str] = set()
+        pending = [ast.parse(path.read_text())]
+        while pending:
+            for name in {*imported(pending.pop(), at_import=True)} - reached:
+                reached.add(name)
+                known = MODULES.get(name) or shared.get(name)
+                pending += [] if known is None else [known]
+        assert not {name.split(".")[0] for name in reached} & {"ray", "mindspore"}, path

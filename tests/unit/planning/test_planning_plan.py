@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from pathlib import Path
 from typing import Any
@@ -407,7 +408,7 @@ def test_auto_never_refuses_what_a_smaller_choice_of_its_own_fits(large: Checkpo
         except PlanError:
             return False
 
-    least = next(size * GIB for size in range(2, 200) if fits(size * GIB))
+    least = GIB * bisect.bisect_left(range(200), True, key=lambda size: fits(size * GIB))
     with pytest.raises(PlanError):
         on(2, least, data_parallel_size=2)
     plan = on(2, least)
