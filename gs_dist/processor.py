@@ -1,16 +1,19 @@
-"""Which matrix kernels this machine's processor gets from the BLAS libraries."""
+"""What this machine's processor multiplies matrices with, as its instruction sets tell."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import MutableMapping
+from functools import cache
 from pathlib import Path
 
-__all__ = ["CORE_SETTING", "blas_core", "choose_blas_core"]
+__all__ = ["CORE_SETTING", "blas_core", "choose_blas_core", "multiplies_bfloat16"]
 
 CORE_SETTING = "OPENBLAS_CORETYPE"
 """Read by OpenBLAS when it is loaded (its `driver/others/dynamic.c`)."""
+
+_X86 = ("x86_64", "AMD64")
 
 # What a core's kernels need, the widest vectors first (`cpu_features` of the same file).
 _CORES = (
@@ -26,9 +29,14 @@ def blas_core(machine: str, flags: frozenset[str]) -> str | None:
         machine: such as `x86_64`, from `platform.machine()`.
         flags: the instruction sets that the processor and the system offer, as `/proc/cpuinfo` names them.
     """
-    if machine not in ("x86_64", "AMD64"):
+    if machine not in _X86:
         return None
     return next((core for core, needed in _CORES if needed <= flags), None)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has products of bfloat16, summed in float32: AVX-512 BF16 or AMX."""
+    return platform.machine() in _X86 and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_flags_here())
 
 
 def choose_blas_core(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -47,6 +55,7 @@ def choose_blas_core(environment: MutableMapping[str, str] = os.environ) -> None
         environment[CORE_SETTING] = core
 
 
+@cache
 def _flags_here() -> frozenset[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()

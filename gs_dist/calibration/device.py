@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -19,10 +20,13 @@ from mindspore import Tensor, ops
 from gs_dist.errors import ClusterError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.dtypes import BFLOAT16, FLOATS
+from gs_dist.processor import multiplies_bfloat16
 
 __all__ = ["DTYPE_NAMES", "Device", "current_device", "open_device"]
 
 Array = npt.NDArray[Any]
+
+_STRICT_MODE, _BFLOAT16_MODE = 0, 1  # `dnnl_fpmath_mode_t` of oneDNN 3
 
 _MS_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 DTYPE_NAMES: Mapping[Any, str] = {dtype: name for name, dtype in _MS_DTYPES.items()}
@@ -38,8 +42,8 @@ class Device:
     def compute_dtype(self, checkpoint_dtype: str) -> Any:
         """MindSpore dtype of weights and activations for a checkpoint of that dtype.
 
-        float32 on a CPU, whose matrix products know neither bfloat16 nor a fast float16; the
-        checkpoint's own dtype on Ascend.
+        float32 on a CPU, for which MindSpore has no products of bfloat16 or a fast float16 (but see `open_device`);
+        the checkpoint's own dtype on Ascend.
         """
         return ms.float32 if self.kind.on_host else _MS_DTYPES[checkpoint_dtype]
 
@@ -79,13 +83,20 @@ def current_device() -> Device:
     return Device(kind=DeviceKind.ASCEND if ms.get_context("device_target") == "Ascend" else DeviceKind.CPU)
 
 
-def open_device(kind: DeviceKind | Literal["auto", "cpu", "ascend"] = "auto", *, threads: int | None = None) -> Device:
+def open_device(
+    kind: DeviceKind | Literal["auto", "cpu", "ascend"] = "auto",
+    *,
+    threads: int | None = None,
+    bfloat16_products: bool = False,
+) -> Device:
     """Selects this process's device for MindSpore. Call it before anything else runs there.
 
     Args:
         kind: "auto" takes an Ascend card where MindSpore finds one.
         threads: CPU threads of MindSpore's kernels in this process; None leaves MindSpore its default,
             all cores. NumPy's threads are another matter: OMP_NUM_THREADS, set before the process starts.
+        bfloat16_products: on a CPU that has them, products of float32 matrices read both factors rounded to bfloat16
+            and sum in float32, in half the time. It is this process's, until the next call.
 
     Raises:
         ClusterError: Ascend was asked for and MindSpore finds no card.
@@ -104,9 +115,20 @@ def open_device(kind: DeviceKind | Literal["auto", "cpu", "ascend"] = "auto", *,
     # the neighbouring worker. MindSpore reads this at its first operation (`AsyncRQueue::Push`, async_r_queue.cc).
     os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     ms.set_device("CPU")
+    _set_products(bfloat16_products and multiplies_bfloat16())
     if threads is not None:
         _limit_threads(threads)
     return Device(kind=DeviceKind.CPU)
+
+
+def _set_products(bfloat16: bool) -> None:
+    """Tells oneDNN, which multiplies matrices for MindSpore, what it may round factors to.
+
+    Source: oneDNN's guide, "Primitive attributes: floating-point math mode"; MindSpore leaves it at its default.
+    """
+    library = Path(ms.__file__).parent / "lib" / "libdnnl.so.3"
+    if library.exists():  # where MindSpore is built without it, products stay in float32
+        ctypes.CDLL(str(library)).dnnl_set_default_fpmath_mode(_BFLOAT16_MODE if bfloat16 else _STRICT_MODE)
 
 
 @ms.jit

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info
 from gs_dist import __version__
 from gs_dist.checkpoint.manifest import LayerManifest, MadeWith
 from gs_dist.errors import CheckpointError, ClusterError
+from gs_dist.processor import multiplies_bfloat16
 
 __all__ = ["Software", "check_sources", "check_versions", "kernel_note", "mixture_note", "package_version"]
 
@@ -22,7 +23,7 @@ _VERSIONED = ("mindspore", "numpy", "scipy")
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """Versions by name, the CPU kernels chosen by BLAS (such as `x86_64 Haswell`), and the machine's name."""
+    """Versions by name, the CPU kernels of BLAS and whether there are some for bfloat16 (such as `x86_64 SkylakeX bfloat16`), and the machine's name."""
 
     versions: Mapping[str, str]
     kernel: str
@@ -40,7 +41,9 @@ class Software:
         versions = {"gs-dist": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
         versions |= {name: package_version(name) for name in _VERSIONED}
         kernels = {str(library["architecture"]) for library in threadpool_info() if "architecture" in library}
-        return cls(versions=versions, kernel=" ".join([platform.machine(), *sorted(kernels)]), node=platform.node())
+        products = ["bfloat16"] if multiplies_bfloat16() else []
+        kernel = " ".join([platform.machine(), *sorted(kernels), *products])
+        return cls(versions=versions, kernel=kernel, node=platform.node())
 
 
 @cache

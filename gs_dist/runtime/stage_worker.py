@@ -81,7 +81,12 @@ class StageWorker:
         self._job = job
         self._stage = plan.stages[stage]
         self._replica = replica
-        self._device = open_device(plan.device, threads=plan.threads_per_worker)
+        self._device = open_device(
+            plan.device,
+            threads=plan.threads_per_worker,
+            # Quantised weights are no bfloat16, and their own rounding would be shown beside a second one.
+            bfloat16_products=plan.architecture.dtype == "bfloat16" and job.config.propagation == "original",
+        )
         try:
             self._reader = CheckpointReader(Path(job.config.model), serving_dtype=job.config.serving_dtype)
         except CheckpointError as error:
