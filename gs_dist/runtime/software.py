@@ -23,7 +23,10 @@ _VERSIONED = ("mindspore", "numpy", "scipy")
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """Versions by name, the CPU kernels of BLAS and whether there are some for bfloat16 (such as `x86_64 SkylakeX bfloat16`), and the machine's name."""
+    """Versions by name, CPU kernels, and the machine's name.
+
+    Of the kernels, what decides the last bits: BLAS's, and products of bfloat16 (`x86_64 SkylakeX bfloat16`).
+    """
 
     versions: Mapping[str, str]
     kernel: str

@@ -16,6 +16,7 @@ from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.numbers.scales import EPSILON
 from gs_dist.results.integers import Float32, Int8, dequantise, row_blocks
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = [
     "dequantise",
@@ -46,6 +47,7 @@ def quantise_weight(
     symmetric: bool,
     scale_dtype: str,
     clip_ratio: Float | None = None,
+    threads: Threads = ONE_THREAD,
 ) -> tuple[Int8, Float32, Int8 | None]:
     """Rounds a weight to the nearest code, per channel or per group.
 
@@ -56,6 +58,7 @@ def quantise_weight(
         symmetric: without zero point.
         scale_dtype: dtype the scale will be stored in: float32, float16 or bfloat16.
         clip_ratio: (out, groups), shrinks each range; weights outside saturate.
+        threads: share the rows.
 
     Returns:
         Codes (out, in) int8, scale (out, groups) float32, zero point (out, groups) int8 or None.
@@ -68,7 +71,8 @@ def quantise_weight(
     codes = np.empty((rows, columns), dtype=np.int8)
     scale = np.empty((rows, groups), dtype=np.float32)
     zero_point = None if symmetric else np.empty((rows, groups), dtype=np.int8)
-    for block in row_blocks(rows, columns):
+
+    def quantise(block: slice) -> None:
         grouped = np.asarray(weight[block], dtype=np.float32).reshape(-1, groups, columns // groups)
         low, high = grouped.min(axis=2), grouped.max(axis=2)
         if clip_ratio is not None:
@@ -79,6 +83,8 @@ def quantise_weight(
             zero_point[block] = zero
         wide_zero = None if zero is None else zero[:, :, None]
         codes[block] = quantise_with(grouped, part[:, :, None], wide_zero, form=form).reshape(-1, columns)
+
+    threads.map(quantise, row_blocks(rows, columns))
     return codes, scale, zero_point
 
 

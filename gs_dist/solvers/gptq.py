@@ -154,6 +154,7 @@ class _Task:
             symmetric=self.policy.weight_symmetric,
             scale_dtype=self.scale_dtype,
             clip_ratio=clip_ratio,
+            threads=self.threads,
         )
 
 

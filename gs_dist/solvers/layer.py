@@ -25,13 +25,13 @@ from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.folding import FoldedTensors, Tensor
 from gs_dist.solvers.gates import dead_input_notes, is_dead, lost_channels_notes, overflow_notes
 from gs_dist.solvers.input_figures import InputFigures, input_figures
+from gs_dist.solvers.linear_figures import linear_figures
 from gs_dist.solvers.objective import Objective, plain_objective
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.rounding import round_weight
 from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
 from gs_dist.solvers.threads import Threads
-from gs_dist.solvers.token_error import median_token_error, rounded_input
 
 __all__ = ["LayerProblem", "solve_layer"]
 
@@ -306,23 +306,24 @@ def _solve_linear(
 ) -> tuple[QuantizedLinear, LinearSummary]:
     weight = folded.weight(name)
     solved, notes = round_weight(weight, policy, objective, problem.scale_dtype, threads=threads)
-    restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
+    if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
+        raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
+    bias, restored = folded.bias(name), None
+    if rescaling.means is not None:  # only then is the rounded weight wanted whole
+        restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
     solved = replace(
         solved,
-        bias=rescaling.bias_of(restored, weight, folded.bias(name)),
+        bias=bias if restored is None else rescaling.bias_of(restored, weight, bias),
         input_scale=input_range.scale if input_range else None,
         input_zero_point=input_range.zero_point if input_range else None,
         smooth_scale=rescaling.scale if rescaling.explicit else None,
         smooth_shift=rescaling.shift if rescaling.explicit else None,
     )
-    if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
-        raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
-    token_error = _token_error(weight, restored, folded.bias(name), solved, statistics, rescaling, input_range)
+    figures = linear_figures(weight, bias, solved, statistics, rescaling, input_range, threads=threads)
     rounding = rescaling.rounding(policy, statistics, input_range)
-    columns = output_error.column_energy(restored) if rounding is not None else None
-    restored -= weight  # now the change of the weight
-    energy = output_error.output_energy(weight, plain_objective(statistics), rescaling.inverse, threads=threads)
-    error = rescaling.weight_error(restored, statistics, threads=threads)
+    energy, error = figures.energy, figures.error
+    if restored is not None:
+        error = rescaling.left_of(error, rescaling.taken_out(restored - weight))
     unknown = is_dead(statistics)  # a share of nothing
     row = LinearSummary(
         layer=problem.layer,
@@ -331,12 +332,12 @@ def _solve_linear(
         relative_error=None if unknown else _ratio(error, energy),
         error_source="none" if unknown else plain_objective(statistics).source,
         activation_error=None
-        if unknown or columns is None or rounding is None
-        else _ratio(output_error.activation_term(columns, rounding), energy),
+        if unknown or rounding is None
+        else _ratio(output_error.activation_term(figures.columns, rounding), energy),
         scale_min=float(solved.scale.min()),
         scale_max=float(solved.scale.max()),
         num_tokens=statistics.num_tokens,
-        token_error=token_error,
+        token_error=None if figures.tokens is None else figures.tokens.median,
         **input_figures(statistics),
         notes=(
             *rescaling.notes,
@@ -348,28 +349,6 @@ def _solve_linear(
         ),
     )
     return solved, row
-
-
-def _token_error(
-    weight: Float32,
-    restored: Float32,
-    bias: Float32 | None,
-    solved: QuantizedLinear,
-    statistics: InputStatistics,
-    rescaling: Rescaling,
-    input_range: ActivationRange | None,
-) -> float | None:
-    """Of the median token of the sample; None where none was taken."""
-    tokens = statistics.sample_tokens
-    if tokens is None or not len(tokens):
-        return None
-    inverse = np.float32(1.0) if rescaling.inverse is None else rescaling.inverse
-    shifted = tokens if rescaling.shift is None else tokens - rescaling.shift
-    rounded = rounded_input(np.asarray(shifted * inverse), solved.policy, input_range)
-    change = None
-    if solved.bias is not None:
-        change = solved.bias if bias is None else solved.bias - bias
-    return median_token_error(weight, restored, np.asarray(tokens * inverse), rounded, change)
 
 
 def _coverage_notes(statistics: InputStatistics) -> tuple[str, ...]:

@@ -261,6 +261,12 @@ def token_objective(statistics: InputStatistics) -> Objective | None:
     return None if statistics.weighted_sketch is None else SketchObjective(statistics.weighted_sketch.factor)
 
 
+def told_by(statistics: InputStatistics, *, by_token: bool) -> Objective:
+    """What errors are told by: all tokens alike, or with `by_token` each by 1 / x.x where that was taken."""
+    weighted = token_objective(statistics) if by_token else None
+    return plain_objective(statistics) if weighted is None else weighted
+
+
 def searched_objective(statistics: InputStatistics) -> Objective:
     """What AWQ's scales are searched against: tokens weighted by 1 / x.x where that was taken, else all alike.
 

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from gs_dist.model.statistics import InputStatistics
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.results.integers import row_blocks
 from gs_dist.results.quantized import Float32
 from gs_dist.solvers import activation_range, affine, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
+from gs_dist.solvers.objective import told_by
 from gs_dist.solvers.rescaling import Rescaling
 from gs_dist.solvers.smoothquant import smoothing_scale
 from gs_dist.solvers.threads import ONE_THREAD, Threads
@@ -101,10 +103,12 @@ def _loss(
     threads: Threads,
 ) -> float:
     """Sum of relative output errors, with tokens counted alike and, where in `energies`, by 1 / x.x."""
-    errors = dict.fromkeys(energies, 0.0)
-    columns = np.zeros(statistics.channels)
-    for weight in weights:
-        scaled = weight if rescaling.scale is None else weight * rescaling.scale
+    objectives = {by_token: told_by(statistics, by_token=by_token) for by_token in energies}
+    inverse = rescaling.inverse
+
+    def of_rows(part: tuple[Float32, slice]) -> tuple[npt.NDArray[np.float64], dict[bool, tuple[float, float]]]:
+        weight, rows = part
+        scaled = weight[rows] if rescaling.scale is None else weight[rows] * rescaling.scale
         codes, step, zero_point = affine.quantise_weight(
             scaled,
             form=policy.weight_format,
@@ -113,10 +117,24 @@ def _loss(
             scale_dtype=scale_dtype,
         )
         change = affine.dequantise(codes, step, zero_point)
-        columns += output_error.column_energy(change)
+        columns = output_error.column_energy(change)
         change -= scaled
+        taken = {by_token: rescaling.taken_out(change, by_token=by_token) for by_token in energies}
+        if inverse is not None:
+            change *= inverse
+        return columns, {
+            by_token: (objective.error(change), taken[by_token]) for by_token, objective in objectives.items()
+        }
+
+    errors = dict.fromkeys(energies, 0.0)
+    columns = np.zeros(statistics.channels)
+    for weight in weights:
+        parts = threads.map(of_rows, [(weight, rows) for rows in row_blocks(*weight.shape)])
+        for part_columns, _ in parts:
+            columns += part_columns
         for by_token in energies:
-            errors[by_token] += rescaling.weight_error(change, statistics, by_token=by_token, threads=threads)
+            error, taken = (sum(found[by_token][which] for _, found in parts) for which in (0, 1))
+            errors[by_token] += rescaling.left_of(max(error, 0.0), taken)
     static = _static_range(columns, rescaling, statistics, policy, scale_dtype) if policy.is_static else None
     for by_token in energies:
         rounding = rescaling.rounding(policy, statistics, static, by_token=by_token)

@@ -15,7 +15,7 @@ from gs_dist.solvers import activation_range, output_error
 from gs_dist.solvers.activation_range import ActivationRange
 from gs_dist.solvers.bias_correction import ChannelMeans
 from gs_dist.solvers.folding import source_channels
-from gs_dist.solvers.objective import Objective, corrected_objective, plain_objective, token_objective
+from gs_dist.solvers.objective import Objective, corrected_objective, told_by
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["Rescaling"]
@@ -80,13 +80,18 @@ class Rescaling:
         With `by_token` each token counts by 1 / x.x. A shift does not enter, because the bias gives back what the
         rounded weight makes of it. What a corrected bias takes out is left out; means are estimates, and so is that.
         """
-        objective = token_objective(statistics) if by_token else None
-        if objective is None:
-            objective = plain_objective(statistics)
-        error = output_error.output_energy(change, objective, self.inverse, threads=threads)
-        if self.means is None:
-            return error
-        return max(error - self.means.corrected(change, self.inverse, by_token=by_token), _LEAST_LEFT * error)
+        error = output_error.output_energy(
+            change, told_by(statistics, by_token=by_token), self.inverse, threads=threads
+        )
+        return self.left_of(error, self.taken_out(change, by_token=by_token))
+
+    def taken_out(self, change: Float32, *, by_token: bool = False) -> float:
+        """Part of the squared output error of a change (out, in) that a corrected bias takes out; adds up over rows."""
+        return 0.0 if self.means is None else self.means.corrected(change, self.inverse, by_token=by_token)
+
+    def left_of(self, error: float, taken: float) -> float:
+        """What a corrected bias leaves of a whole linear's squared output error; it may say so of too little."""
+        return error if self.means is None else max(error - taken, _LEAST_LEFT * error)
 
     def bias_of(self, restored: Float32, weight: Float32, bias: Float32 | None) -> Float32 | None:
         """A reader's bias (out,) after the shift and the correction of its mean error.

@@ -7,6 +7,7 @@ ruinous. The median over a sample of tokens cannot be bought by a few.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32
 from gs_dist.solvers.activation_range import ActivationRange
 
-__all__ = ["median_token_error", "rounded_input"]
+__all__ = ["TokenErrors", "median_token_error", "rounded_input", "token_errors"]
+
+Float64 = npt.NDArray[np.float64]
 
 _HALF_STEPS = 127.5  # of a dynamic step, in a token's largest magnitude
 _MOST_TIMES = 1e6  # what a token's error counts for at most, relative to its output: one of no output has no ratio
@@ -35,14 +38,37 @@ def rounded_input(tokens: Float32, policy: QuantPolicy, static: ActivationRange 
     return np.asarray((codes - zero) * np.float32(static.scale), dtype=np.float32)
 
 
-def median_token_error(
+@dataclass(frozen=True)
+class TokenErrors:
+    """What each of some tokens loses at some of a linear's outputs; sums over outputs are `plus`.
+
+    Attributes:
+        lost: (k,) float64, |z - y|^2.
+        energy: (k,) float64, |y|^2.
+    """
+
+    lost: Float64
+    energy: Float64
+
+    def plus(self, other: TokenErrors) -> TokenErrors:
+        """Of these outputs and those."""
+        return TokenErrors(self.lost + other.lost, self.energy + other.energy)
+
+    @property
+    def median(self) -> float:
+        """Median over tokens of |z - y|^2 / |y|^2."""
+        ratios = np.where(self.lost > 0, self.lost / np.maximum(self.energy, self.lost / _MOST_TIMES), 0.0)
+        return float(np.median(ratios))
+
+
+def token_errors(
     weight: Float32,
     restored: Float32,
     read: Float32,
     rounded: Float32,
     bias_change: npt.NDArray[np.floating[Any]] | None = None,
-) -> float:
-    """Median over tokens of |z - y|^2 / |y|^2, y being the linear's output without bias and z that of its rounded form.
+) -> TokenErrors:
+    """What tokens lose, y being the linear's output without bias and z that of its rounded form.
 
     Args:
         weight: (out, in) before rounding.
@@ -56,7 +82,12 @@ def median_token_error(
     change -= output
     if bias_change is not None:
         change += bias_change
-    lost = np.einsum("ij,ij->i", change, change, dtype=np.float64)
-    energy = np.einsum("ij,ij->i", output, output, dtype=np.float64)
-    ratios = np.where(lost > 0, lost / np.maximum(energy, lost / _MOST_TIMES), 0.0)
-    return float(np.median(ratios))
+    return TokenErrors(
+        lost=np.einsum("ij,ij->i", change, change, dtype=np.float64),
+        energy=np.einsum("ij,ij->i", output, output, dtype=np.float64),
+    )
+
+
+def median_token_error(weight: Float32, restored: Float32, read: Float32, rounded: Float32) -> float:
+    """`TokenErrors.median` of a whole linear without a bias of its own; arguments as `token_errors` takes them."""
+    return token_errors(weight, restored, read, rounded).median

@@ -35,5 +35,6 @@ def round_to_nearest(task: WeightTask, objective: Float32 | None, ratio: Float32
         symmetric=policy.weight_symmetric,
         scale_dtype=task.scale_dtype,
         clip_ratio=ratio,
+        threads=task.threads,
     )
     return QuantizedLinear(policy=policy, codes=codes, scale=scale, zero_point=zero_point), ()
