@@ -18,6 +18,7 @@ from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput
 from gs_dist.results.quantized import Float32
 from gs_dist.solvers.affine import row_blocks
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["FoldedTensors", "Tensor", "source_channels", "source_index", "tie_max"]
 
@@ -159,13 +160,29 @@ class FoldedTensors:
             weight /= self._rows[linear][rows, None]
         return np.asarray(weight, dtype=np.float32)
 
-    def column_max(self, linears: Sequence[str]) -> Float32:
+    def whole_weight(self, linear: str, threads: Threads) -> Float32:
+        """`weight` of all rows, which threads share."""
+        shape = self.shape(linear)
+        whole = np.empty(shape, dtype=np.float32)
+
+        def fill(rows: slice) -> None:
+            whole[rows] = self.weight(linear, rows)
+
+        threads.map(fill, row_blocks(*shape))
+        return whole
+
+    def column_max(self, linears: Sequence[str], threads: Threads = ONE_THREAD) -> Float32:
         """Largest magnitude of each column over all of `linears` (in,)."""
         shape = self._tensors[f"{linears[0]}.weight"].shape
+        parts = [(name, rows) for name in linears for rows in row_blocks(*self._tensors[f"{name}.weight"].shape)]
+
+        def of_rows(part: tuple[str, slice]) -> Float32:
+            weight = self.weight(*part)
+            return np.asarray(np.abs(weight, out=weight).max(axis=0))
+
         largest = np.zeros(shape[1], dtype=np.float32)
-        for linear in linears:
-            for block in row_blocks(*self._tensors[f"{linear}.weight"].shape):
-                np.maximum(largest, np.abs(self.weight(linear, block)).max(axis=0), out=largest)
+        for found in threads.map(of_rows, parts):
+            np.maximum(largest, found, out=largest)
         return largest
 
     def bias(self, linear: str) -> Float32 | None:

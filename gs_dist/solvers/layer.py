@@ -304,7 +304,7 @@ def _solve_linear(
     objective: Objective | None,
     threads: Threads,
 ) -> tuple[QuantizedLinear, LinearSummary]:
-    weight = folded.weight(name)
+    weight = folded.whole_weight(name, threads)
     solved, notes = round_weight(weight, policy, objective, problem.scale_dtype, threads=threads)
     if not (np.isfinite(solved.scale).all() and (solved.scale > 0).all()):
         raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")

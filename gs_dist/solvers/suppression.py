@@ -125,7 +125,7 @@ class _SharedInput:
         searched_objective(self.statistics)  # there is something to search by
         return outlier_suppression.search_exponent(
             self.weights,
-            self.tie(self.folded.column_max(self.layer_input.linears)),
+            self.tie(self.folded.column_max(self.layer_input.linears, self.threads)),
             self.statistics,
             self.policy,
             alphas=self.alphas if alphas is None else alphas,
@@ -153,7 +153,7 @@ def _smoothed(shared: _SharedInput) -> Rescaling:
     alpha = shared.policy.exponents
     if not isinstance(alpha, float):
         return _searched(shared)
-    columns = shared.folded.column_max(shared.layer_input.linears)
+    columns = shared.folded.column_max(shared.layer_input.linears, shared.threads)
     return shared.fold(smoothing_scale(shared.tie(shared.statistics.max_abs), shared.tie(columns), alpha))
 
 
