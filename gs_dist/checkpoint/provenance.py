@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,19 @@ from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.writer import write_json
 from gs_dist.errors import OutputError
 
-__all__ = ["PROVENANCE_FILE", "Provenance", "ScaleRange", "file_sha256", "read_provenance", "write_provenance"]
+__all__ = [
+    "HASHING_THREADS",
+    "PROVENANCE_FILE",
+    "Provenance",
+    "ScaleRange",
+    "file_sha256",
+    "read_provenance",
+    "write_provenance",
+]
 
 PROVENANCE_FILE = "provenance.json"
 _VERSION = 1
+HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
 _CHUNK = 16 << 20  # bytes hashed at a time
 
 

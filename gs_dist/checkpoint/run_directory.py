@@ -35,7 +35,7 @@ from gs_dist.checkpoint.manifest import (
     shard_faults,
 )
 from gs_dist.checkpoint.merge import merge_checkpoint
-from gs_dist.checkpoint.provenance import write_provenance
+from gs_dist.checkpoint.provenance import HASHING_THREADS, write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_record import (
     RunRecord,
@@ -83,7 +83,6 @@ _ATTEMPTS = 20  # where a lock's file is removed by its holder in the instant th
 LAYER_POLICIES = "layer_policies.yaml"
 REPORT = "report.html"
 _KEEP = "run the job with --keep-statistics first"
-_HASHING_THREADS = min(8, os.cpu_count() or 1)  # checksums let go of the interpreter's lock
 _FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet", REPORT, LOG, STATUS)
 
 
@@ -323,7 +322,7 @@ class RunDirectory:
             tensors = reader.read_outer() if part.layer is None else reader.read_layer(part.layer)
             return [] if part.lineage is None else part.lineage.changed(checksums(tensors))
 
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
             for part, names in zip(parts, pool.map(changed, parts), strict=True):
                 if names:
                     prefix = "" if part.layer is None else reader.architecture.layer_prefix(part.layer)
@@ -372,6 +371,7 @@ class RunDirectory:
         self,
         reader: CheckpointReader,
         finished: Mapping[int, LayerManifest],
+        outer: LayerManifest,
         policies: Mapping[str, QuantPolicy | None],
         *,
         recipe: Mapping[str, Any],
@@ -384,6 +384,7 @@ class RunDirectory:
         Args:
             reader: the source checkpoint.
             finished: manifests of all layers.
+            outer: of the outer part, as `outer` gives it.
             policies: what the recipe asked for, by full name of linear.
             recipe: what of it decides the bytes, for `provenance.json`.
             versions: package to version, for the same.
@@ -392,7 +393,6 @@ class RunDirectory:
             JobFailure: a tensor of the source is unaccounted for.
             OutputError: the parts were made from different models.
         """
-        outer = self._outer(reader)
         _refuse_mixture(self.path, finished, outer)
         make_directory(self.path / UNJUDGED)
         for name in self._dialects:
@@ -401,8 +401,12 @@ class RunDirectory:
             parts = (*finished.values(), outer)
             write_provenance(unjudged(self.path, name), parts, recipe=recipe, versions=versions, files=merged.files)
 
-    def _outer(self, reader: CheckpointReader) -> LayerManifest:
-        """The manifest of the outer part, which is published anew unless it is whole and of this job."""
+    def outer(self, reader: CheckpointReader) -> LayerManifest:
+        """The manifest of the outer part, which is published anew unless it is whole and of this job.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         with suppress(DamagedError):
             outer = read_manifest(self.path, None)
             if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
 from gs_dist.checkpoint.part_manifest import finished_parts, read_part
 from gs_dist.checkpoint.paths import contained_path
-from gs_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, ScaleRange, file_sha256, read_provenance
+from gs_dist.checkpoint.provenance import (
+    HASHING_THREADS,
+    PROVENANCE_FILE,
+    Provenance,
+    ScaleRange,
+    file_sha256,
+    read_provenance,
+)
 from gs_dist.checkpoint.run_directory import DONE, LAYER_POLICIES
 from gs_dist.checkpoint.sealed_json import read_sealed_json
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
@@ -83,6 +91,8 @@ def _by_file(noted: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]
 
 
 def _compare_shards(inventory: Inventory, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found_of = {file: pool.submit(file_sha256, inventory.files[file]) for file in hashes if file in inventory.files}
     for file, sources in hashes.items():
         path = inventory.files.get(file)
         if path is None:
@@ -90,7 +100,7 @@ def _compare_shards(inventory: Inventory, hashes: Mapping[str, Mapping[str, str]
             if PROVENANCE_FILE in sources and not reported:
                 inventory.report(file, "shard-present", "no such file", f"a shard, {PROVENANCE_FILE} names it")
             continue  # of a manifest: another dialect's, or a file that was reported already
-        found = file_sha256(path)
+        found = found_of[file].result()
         for source, sha256 in sources.items():
             if sha256 != found:
                 inventory.report(file, "shard-hash", f"sha256 {found[:12]}...", f"{sha256[:12]}... of {source}")

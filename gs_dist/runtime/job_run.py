@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,14 +98,18 @@ def run_locked_job(
     with watched(_watch(job, progress, len(finished))) as watch:
         if finished:
             watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
-        solved = _until_nothing_is_damaged(
-            lambda: _observe_and_solve(job, reader, finished, make_group, watch, times), num_layers, watch
-        )
+        # The coordinator has nothing to do while workers start and compute, and embedding and head are gigabytes.
+        with ThreadPoolExecutor(1, thread_name_prefix="outer") as pool:
+            outer = pool.submit(run.outer, reader)
+            solved = _until_nothing_is_damaged(
+                lambda: _observe_and_solve(job, reader, finished, make_group, watch, times), num_layers, watch
+            )
         return publish(
             solved,
             run,
             reader,
             finished,
+            outer.result(),
             times,
             probe,
             make_evaluation_group=make_evaluation_group,

@@ -39,6 +39,7 @@ def publish(
     run: RunDirectory,
     reader: CheckpointReader,
     finished: Mapping[int, LayerManifest],
+    outer: LayerManifest,
     times: StageTimes,
     probe: Probe | None,
     *,
@@ -53,6 +54,7 @@ def publish(
         run: its output.
         reader: of the float checkpoint.
         finished: manifests of all layers.
+        outer: of what stands outside the layers.
         times: how workers spent their time; false where nothing was left to do.
         probe: compares the result with the float model, if the recipe says so.
         make_evaluation_group: makes the workers of the probe.
@@ -68,6 +70,7 @@ def publish(
             run,
             reader,
             finished,
+            outer,
             times,
             probe,
             make_evaluation_group=make_evaluation_group,
@@ -84,6 +87,7 @@ def _judged(
     run: RunDirectory,
     reader: CheckpointReader,
     finished: Mapping[int, LayerManifest],
+    outer: LayerManifest,
     times: StageTimes,
     probe: Probe | None,
     *,
@@ -93,7 +97,7 @@ def _judged(
 ) -> CalibrationSummary:
     config = job.config
     progress.phase("merging")
-    run.merge(reader, finished, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
+    run.merge(reader, finished, outer, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
     _check_published(run, config.dialects)
     summary, recipe = summarise(job, reader, finished, times, seconds), config
     if times:
