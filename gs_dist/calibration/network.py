@@ -6,6 +6,7 @@ of the micro-batch, sizes, quantisation scheme) is compiled once a process and s
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,8 @@ class DecoderNetwork:
             KeyError: a tensor of the architecture is missing.
         """
         spec = self.architecture.layers[layer]
-        present = dict(tensors) if quantized is None else {**tensors, **quantized.tensors}
+        # Not as one dictionary: a tensor may be decoded when it is asked for.
+        present = tensors if quantized is None else ChainMap(dict(quantized.tensors), dict(tensors))
         integer = {} if quantized is None else quantized.linears
         own_norms = tuple((self._tensor(present[name]),) for name in spec.attention.norms)
         attention_inputs, attention_schemes = self._input_schemes(spec.attention.linears, integer)

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantised
 from gs_dist.checkpoint.source_tensors import settle_tensors
-from gs_dist.checkpoint.weight_files import WeightFiles, fingerprint_of, some
+from gs_dist.checkpoint.source_views import LazyTensors, decode, decodes, view_tensors
+from gs_dist.checkpoint.sources.matrix import StoredMatrix
+from gs_dist.checkpoint.weight_files import CONFIG_FILE, WeightFiles, fingerprint_of, some
 from gs_dist.errors import CheckpointError
 from gs_dist.model.families import read_architecture, unknown_keys
 from gs_dist.recipe.dialects import description_files
@@ -28,7 +31,6 @@ __all__ = ["CheckpointReader"]
 
 Array = npt.NDArray[Any]
 
-CONFIG_FILE = "config.json"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4, and of 5
 
 
@@ -76,11 +78,13 @@ class CheckpointReader:
         self.architecture = read_architecture(config)
         self._files = files = WeightFiles.find(self.directory)
         self._paths, self._headers = files.paths, files.headers
+        self._encoded: Mapping[str, StoredMatrix] = {}
         self.tensors: Mapping[str, TensorInfo] = files.tensors
         self.ignored: tuple[str, ...] = ()
         self.notes = files.notes
         if not quantized:
-            refuse_quantised(self.directory, self.config, files.tensors)
+            if not decodes(self.config):
+                refuse_quantised(self.directory, self.config, files.tensors)
             self._settle(files)
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding and all(config.get(key) is None for key in _DTYPE_KEYS):
@@ -95,9 +99,12 @@ class CheckpointReader:
             )
 
     def _settle(self, files: WeightFiles) -> None:
-        settled = settle_tensors(files, self.architecture)
+        views = view_tensors(files, self.config, self.architecture)
+        self._encoded = views.encoded
+        self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        settled = settle_tensors(dataclasses.replace(files, tensors=views.tensors), self.architecture)
         self.tensors, self.ignored = settled.tensors, settled.ignored
-        self.notes = (*_config_notes(self.config), *settled.notes)
+        self.notes = (*_config_notes(self.config), *views.notes, *settled.notes)
         if settled.tied is not self.architecture.tie_word_embeddings:
             self.config = {**self.config, "tie_word_embeddings": settled.tied}
             self.architecture = dataclasses.replace(self.architecture, tie_word_embeddings=settled.tied)
@@ -118,11 +125,12 @@ class CheckpointReader:
         prefix = self.architecture.layer_prefix(layer)
         return {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
 
-    def read(self, names: Iterable[str]) -> dict[str, Array]:
+    def read(self, names: Iterable[str]) -> Mapping[str, Array]:
         """Tensors by name as read-only arrays that view the mapped file; bfloat16 as `ml_dtypes.bfloat16`.
 
         Opens only the files that hold them. A mapping lives as long as an array that views it. A tensor
-        that its file does not align to its item size is copied.
+        that its file does not align to its item size is copied. Encoded ones are decoded each time they are asked for,
+        but for the last few.
 
         Raises:
             CheckpointError: a name the checkpoint does not hold, or a file that changed since it was opened.
@@ -131,17 +139,24 @@ class CheckpointReader:
         unknown = [name for name in names if name not in self.tensors]
         if unknown:
             raise CheckpointError(f"tensor {unknown[0]!r} is not in the checkpoint {self.directory.name!r}")
-        infos = [self.tensors[name] for name in names]
-        maps = {file: self._map(file) for file in sorted({info.file for info in infos})}
-        return {info.name: _view(maps[info.file], info) for info in infos}
+        return self._read({name: self.tensors[name] for name in names})
 
-    def read_layer(self, layer: int) -> dict[str, Array]:
+    def _read(self, infos: Mapping[str, TensorInfo]) -> Mapping[str, Array]:
+        """Tensors by the names given."""
+        maps = {file: self._map(file) for file in sorted({info.file for info in infos.values()})}
+        if self._encoded.keys().isdisjoint(info.name for info in infos.values()):
+            return {name: _view(maps[info.file], info) for name, info in infos.items()}
+        return LazyTensors({name: partial(self._load, maps[info.file], info) for name, info in infos.items()})
+
+    def _load(self, mapped: mmap.mmap, info: TensorInfo) -> Array:
+        matrix = self._encoded.get(info.name)
+        return _view(mapped, info) if matrix is None else decode(self.directory, self._paths, matrix)
+
+    def read_layer(self, layer: int) -> Mapping[str, Array]:
         """`read` of a decoder layer, by name within the layer."""
-        infos = self.layer_tensors(layer)
-        arrays = self.read(info.name for info in infos.values())
-        return {name: arrays[info.name] for name, info in infos.items()}
+        return self._read(self.layer_tensors(layer))
 
-    def read_outer(self) -> dict[str, Array]:
+    def read_outer(self) -> Mapping[str, Array]:
         """`read` of embedding, final norm and head, by full name."""
         return self.read(self.architecture.outer_tensors())
 
@@ -178,7 +193,7 @@ class CheckpointReader:
                 view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: cannot be read any more ({error!s:.200})") from error
-        ends = [info.offset + info.nbytes for info in self.tensors.values() if info.file == file]
+        ends = [info.offset + info.nbytes for info in self._files.tensors.values() if info.file == file]
         if header != self._headers[file] or len(view) < max(ends, default=0):
             raise CheckpointError(
                 f"{file}: changed since the checkpoint was opened; leave the model alone during a run"

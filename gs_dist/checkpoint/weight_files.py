@@ -19,8 +19,9 @@ from gs_dist.checkpoint.header import TensorInfo, read_header, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightFiles", "fingerprint_of", "same_bytes", "some"]
+__all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "WeightFiles", "fingerprint_of", "same_bytes", "some"]
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

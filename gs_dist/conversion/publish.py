@@ -11,8 +11,7 @@ from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.part_manifest import PartManifest, read_part
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, file_sha256
-from gs_dist.checkpoint.reader import CONFIG_FILE
-from gs_dist.checkpoint.weight_files import INDEX_FILE
+from gs_dist.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE
 from gs_dist.checkpoint.writer import StoredTensor, write_json
 from gs_dist.conversion.dialects import WRITERS
 from gs_dist.conversion.dialects.base import Assigned

@@ -19,9 +19,8 @@ import numpy.typing as npt
 from gs_dist.checkpoint.companions import Companions, find_companions
 from gs_dist.checkpoint.header import TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
-from gs_dist.checkpoint.reader import CONFIG_FILE
 from gs_dist.checkpoint.source_kind import refuse_adapter
-from gs_dist.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, fingerprint_of, some
+from gs_dist.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, WeightFiles, fingerprint_of, some
 from gs_dist.errors import CheckpointError
 
 __all__ = ["FileStamp", "SourceDirectory", "TensorBytes"]

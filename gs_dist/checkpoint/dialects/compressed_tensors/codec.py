@@ -157,7 +157,7 @@ class CompressedTensorsCodec:
         if not isinstance(config, Mapping) or config.get("quant_method") != self.name:
             raise CheckpointError(f"config.json: quantization_config is {config!r:.100}, not one of {self.name}")
         prefix = architecture.layer_prefix(layer)
-        rest = reader.read_layer(layer)
+        rest = dict(reader.read_layer(layer))
         linears = {}
         for linear in architecture.linears(layer):
             group = matching_group(config, prefix + linear.name)
