@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
+from gs_dist.recipe.places import fault_of_directory, fault_of_output
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+from gs_dist.wording import without_secrets
 
 __all__ = ["ConversionConfig"]
 
@@ -74,6 +75,14 @@ class ConversionConfig(BaseModel):
             raise ValueError(f"write one or more of {', '.join(FORMATS)}, each once; found {', '.join(value)}")
         return value
 
+    @field_validator("model", mode="after")
+    @classmethod
+    def _refuse_uri(cls, value: str) -> str:
+        fault = fault_of_directory(value)
+        if fault is not None:
+            raise ValueError(f"found {without_secrets(value)!r}; write {fault}")
+        return value
+
     @field_validator("layer_policies", mode="after")
     @classmethod
     def _refuse_bad_patterns(cls, value: dict[str, str | None]) -> dict[str, str | None]:
@@ -86,10 +95,9 @@ class ConversionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_output_in_model(self) -> ConversionConfig:
-        output = os.path.abspath(os.path.expanduser(self.output)) + os.sep
-        model = os.path.abspath(os.path.expanduser(self.model)) + os.sep
-        if output.startswith(model):
-            raise ValueError(f"output {self.output!r} lies in the model's directory: write a directory outside of it")
+        fault = fault_of_output(self.output, self.model)
+        if fault is not None:
+            raise ValueError(f"output {without_secrets(self.output)!r}: write {fault}")
         return self
 
     def fingerprint_fields(self) -> dict[str, Any]:

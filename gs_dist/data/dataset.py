@@ -20,14 +20,14 @@ from gs_dist.data.choice import Choice
 from gs_dist.data.content import Content, RowBatch
 from gs_dist.data.data_file import DataFile
 from gs_dist.data.files import open_file
-from gs_dist.data.locations import find_files, without_secrets
+from gs_dist.data.locations import find_files
 from gs_dist.data.order import SeededOrder
 from gs_dist.data.packing import Ids, pack
 from gs_dist.data.rows import Rows, WantedRows
 from gs_dist.data.tally import Tally
 from gs_dist.errors import DatasetError
 from gs_dist.recipe.config import CalibrationData
-from gs_dist.wording import counted
+from gs_dist.wording import counted, without_secrets
 
 __all__ = ["CalibrationDataset", "TokenBatch", "open_dataset", "samples_fingerprint"]
 

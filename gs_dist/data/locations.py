@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from gs_dist.errors import DatasetError
-from gs_dist.wording import counted
+from gs_dist.wording import counted, is_uri, without_secrets
 
-__all__ = ["ARROW_SUFFIXES", "Found", "Location", "find_files", "without_secrets"]
+__all__ = ["ARROW_SUFFIXES", "Found", "Location", "find_files"]
 
 # Suffixes by format. A directory is read in the first one that it holds; others beside it are said to be left out.
 ARROW_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".feather", ".ipc")
@@ -145,19 +145,16 @@ def _as_dataset_error(name: str, secrets: tuple[str, ...]) -> Iterator[None]:
         raise DatasetError(f"{name} cannot be read: {reason}") from None  # the cause may hold a URI's secrets
 
 
-def without_secrets(entry: str) -> str:
-    """A path or URI as it may be shown: no user, no password, no query."""
-    return re.sub(r"://.*@", "://***@", entry).split("?")[0] if "://" in entry else entry
-
-
 def _secrets(entry: str) -> tuple[str, ...]:
     """Parts of a URI that must not be printed, the longest first: user, password and the query's values."""
     user = re.search(r"://(.*)@", entry)
     texts = [user[1], *user[1].split(":")] if user else []
     query = entry.partition("?")[2]
+    if "@" in query:
+        texts.append(entry.partition(":")[2].lstrip("/"))  # where the user ends and the query begins is not known
     texts += [query, *(part.partition("=")[2] for part in query.split("&"))]
     texts += [unquote(text) for text in texts]
-    return tuple(sorted({text for text in texts if text}, key=len, reverse=True)) if "://" in entry else ()
+    return tuple(sorted({text for text in texts if text}, key=len, reverse=True)) if is_uri(entry) else ()
 
 
 def find_files(data: Iterable[str]) -> Found:
@@ -189,7 +186,7 @@ def find_files(data: Iterable[str]) -> Found:
 
 def _locate(entry: str) -> tuple[pafs.FileSystem, str, str]:
     """File system, path within it (a glob pattern perhaps) and what to show before a path."""
-    if "://" not in entry:
+    if not is_uri(entry):
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(entry)), ""
     scheme = entry.partition("://")[0] + "://"
     plain = re.fullmatch(r"([^?*]*/)([^?]*\*[^?]*)(\?.*)?", entry)  # in a URI only * is a wildcard: ? starts its query

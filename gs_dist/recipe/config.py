@@ -33,10 +33,12 @@ from gs_dist.recipe.bits import contradictions
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
+from gs_dist.recipe.places import fault_of_directory, fault_of_output
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
 from gs_dist.recipe.text import Document, apply_overrides, parse_document, problems_of, report
 from gs_dist.seal import unsealed_text
+from gs_dist.wording import is_uri, without_secrets
 
 __all__ = [
     "CalibrationConfig",
@@ -356,19 +358,17 @@ class CalibrationConfig(_Section):
     @field_validator("output", mode="after")
     @classmethod
     def _refuse_output_in_model(cls, value: str, info: ValidationInfo) -> str:
-        output = os.path.expanduser(value)
-        if "model" in info.data:
-            # By their real places: a link leads to the same directory.
-            ours, theirs = (os.path.realpath(path) + os.sep for path in (output, info.data["model"]))
-            if ours.startswith(theirs):
-                raise _refusal("a directory of its own, outside the model's")
-            if theirs.startswith(ours):
-                raise _refusal("a directory of its own, one that does not hold the model")
-        return output
+        fault = fault_of_output(value, info.data.get("model"))
+        if fault is not None:
+            raise _refusal(fault)
+        return os.path.expanduser(value)
 
     @field_validator("model", mode="after")
     @classmethod
     def _expand_home(cls, value: str) -> str:
+        fault = fault_of_directory(value)
+        if fault is not None:
+            raise _refusal(fault)
         return os.path.expanduser(value)
 
     @field_validator("layer_policies", mode="before")
@@ -458,7 +458,7 @@ class CalibrationConfig(_Section):
 
 
 def _anchored(data: Sequence[str]) -> tuple[str, ...]:
-    return tuple(entry if "://" in entry else os.path.abspath(entry) for entry in data)
+    return tuple(entry if is_uri(entry) else os.path.abspath(entry) for entry in data)
 
 
 def _policy_errors(policies: Mapping[Any, Any], ptq: PTQSection | None) -> list[InitErrorDetails]:
@@ -506,8 +506,8 @@ def recipe_fingerprint(config: CalibrationConfig, **more: str) -> str:
 
 def base_name(path: str) -> str:
     """The last part of a path or URI, without the query that may hold keys."""
-    plain = path.split("?", 1)[0] if "://" in path else path
-    return plain.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1] or "."
+    plain = without_secrets(path).removesuffix("?***")
+    return plain.rstrip("/").rsplit("/", 1)[-1].removeprefix("***@") or "."
 
 
 _PUBLISHED = """\
@@ -539,7 +539,7 @@ def read_published_recipe(path: str | os.PathLike[str]) -> CalibrationConfig:
     source = Path(path).name
     document = parse_document(unsealed_text(_text_of(path), source), source)
     # Model and output may be of one name, which would be refused as one directory.
-    config = config_of(document, ["model=/"], source=source)
+    config = config_of(document, ["model=/.gs-dist-no-model"], source=source)
     return config.model_copy(update={"model": str(document["model"])})
 
 

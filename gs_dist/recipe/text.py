@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gs_dist.errors import RecipeError
+from gs_dist.wording import without_secrets
 
 __all__ = ["Document", "Problem", "apply_overrides", "parse_document", "problems_of", "report"]
 
@@ -204,9 +205,8 @@ def describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         text = "[" + ", ".join(describe(entry) for entry in value[:8]) + "]"
         return text if len(text) <= 60 else text[:57] + "..."
-    text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
-    text = re.sub(r"//[^/@\s]*@", "//***@", text)
-    text = re.sub(r"\?[^'\"]*", "?***", text) if "://" in text else text
+    shown = without_secrets(value) if isinstance(value, str) else value
+    text = repr(shown) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

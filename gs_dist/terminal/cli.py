@@ -44,6 +44,7 @@ from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, re
 from gs_dist.terminal.following import follow, status_json, status_line, status_of
 from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
+from gs_dist.wording import is_uri
 
 __all__ = ["app", "main"]
 
@@ -198,7 +199,7 @@ def plan(
 
 def _data_notes(config: CalibrationConfig) -> list[str]:
     """What a job would say of its data; refuses what it would refuse, if the data are on this machine."""
-    if any("://" in entry for entry in config.calibration.data):
+    if any(map(is_uri, config.calibration.data)):
         return ["the calibration data are not on this machine, and were not looked at"]
     if not any(glob.glob(os.path.expanduser(entry), recursive=True) for entry in config.calibration.data):
         return [f"there are no calibration data here at {', '.join(config.calibration.data)}"]

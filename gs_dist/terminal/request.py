@@ -13,6 +13,7 @@ from gs_dist.data.shipped_text import SHIPPED_TEXT
 from gs_dist.errors import RecipeError
 from gs_dist.recipe.config import CalibrationConfig, config_of, load_recipe
 from gs_dist.recipe.presets import find_preset
+from gs_dist.wording import without_secrets
 
 __all__ = ["Request", "again"]
 
@@ -85,7 +86,7 @@ class Request:
 
 
 def again(config: CalibrationConfig) -> str:
-    """The line that runs a finished job's recipe again."""
+    """The line that runs a finished job's recipe again; secrets of URIs are left to be put in."""
     settings = [f"model={config.model}", f"output={config.output}"]
-    settings.append(f"calibration.data=[{', '.join(config.calibration.data)}]")
+    settings.append(f"calibration.data=[{', '.join(map(without_secrets, config.calibration.data))}]")
     return shlex.join(["gs-dist", "quantize", f"{config.output}/recipe.yaml", *settings])

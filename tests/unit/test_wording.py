@@ -9,8 +9,11 @@ from pathlib import Path
 
 import dialects
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from checkpoints import save_safetensors
+import yaml
+from checkpoints import save_safetensors, tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
@@ -63,6 +66,29 @@ def test_names_of_other_peoples_files_do_not_steer_the_terminal(tmp_path: Path) 
         assert "\\u001b[31m" in result.output or "\\x1b[31m" in result.output
         assert not any(char in result.output for char in (RED, BACKWARDS))
         assert "\nmodel: no problem found" not in result.output
+
+
+def test_names_in_recipes_and_data_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    """Keys, values, patterns, files and columns of a recipe and of the data that it names."""
+    tiny_checkpoint(tmp_path / "model", num_layers=1)
+    data = tmp_path / f"d{RED}.parquet"
+    pq.write_table(pa.table({f"c{RED}": ["a"], f"d{BACKWARDS}": [{"x": 1}]}), data)
+    good = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "calibration": {"data": str(data)}}
+    recipes = (
+        good,
+        {**good, f"k{RED}": 1},
+        {**good, "model": f"m{RED}"},
+        {**good, "calibration": {"data": f"nothing{RED}{BACKWARDS}.parquet"}},
+        {**good, "layer_policies": {f"x{RED}": None}},
+        {**good, "ptq": {"opname_blacklist": [f"x{BACKWARDS}"]}},
+        {**good, "gram": f"x{RED}"},
+    )
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        result = CliRunner().invoke(app, ["quantize", str(tmp_path / "recipe.yaml")])
+        assert result.exit_code == 2
+        assert "u001b[31m" in result.output or "x1b[31m" in result.output or "u202e" in result.output
+        assert not any(char in result.output for char in (RED, BACKWARDS))
 
 
 def test_tables_and_progress_are_printable() -> None:

@@ -81,7 +81,7 @@ def test_an_output_must_be_named_and_lie_outside_of_the_model(tmp_path: Path) ->
     assert "give -o DIRECTORY" in run("convert", str(model)).output
     inside = run("convert", str(model), "-o", str(model / "out"))
     assert inside.exit_code == 2
-    assert "lies in the model's directory" in inside.output
+    assert "write a directory of its own, outside the model's" in inside.output
 
 
 def test_keys_of_a_conversion_are_explained() -> None:
