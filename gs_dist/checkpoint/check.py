@@ -30,7 +30,7 @@ from gs_dist.errors import UserError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.wording import counted
 
-__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "judge"]
+__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "check_forms", "judge"]
 
 
 def check(directory: Path | str, engine: str | None = None, model: Path | str | None = None) -> CheckReport:
@@ -91,6 +91,32 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
     )
 
 
+def check_forms(directory: Path) -> CheckReport:
+    """Whether a directory's description and headers agree by its dialect's rules; no value is read.
+
+    Raises:
+        UserError: no such directory.
+    """
+    inventory = take_inventory(directory)
+    dialect, architecture = detect_dialect(inventory), inventory.architecture
+    layout = Layout(dialect=dialect)
+    if told_by_description(inventory, dialect):
+        layout = _described(inventory, dialect)
+    elif dialect and architecture is not None:
+        layout = build_layout(inventory, dialect, layout_of(dialect), architecture)
+    check_tensors(inventory, layout, values=False)
+    check_files_beside(inventory)
+    facts = _facts(inventory, layout, architecture)
+    problems = tuple(dict.fromkeys(inventory.problems))
+    return CheckReport(dialect=dialect, engine=None, problems=problems, facts=facts)
+
+
+def _described(inventory: Inventory, dialect: str) -> Layout:
+    """The layout by the directory's own description, with which config.json is not compared."""
+    inventory.problems[:] = [problem for problem in inventory.problems if problem.rule != "config-values"]
+    return described_layout(inventory, dialect)
+
+
 def _known(engine: str) -> EngineKinds | None:
     """What the engine loads from ModelSlim's layout.
 
@@ -118,8 +144,7 @@ def _check_described(
     inventory: Inventory, dialect: str, engine: str | None, kinds: EngineKinds | None
 ) -> tuple[Layout, set[str]]:
     """Rules on a directory that is compared with nothing but its own description; the layout, and what is sound."""
-    inventory.problems[:] = [problem for problem in inventory.problems if problem.rule != "config-values"]
-    layout = described_layout(inventory, dialect)
+    layout = _described(inventory, dialect)
     sound = check_tensors(inventory, layout)
     check_scale_biases(inventory, layout, sound)
     check_files_beside(inventory)

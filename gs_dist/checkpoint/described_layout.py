@@ -26,14 +26,19 @@ _FP8 = "float8_e4m3fn"
 _MX_BLOCK = 32
 _SHARES = 16  # columns of scale_bias where inputs are spread over ranks (w4a8.py, get_dynamic_quant_param_modelslim)
 _CLOSE = 1e-5  # relative to what a channel's terms add up to; sums in float32 differ in their order
+_DESCRIBED = ("ascend", "compressed-tensors")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 _NO_LINEAR = re.compile(r"(^|\.)\w*(norm|embed|embedding|router|gate|head)\w*$")
 
 
 def told_by_description(inventory: Inventory, dialect: str) -> bool:
     """Whether the directory's own description must do: its model type is not served, or its number formats are not.
 
-    A model type that is served and has a damaged config.json is no such case.
+    So it is where layers for multi-token prediction stand after the model's last, as conversions keep them. A model
+    type that is served and has a damaged config.json is no such case.
     """
+    if dialect in _DESCRIBED and _has_layers_beyond(inventory):
+        return True
     if inventory.architecture is None and str(inventory.config.get("model_type")) in FAMILIES:
         return False
     if dialect == "ascend":
@@ -44,6 +49,13 @@ def told_by_description(inventory: Inventory, dialect: str) -> bool:
         known = all(group.format == "mxfp4-pack-quantized" and group.inputs is None for group in floats)
         return inventory.architecture is None or not known
     return False
+
+
+def _has_layers_beyond(inventory: Inventory) -> bool:
+    if inventory.architecture is None:
+        return False
+    numbers = {int(found[1]) for name in inventory.tensors if (found := _LAYER.match(name))}
+    return max(numbers, default=0) >= inventory.architecture.num_layers
 
 
 def described_layout(inventory: Inventory, dialect: str) -> Layout:

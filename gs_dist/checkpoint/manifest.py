@@ -8,7 +8,6 @@ its shards, so whatever it names exists in full.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from gs_dist.checkpoint.finite import beyond_float16
 from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
-from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_safetensors
+from gs_dist.checkpoint.shard_records import record_faults, record_from_json, rows_from_json
+from gs_dist.checkpoint.writer import ShardRecord, make_directory, write_safetensors
 from gs_dist.errors import LayerError, OutputError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
@@ -45,7 +45,6 @@ __all__ = [
 
 MANIFESTS = "manifests"
 _VERSION = 2
-_CHUNK = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,29 +230,7 @@ def read_manifest(output: Path, layer: int | None) -> LayerManifest | None:
 
 def shard_faults(output: Path, manifest: LayerManifest) -> list[str]:
     """Reads the manifest's shards in full and says which are missing or changed; empty where all is well."""
-    faults = []
-    for name, record in manifest.shards.items():
-        label = f"{name}/{record.file}"
-        try:
-            digest, nbytes = _sha256(output / name / record.file)
-        except OSError as error:
-            faults.append(f"{label}: cannot be read ({error.strerror})")
-            continue
-        if nbytes != record.nbytes:
-            faults.append(f"{label}: has {nbytes} bytes, {record.nbytes} were written")
-        elif digest != record.sha256:
-            faults.append(f"{label}: its content changed since it was written (sha256 {digest[:12]}...)")
-    return faults
-
-
-def _sha256(path: Path) -> tuple[str, int]:
-    digest = hashlib.sha256()
-    nbytes = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            nbytes += len(chunk)
-    return digest.hexdigest(), nbytes
+    return record_faults(output, manifest.shards)
 
 
 def _from_json(content: Mapping[str, Any]) -> LayerManifest:
@@ -263,28 +240,12 @@ def _from_json(content: Mapping[str, Any]) -> LayerManifest:
         layer=content["layer"],
         fingerprints=Fingerprints(**content["fingerprints"]),
         made_with=MadeWith(**content["made_with"]),
-        shards={name: _record(record) for name, record in content["shards"].items()},
+        shards={name: record_from_json(record) for name, record in content["shards"].items()},
         policies={
             name: QuantPolicy.model_validate_json(json.dumps(policy)) for name, policy in content["policies"].items()
         },
         kv_cache=content["kv_cache"],
-        rows=tuple(map(_row, content["rows"])),
+        rows=rows_from_json(content["rows"]),
         lineage=None if content["lineage"] is None else Lineage(**content["lineage"]),
         solved=content["solved"],
     )
-
-
-def _row(content: Mapping[str, Any]) -> LinearSummary:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-    return LinearSummary(**fields)
-
-
-def _record(content: Mapping[str, Any]) -> ShardRecord:
-    file = content["file"]
-    if Path(file).name != file:
-        raise ValueError(f"shard {file!r} lies elsewhere")
-    tensors = {
-        name: StoredTensor(dtype=stored["dtype"], shape=tuple(stored["shape"]))
-        for name, stored in content["tensors"].items()
-    }
-    return ShardRecord(file=file, sha256=content["sha256"], nbytes=content["nbytes"], tensors=tensors)

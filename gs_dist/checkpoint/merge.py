@@ -15,10 +15,12 @@ from gs_dist.checkpoint.dialects import Codec, codec_of
 from gs_dist.checkpoint.dialects.base import Policies
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import LayerManifest, part_stem
+from gs_dist.checkpoint.published_config import without_machine
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.shard_records import refuse_changed_shard
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.checkpoint.writer import StoredTensor, remove_leftovers, write_json
-from gs_dist.errors import CheckpointError, JobFailure, OutputError
+from gs_dist.errors import JobFailure, OutputError
 
 __all__ = ["MergeRecord", "merge_checkpoint", "refuse_foreign_weights"]
 
@@ -81,8 +83,7 @@ def merge_checkpoint(
     for name, content in codec_of(dialect).extra_files(policies, kv_cache, architecture).items():
         write_json(directory / name, content)
         written.append(name)
-    # auto_map names code to run, and _name_or_path may be a path of the machine.
-    source = {key: value for key, value in reader.config.items() if key not in ("auto_map", "_name_or_path")}
+    source = without_machine(reader.config)
     if "dtype" not in source and "torch_dtype" not in source:
         source["torch_dtype"] = architecture.dtype
     write_json(directory / "config.json", codec_of(dialect).config(source, policies, kv_cache, architecture))
@@ -152,18 +153,8 @@ def _data_bytes(directory: Path, part: LayerManifest, dialect: str) -> int:
 
 
 def _check_on_disk(directory: Path, part: LayerManifest, dialect: str) -> None:
-    """Size and header of the file against the record; the data's hash was taken when it was written."""
-    record = part.shards[dialect]
-    label = f"{dialect}/{record.file}"
     again = f"delete manifests/{part.stem}.json and submit the recipe again to have it done anew"
-    try:
-        tensors, _ = read_header(directory / record.file, label)
-        nbytes = (directory / record.file).stat().st_size
-    except (CheckpointError, OSError) as error:
-        raise OutputError(f"{error}; {again}") from error
-    found = {name: StoredTensor(dtype=info.dtype, shape=info.shape) for name, info in tensors.items()}
-    if found != dict(record.tensors) or nbytes != record.nbytes:
-        raise OutputError(f"{label}: is not the file that was written; {again}")
+    refuse_changed_shard(directory, part.shards[dialect], again)
 
 
 def refuse_foreign_weights(output: Path, dialect: str, num_layers: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from gs_dist.checkpoint.engines import ENGINES
 from gs_dist.checkpoint.markdown import code, fenced, prose, quoted
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.model.decoder import DecoderArchitecture
-from gs_dist.numbers.table import WEIGHT_FORMATS
+from gs_dist.numbers.table import NUMBER_FORMATS
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.summary import CalibrationSummary
 
-__all__ = ["CARD", "render_model_card", "write_model_card"]
+__all__ = ["CARD", "CardTexts", "card_texts", "render_card", "render_model_card", "write_card", "write_model_card"]
 
 CARD = "README.md"
 
@@ -28,17 +29,64 @@ _WORST = 5  # linears listed with their error
 _REASONS = 3  # listed of why an engine does not load the directory
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardTexts:
+    """What a card says that depends on how the model was made.
+
+    Attributes:
+        kind: the model in a few words: type, size, dtype.
+        kept: sentence on what stayed as it was.
+        error: sentence on what the relative error is.
+        settings: rows of setting and value, those that matter.
+        recipe: all settings, as YAML.
+    """
+
+    kind: str
+    kept: str
+    error: str
+    settings: Sequence[tuple[str, object]]
+    recipe: str
+
+
+def card_texts(config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture) -> CardTexts:
+    """Of a calibrated model."""
+    head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
+    return CardTexts(
+        kind=f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}, "
+        f"{architecture.dtype}, {head}",
+        kept="Embedding, norms and head are as they were, except for norms that took up a rescaling or a shift of "
+        "channels.",
+        error="The relative error is that of the linear's output on the calibration data: over all tokens or of the "
+        "median one, whichever is larger, rounded activations included.",
+        settings=_settings(config, summary),
+        recipe=published_recipe(config),
+    )
+
+
 def write_model_card(
     directory: Path, config: CalibrationConfig, summary: CalibrationSummary, architecture: DecoderArchitecture
 ) -> None:
+    """Publishes `directory/README.md` of a calibrated model; see `write_card`."""
+    write_card(directory, card_texts(config, summary, architecture), summary, architecture)
+
+
+def write_card(
+    directory: Path, texts: CardTexts, summary: CalibrationSummary, architecture: DecoderArchitecture | None
+) -> None:
     """Publishes `directory/README.md`; the directory's name is the dialect's, and the rest of it is there already.
+
+    Args:
+        directory: of the model.
+        texts: what depends on how it was made.
+        summary: of the job.
+        architecture: of the model; None where it is not known, so that no engine is judged.
 
     Raises:
         OutputError: the directory cannot be written.
     """
     engines = [engine.name for engine in ENGINES.values() if directory.name in engine.dialects]
-    verdicts = [judge(directory, engine) for engine in engines]
-    text = render_model_card(config, summary, architecture, directory.name, verdicts)
+    verdicts = [judge(directory, engine) for engine in engines] if architecture is not None else []
+    text = render_card(texts, summary, architecture, directory.name, verdicts)
     write_bytes(directory / CARD, text.encode())
 
 
@@ -49,21 +97,32 @@ def render_model_card(
     dialect: str,
     verdicts: Sequence[EngineVerdict] = (),
 ) -> str:
+    """The card of a calibrated model; see `render_card`."""
+    return render_card(card_texts(config, summary, architecture), summary, architecture, dialect, verdicts)
+
+
+def render_card(
+    texts: CardTexts,
+    summary: CalibrationSummary,
+    architecture: DecoderArchitecture | None,
+    dialect: str,
+    verdicts: Sequence[EngineVerdict] = (),
+) -> str:
     """The card as Markdown with the front matter that model hubs read.
 
     Args:
-        config: the recipe.
+        texts: what depends on how the model was made.
         summary: of the job; with perplexities where they were measured.
-        architecture: of the model.
+        architecture: of the model, None where it is not known.
         dialect: the dialect of this directory.
         verdicts: what the engines that know the dialect do with the directory, in the order to be shown.
     """
     sections = [
         _front_matter(summary, dialect),
-        f"# {prose(summary.model)}, quantised\n\n{_introduction(summary, architecture, dialect, verdicts)}",
-        f"## Linears\n\n{_strategies(summary)}",
+        f"# {prose(summary.model)}, quantised\n\n{_introduction(texts, summary, dialect, verdicts)}",
+        f"## Linears\n\n{_strategies(texts, summary)}",
         f"## Quality\n\n{_quality(summary, dialect)}",
-        f"## How it was made\n\n{_recipe(config, summary)}",
+        f"## How it was made\n\n{_recipe(texts)}",
         f"## How to serve it\n\n{_serving(architecture, dialect, verdicts)}",
         f"## Origin\n\n{_origin(summary)}",
     ]
@@ -72,26 +131,20 @@ def render_model_card(
 
 def _front_matter(summary: CalibrationSummary, dialect: str) -> str:
     parts = {part for name in summary.strategies for part in name.split("-")}
-    numbers = sorted(form.title for form in WEIGHT_FORMATS.values() if form.label in parts)
+    numbers = sorted(form.title for form in NUMBER_FORMATS if form.label in parts)
     tags = [*numbers, dialect, "gs-dist"]
     # Strings in JSON are strings in YAML, whatever a model's name holds.
     return "\n".join(["---", f"base_model: {quoted(summary.model)}", f"tags: {json.dumps(tags)}", "---"])
 
 
 def _introduction(
-    summary: CalibrationSummary,
-    architecture: DecoderArchitecture,
-    dialect: str,
-    verdicts: Iterable[EngineVerdict],
+    texts: CardTexts, summary: CalibrationSummary, dialect: str, verdicts: Iterable[EngineVerdict]
 ) -> str:
     engines = [ENGINES[verdict.engine].title for verdict in verdicts if not verdict.problems]
     form = " for ".join([DIALECTS[dialect].title, *([_listed(engines)] if engines else [])])
-    kind = f"{architecture.model_type}, {architecture.num_layers} layers, hidden size {architecture.hidden_size}"
-    head = "tied to the embedding" if architecture.tie_word_embeddings else "with a head of its own"
     return (
-        f"Weights of {code(summary.model)} ({kind}, {architecture.dtype}, {head}) after post-training quantisation by "
-        f"gs_dist, in {form}. Embedding, norms and head are as they were, "
-        "except for norms that took up a rescaling or a shift of channels."
+        f"Weights of {code(summary.model)} ({texts.kind}) after post-training quantisation by gs_dist, in {form}. "
+        f"{texts.kept}"
     )
 
 
@@ -109,7 +162,7 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _strategies(summary: CalibrationSummary) -> str:
+def _strategies(texts: CardTexts, summary: CalibrationSummary) -> str:
     rows = []
     for strategy, count in summary.strategies.items():
         errors = [
@@ -117,8 +170,7 @@ def _strategies(summary: CalibrationSummary) -> str:
         ]
         rows.append((f"`{strategy}`", count, f"{max(errors):.2e}" if errors else "-"))
     return _table(("strategy", "linears", "largest relative error"), rows) + (
-        "\n\n`NA` is a linear that stayed in float. The relative error is that of the linear's output on the "
-        "calibration data: over all tokens or of the median one, whichever is larger, rounded activations included."
+        f"\n\n`NA` is a linear that stayed in float. {texts.error}"
     )
 
 
@@ -146,7 +198,12 @@ def _quality(summary: CalibrationSummary, dialect: str) -> str:
     return "\n\n".join(parts)
 
 
-def _recipe(config: CalibrationConfig, summary: CalibrationSummary) -> str:
+def _recipe(texts: CardTexts) -> str:
+    recipe = texts.recipe.rstrip("\n")
+    return _table(("setting", "value"), texts.settings) + f"\n\nThe recipe in full:\n\n{fenced(recipe, 'yaml')}"
+
+
+def _settings(config: CalibrationConfig, summary: CalibrationSummary) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("calibration", f"{summary.num_samples} samples, {summary.num_tokens} tokens"),
         ("sequence length", config.calibration.sequence_length),
@@ -157,15 +214,19 @@ def _recipe(config: CalibrationConfig, summary: CalibrationSummary) -> str:
     rows += [(f"`ptq.{name}`", code(_plain(value))) for name, value in set_apart.items()]
     for pattern, override in config.layer_policies.items():
         rows.append((f"`layer_policies` {code(pattern)}", code(_plain(override))))
-    recipe = published_recipe(config).rstrip("\n")
-    return _table(("setting", "value"), rows) + f"\n\nThe recipe in full:\n\n{fenced(recipe, 'yaml')}"
+    return rows
 
 
 def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=lambda other: getattr(other, "value", str(other)))
 
 
-def _serving(architecture: DecoderArchitecture, dialect: str, verdicts: Sequence[EngineVerdict]) -> str:
+def _serving(architecture: DecoderArchitecture | None, dialect: str, verdicts: Sequence[EngineVerdict]) -> str:
+    if architecture is None:
+        return (
+            "Which engines serve this type of model was not judged; `gs-dist check DIRECTORY --for ENGINE` tells what "
+            "an engine loads of its number formats."
+        )
     parts = [_engine(verdict, architecture, dialect) for verdict in verdicts]
     if any(verdict.problems for verdict in verdicts):
         parts += [DIALECTS[dialect].elsewhere] if DIALECTS[dialect].elsewhere else []

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gs_dist.checkpoint.manifest import MANIFESTS
-from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_json
+from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.shard_records import record_from_json, rows_from_json
+from gs_dist.checkpoint.writer import ShardRecord, make_directory
 from gs_dist.errors import OutputError
+from gs_dist.results.quantized import LinearSummary
 
-__all__ = ["PartManifest", "finished_parts", "part_faults", "read_part", "write_part"]
+__all__ = ["PartManifest", "finished_parts", "read_part", "write_part"]
 
-_VERSION = 1
-_CHUNK = 4 << 20
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartManifest:
-    """What a part's files are, by format, and what they were made from and with."""
+    """What a part's files are, by format, what they were made from and with, and the rows of their linears."""
 
     number: int
     shards: Mapping[str, ShardRecord]
     fingerprints: Mapping[str, str]
     made_with: Mapping[str, str]
+    rows: tuple[LinearSummary, ...] = ()
 
     def is_of(self, fingerprints: Mapping[str, str], formats: Sequence[str]) -> bool:
         """Whether it is of this job, in every format."""
@@ -41,29 +41,32 @@ def _label(number: int) -> str:
 def write_part(output: Path, manifest: PartManifest) -> None:
     """Publishes a manifest; its files are in place already."""
     make_directory(output / MANIFESTS)
-    write_json(output / _label(manifest.number), {"version": _VERSION, **dataclasses.asdict(manifest)})
+    write_sealed_json(output / _label(manifest.number), {"version": _VERSION, **dataclasses.asdict(manifest)})
 
 
 def read_part(output: Path, number: int) -> PartManifest | None:
     """The manifest of a part, None where it is not finished.
 
     Raises:
-        OutputError: the file is damaged or of another version.
+        DamagedError: the file does not hold what was written.
+        OutputError: it is of another version.
     """
     label = _label(number)
     try:
-        content = json.loads((output / label).read_bytes())
+        content = read_sealed_json(output / label, label)
+    except FileNotFoundError:
+        return None
+    try:
         if content["version"] != _VERSION or content["number"] != number:
             raise ValueError(f"version {content['version']!r} of part {content['number']!r}")
         return PartManifest(
             number=number,
-            shards={name: _record(record) for name, record in content["shards"].items()},
+            shards={name: record_from_json(record) for name, record in content["shards"].items()},
             fingerprints=dict(content["fingerprints"]),
             made_with=dict(content["made_with"]),
+            rows=rows_from_json(content["rows"]),
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise OutputError(
             f"{label}: is not a manifest of this version ({reason:.200}); delete it to have the part done again"
@@ -74,31 +77,3 @@ def finished_parts(output: Path) -> list[int]:
     """Numbers of the parts that have a manifest, sorted; empty where the output is of no conversion."""
     stems = (path.stem.removeprefix("part-") for path in (output / MANIFESTS).glob("part-*.json"))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
-
-
-def part_faults(output: Path, manifest: PartManifest) -> list[str]:
-    """Reads a part's files in full and says which are missing or changed; empty where all is well."""
-    faults = []
-    for name, record in manifest.shards.items():
-        path = output / name / record.file
-        try:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-        except OSError as error:
-            faults.append(f"{name}/{record.file}: cannot be read ({error.strerror})")
-            continue
-        if digest.hexdigest() != record.sha256:
-            faults.append(f"{name}/{record.file}: its content changed since it was written")
-    return faults
-
-
-def _record(content: Mapping[str, Any]) -> ShardRecord:
-    if Path(content["file"]).name != content["file"]:
-        raise ValueError(f"shard {content['file']!r} lies elsewhere")
-    tensors = {
-        name: StoredTensor(dtype=stored["dtype"], shape=tuple(stored["shape"]))
-        for name, stored in content["tensors"].items()
-    }
-    return ShardRecord(file=content["file"], sha256=content["sha256"], nbytes=content["nbytes"], tensors=tensors)

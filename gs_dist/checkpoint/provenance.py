@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.manifest import LayerManifest
-from gs_dist.checkpoint.writer import write_json
+from gs_dist.checkpoint.part_manifest import PartManifest
+from gs_dist.checkpoint.writer import ShardRecord, write_json
 from gs_dist.errors import OutputError
+from gs_dist.results.quantized import LinearSummary
 
 __all__ = [
     "HASHING_THREADS",
@@ -28,6 +30,7 @@ __all__ = [
     "ScaleRange",
     "file_sha256",
     "read_provenance",
+    "write_conversion_provenance",
     "write_provenance",
 ]
 
@@ -52,9 +55,9 @@ class Provenance:
     Attributes:
         shards: weight file to its sha256.
         files: any other file that was published to its sha256.
-        linears: full name of every linear of the decoder layers to the range of its scales; empty where the model was
-            converted without a solver, which keeps no rows.
-        schemes: of such a model, linear to the name of its scheme, `FLOAT` for none.
+        linears: full name of every linear of the decoder layers, of a converted model of every linear, to the range of
+            its scales.
+        schemes: of a converted model, linear to the name of its scheme, `FLOAT` for none.
         source: fingerprint of the checkpoint that it was made of; None where it is not told.
         sources: `layer-00017`, or the name of a tensor outside the layers, to the checksum (see `lineage`) of what it
             was made from; empty where nobody noted them.
@@ -86,19 +89,68 @@ def write_provenance(
         files: names of everything that was published beside the shards, which are left out where they are named too.
     """
     ordered = sorted(parts, key=lambda part: part.stem)
-    records = [part.shards[directory.name] for part in ordered]
+    _write(
+        directory,
+        [part.shards[directory.name] for part in ordered],
+        [row for part in ordered for row in part.rows],
+        files,
+        recipe=recipe,
+        versions=versions,
+        made_with=_made_with(ordered),
+        fingerprints=dataclasses.asdict(ordered[0].fingerprints),
+        sources=_sources(ordered),
+    )
+
+
+def write_conversion_provenance(
+    directory: Path,
+    parts: Iterable[PartManifest],
+    rows: Iterable[LinearSummary],
+    *,
+    recipe: Mapping[str, Any],
+    schemes: Mapping[str, Iterable[str]],
+    files: Iterable[str],
+) -> None:
+    """The same of a conversion.
+
+    Args:
+        directory: as above.
+        parts: manifests of all parts, all made from the same and with the same.
+        rows: of all linears, those too that stayed in floats.
+        recipe: what of it decides the bytes.
+        schemes: name of a scheme, `FLOAT` for none, to the linears that have it.
+        files: names of everything that was published beside the shards.
+    """
+    ordered = sorted(parts, key=lambda part: part.number)
+    made_with = dict(ordered[0].made_with)
+    _write(
+        directory,
+        [part.shards[directory.name] for part in ordered],
+        rows,
+        files,
+        recipe=recipe,
+        versions=made_with,
+        made_with=[made_with],
+        fingerprints=dict(ordered[0].fingerprints),
+        schemes={name: list(linears) for name, linears in schemes.items()},
+    )
+
+
+def _write(
+    directory: Path,
+    records: Iterable[ShardRecord],
+    rows: Iterable[LinearSummary],
+    files: Iterable[str],
+    **told: Any,
+) -> None:
     shards = {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records}
     others = {name: directory / name for name in sorted(files) if name not in shards}
     content = {
         "version": _VERSION,
-        "recipe": recipe,
-        "versions": versions,
-        "made_with": _made_with(ordered),
-        "fingerprints": dataclasses.asdict(ordered[0].fingerprints),
-        "sources": _sources(ordered),
+        **told,
         "shards": shards,
         "files": {n: {"sha256": file_sha256(path), "nbytes": path.stat().st_size} for n, path in others.items()},
-        "linears": [dataclasses.asdict(row) for part in ordered for row in part.rows],
+        "linears": [dataclasses.asdict(row) for row in rows],
     }
     write_json(directory / PROVENANCE_FILE, content)
 

@@ -149,7 +149,9 @@ def _file_of(inventory: Inventory, name: str) -> str:
 
 
 def _compare_scales(inventory: Inventory, name: str, row: ScaleRange) -> None:
-    scales = inventory.read(name).astype(np.float32)
+    stored = inventory.read(name)
+    # A byte is an exponent of two, plus 127.
+    scales = np.ldexp(1.0, stored.astype(np.int32) - 127) if stored.dtype == np.uint8 else stored.astype(np.float32)
     found, noted = np.array([scales.min(), scales.max()], np.float64), np.array([row.low, row.high])
     if (np.abs(found - noted) > _CLOSE * noted).any():
         expected = f"{row.low:.6g} to {row.high:.6g} by {PROVENANCE_FILE}"

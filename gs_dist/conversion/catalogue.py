@@ -19,7 +19,7 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.model.kept_in_float import Family, family_of, kept_reason
 
-__all__ = ["Carried", "Catalogue", "LinearRows", "Weight", "take_catalogue"]
+__all__ = ["Carried", "Catalogue", "LinearRows", "Weight", "layer_of", "take_catalogue"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FUSED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj|gate_proj|up_proj)$")
@@ -142,6 +142,12 @@ def take_catalogue(source: SourceDirectory) -> Catalogue:
         weights=tuple(builder.weights),
         carried=tuple(builder.carried),
     )
+
+
+def layer_of(name: str, outside: int) -> int:
+    """Number of the layer that a linear lies in by its full name; `outside` for one that lies in none."""
+    layer = _LAYER.search(name)
+    return outside if layer is None else int(layer[1])
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,8 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from gs_dist.recipe.config import base_name
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.places import fault_of_directory, fault_of_output
@@ -17,6 +19,10 @@ from gs_dist.wording import without_secrets
 __all__ = ["ConversionConfig"]
 
 FORMATS = ("compressed-tensors", "ascend")
+_PUBLISHED = """\
+# The recipe as it was run, with every setting that decides the result. Of directories the model's name alone is told,
+# so that nothing of the machine is; to run it again give them: gs-dist convert recipe.yaml model=... output=...
+"""
 
 
 def _size_or_auto(value: object) -> object:
@@ -60,6 +66,8 @@ class ConversionConfig(BaseModel):
     """Forms the model is published in, each in a directory of its own."""
     engine: str | None = None
     """Engine that is to load the result, such as vllm-ascend==0.23 or sglang: what it does not load is refused."""
+    max_relative_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.5
+    """Lost share of a weight's energy, or of its median input channel's, from which a linear counts as destroyed."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that share the work; auto takes one a core, as far as their memory goes."""
     memory_per_worker: Annotated[
@@ -109,6 +117,12 @@ class ConversionConfig(BaseModel):
             "layer_policies": dict(sorted(self.layer_policies.items())),
             "format": sorted(self.format),
         }
+
+    def published(self) -> str:
+        """The recipe as YAML, without output and what spread the work, and with the model's name alone."""
+        document = self.model_dump(mode="json", exclude={"output", "workers", "memory_per_worker"})
+        document["model"] = base_name(self.model)
+        return _PUBLISHED + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
     def fingerprint(self) -> str:
         """sha256 of `fingerprint_fields`, hexadecimal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,13 +13,18 @@ from gs_dist import __version__
 from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.part_manifest import PartManifest
 from gs_dist.checkpoint.run_directory import DONE, locked
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_json
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes, write_json
+from gs_dist.conversion.account import summarise, write_cards
 from gs_dist.conversion.parts import Part
 from gs_dist.conversion.plan import ConversionPlan
 from gs_dist.conversion.pool import convert_here
 from gs_dist.conversion.publish import publish_model, refuse_other_run
+from gs_dist.conversion.rows import refuse_destroyed
 from gs_dist.conversion.worker import ConversionTask
 from gs_dist.progress import Progress
+from gs_dist.recipe.text import PUBLISHED_RECIPE
+from gs_dist.results.summary import write_summary
+from gs_dist.seal import sealed_text
 
 __all__ = ["Pool", "convert", "task_of"]
 
@@ -49,6 +55,7 @@ def convert(plan: ConversionPlan, progress: Progress, pool: Pool = convert_here)
     Raises:
         OutputError: the output holds another job, is in use, or cannot be written.
         CheckpointError: the source is damaged or changed.
+        LayerError: rounding destroyed a linear.
         JobFailure: a worker died, or a tensor is unaccounted for.
     """
     task = task_of(plan)
@@ -57,11 +64,17 @@ def convert(plan: ConversionPlan, progress: Progress, pool: Pool = convert_here)
         (task.output / DONE).unlink(missing_ok=True)
         for name in (*plan.config.format, MANIFESTS):
             remove_leftovers(make_directory(task.output / name))
+        began = time.perf_counter()
         finished: dict[int, PartManifest] = {}
         for manifest in pool(task, plan.parts, plan.num_workers):
+            refuse_destroyed(manifest.rows, plan.config.max_relative_error)
             finished[manifest.number] = manifest
             progress.part_finished(manifest.number, len(finished), len(plan.parts))
         made = {name: publish_model(plan, task, finished, name) for name in plan.config.format}
+        summary = summarise(plan, finished, time.perf_counter() - began)
+        write_bytes(task.output / PUBLISHED_RECIPE, sealed_text(plan.config.published()).encode())
+        write_summary(task.output, summary)
+        write_cards(plan, summary, made.values())
         write_json(task.output / DONE, {"parts": len(finished), "formats": list(made)})
     return made
 

@@ -191,8 +191,8 @@ def working_bytes(piece: Piece, formats: Sequence[str]) -> int:
         step = row_step(piece, scheme, formats)
         values = min(block_rows(matrix.shape[1], step), max(linear.rows, 1)) * matrix.shape[1]
         held = scheme.weights.bytes_per_value if scheme is not None else 4
-        # A block as it is stored and as float32, a temporary of either, what is encoded for one format.
-        most = max(most, values * (2 * raw + 4 + 4 + held + 2))
+        # A block as it is stored and twice as float32, a temporary of either, what is encoded for one format.
+        most = max(most, values * (2 * raw + 3 * 4 + held + 2))
     return max(_HASHED, most + matrix.working_bytes)
 
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from gs_dist.checkpoint.check import check_forms
 from gs_dist.checkpoint.companions import copy_companions
-from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.part_manifest import PartManifest, read_part
-from gs_dist.checkpoint.provenance import PROVENANCE_FILE, file_sha256
+from gs_dist.checkpoint.provenance import write_conversion_provenance
+from gs_dist.checkpoint.published_config import without_quantization
+from gs_dist.checkpoint.shard_records import refuse_changed_shard
 from gs_dist.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE
 from gs_dist.checkpoint.writer import StoredTensor, write_json
+from gs_dist.conversion.account import rows_of
 from gs_dist.conversion.dialects import WRITERS
 from gs_dist.conversion.dialects.base import Assigned
 from gs_dist.conversion.parts import labels_of
 from gs_dist.conversion.plan import ConversionPlan
+from gs_dist.conversion.schemes import FLOAT
 from gs_dist.conversion.worker import ConversionTask
-from gs_dist.errors import CheckpointError, JobFailure, OutputError
+from gs_dist.errors import DamagedError, JobFailure, OutputError
 
 __all__ = ["publish_model", "refuse_other_run"]
-
-# auto_map names code to run, which is not carried over; _name_or_path may be a path of the machine.
-_DROPPED = ("quantization_config", "auto_map", "_name_or_path")
 
 
 def refuse_other_run(task: ConversionTask, num_parts: int) -> None:
@@ -35,7 +35,10 @@ def refuse_other_run(task: ConversionTask, num_parts: int) -> None:
     if any((task.output / MANIFESTS).glob("layer-*.json")):
         raise OutputError(f"output {str(task.output)!r} holds a calibration: set output to another directory")
     for number in range(1, num_parts + 1):
-        manifest = read_part(task.output, number)
+        try:
+            manifest = read_part(task.output, number)
+        except DamagedError:  # done anew
+            continue
         if manifest is None:
             continue
         theirs = {**manifest.fingerprints, **manifest.made_with}
@@ -77,14 +80,35 @@ def publish_model(
     written = copy_companions(plan.companions, directory)
     contents = {
         **writer.describe(labels_of(plan.parts, dialect, plan.catalogue.dtype), linears),
-        CONFIG_FILE: writer.config(_plain(plan.source.config), linears),
+        CONFIG_FILE: writer.config(without_quantization(plan.source.config), linears),
         INDEX_FILE: {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
     }
     for name, content in contents.items():
         write_json(directory / name, content)
-    others = {name: directory / name for name in sorted([*written, *contents])}
-    write_json(directory / PROVENANCE_FILE, _provenance(plan, task, finished, dialect, others))
+    write_conversion_provenance(
+        directory,
+        finished.values(),
+        rows_of(plan, finished.values()),
+        recipe=plan.config.fingerprint_fields(),
+        schemes=_by_scheme(plan),
+        files=[*written, *contents],
+    )
+    _check_published(directory)
     return directory
+
+
+def _check_published(directory: Path) -> None:
+    """Nothing counts as done of which description and headers, looked at apart from the writer, disagree."""
+    report = check_forms(directory)
+    if not report.clean:
+        raise JobFailure(f"{directory.name}: what was published breaks the rules of its format:\n{report.render()}")
+
+
+def _by_scheme(plan: ConversionPlan) -> dict[str, list[str]]:
+    schemes: dict[str, list[str]] = {}
+    for name, scheme in plan.assignment.schemes.items():
+        schemes.setdefault(FLOAT if scheme is None else scheme.name, []).append(name)
+    return schemes
 
 
 def _assigned(plan: ConversionPlan) -> list[Assigned]:
@@ -117,14 +141,7 @@ def _check_file(directory: Path, manifest: PartManifest, dialect: str, expected:
     again = f"delete manifests/part-{manifest.number:05d}.json and run the command again to have it done anew"
     if dict(record.tensors) != dict(expected):
         raise JobFailure(f"{label}: does not hold the tensors that the plan calls for; {again}")
-    try:
-        tensors, _ = read_header(directory / record.file, label)
-        nbytes = (directory / record.file).stat().st_size
-    except (CheckpointError, OSError) as error:
-        raise OutputError(f"{error}; {again}") from error
-    found = {name: StoredTensor(dtype=info.dtype, shape=info.shape) for name, info in tensors.items()}
-    if found != dict(record.tensors) or nbytes != record.nbytes:
-        raise OutputError(f"{label}: is not the file that was written; {again}")
+    refuse_changed_shard(directory, record, again)
 
 
 def _refuse_foreign(directory: Path, ours: set[str]) -> None:
@@ -133,36 +150,3 @@ def _refuse_foreign(directory: Path, ours: set[str]) -> None:
         raise OutputError(
             f"{directory.name}/{foreign[0]}: is not of this job, and serving engines would load it too; move it away"
         )
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in _DROPPED}
-    for key, value in kept.items():
-        if key.endswith("_config") and isinstance(value, Mapping):
-            kept[key] = {inner: entry for inner, entry in value.items() if inner not in _DROPPED}
-    return kept
-
-
-def _provenance(
-    plan: ConversionPlan,
-    task: ConversionTask,
-    finished: Mapping[int, PartManifest],
-    dialect: str,
-    others: Mapping[str, Path],
-) -> dict[str, Any]:
-    """As `gs_dist.checkpoint.provenance` writes it: what the model was made from, and the hash of each file."""
-    records = [finished[part.number].shards[dialect] for part in plan.parts]
-    schemes: dict[str, list[str]] = {}
-    for name, scheme in plan.assignment.schemes.items():
-        schemes.setdefault("FLOAT" if scheme is None else scheme.name, []).append(name)
-    return {
-        "version": 1,
-        "recipe": plan.config.fingerprint_fields(),
-        "versions": dict(task.made_with),
-        "made_with": [dict(task.made_with)],
-        "fingerprints": dict(task.fingerprints),
-        "shards": {record.file: {"sha256": record.sha256, "nbytes": record.nbytes} for record in records},
-        "files": {n: {"sha256": file_sha256(path), "nbytes": path.stat().st_size} for n, path in others.items()},
-        "linears": [],
-        "schemes": schemes,
-    }

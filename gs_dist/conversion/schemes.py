@@ -42,6 +42,21 @@ class Scheme:
     dense: str = ""
     about: str = ""
 
+    @property
+    def strategy(self) -> str:
+        """As a summary spells it: `W8-perchannel-A8-pertoken`."""
+        return "-".join(filter(None, (self.weights.label, _ACTIVATIONS[self.activations])))
+
+
+_ACTIVATIONS: Mapping[str, str] = {
+    "": "",
+    "int8": "A8-pertoken",
+    "fp8": "AFP8-pertoken",
+    "fp8-group": "AFP8-pergroup",
+    "mxfp8": "AMXFP8-pergroup",
+    "mxfp4": "AMXFP4-pergroup",
+}
+
 
 def _schemes(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gs_dist.checkpoint.part_manifest import PartManifest, part_faults, read_part, write_part
+from gs_dist.checkpoint.part_manifest import PartManifest, read_part, write_part
+from gs_dist.checkpoint.shard_records import record_faults
 from gs_dist.checkpoint.shard_stream import ShardStream, stream_safetensors
 from gs_dist.checkpoint.sources.directory import FileStamp, TensorBytes
 from gs_dist.checkpoint.sources.matrix import numpy_dtype
@@ -17,8 +18,11 @@ from gs_dist.conversion.assignment import encoding_of
 from gs_dist.conversion.catalogue import Carried, LinearRows, Weight
 from gs_dist.conversion.dialects.base import LinearShape
 from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
+from gs_dist.conversion.rows import row_of
 from gs_dist.conversion.schemes import Scheme
-from gs_dist.errors import CheckpointError
+from gs_dist.errors import CheckpointError, DamagedError
+from gs_dist.results.quantized import LinearSummary
+from gs_dist.solvers.weight_loss import WeightLoss
 from gs_dist.solvers.weight_rounding import RoundedRows
 
 __all__ = ["ConversionTask", "convert_part"]
@@ -56,10 +60,10 @@ def convert_part(task: ConversionTask, part: Part) -> PartManifest:
         CheckpointError: the source is damaged or changed, or holds a value that is not finite.
         OutputError: the disk is full, or the directory cannot be written.
     """
-    manifest = read_part(task.output, part.number)
-    ours = manifest is not None and manifest.is_of(task.fingerprints, task.formats)
-    if manifest is not None and ours and not part_faults(task.output, manifest):
-        return manifest
+    finished = _finished(task, part)
+    if finished is not None:
+        return finished
+    rows: list[LinearSummary] = []
     with ExitStack() as stack:
         files = stack.enter_context(TensorBytes(task.model, task.files))
         streams = {
@@ -69,15 +73,27 @@ def convert_part(task: ConversionTask, part: Part) -> PartManifest:
             for name in task.formats
         }
         for piece in part.pieces:
-            _Streaming(task, files, streams).write(piece)
+            rows += _Streaming(task, files, streams).write(piece)
     manifest = PartManifest(
         number=part.number,
         shards={name: stream.record for name, stream in streams.items()},
         fingerprints=task.fingerprints,
         made_with=task.made_with,
+        rows=tuple(rows),
     )
     write_part(task.output, manifest)
     return manifest
+
+
+def _finished(task: ConversionTask, part: Part) -> PartManifest | None:
+    """The manifest of a part whose files are sound; a damaged one vouches for nothing."""
+    try:
+        manifest = read_part(task.output, part.number)
+    except DamagedError:
+        return None
+    if manifest is None or not manifest.is_of(task.fingerprints, task.formats):
+        return None
+    return None if record_faults(task.output, manifest.shards) else manifest
 
 
 class _Streaming:
@@ -86,16 +102,17 @@ class _Streaming:
         self._files = files
         self._streams = streams
 
-    def write(self, piece: Piece) -> None:
-        """Reads a piece and writes it in every format."""
+    def write(self, piece: Piece) -> list[LinearSummary]:
+        """Reads a piece and writes it in every format; rows of what was quantised."""
         if piece.carried is not None:
             self._carry(piece.carried)
-            return
+            return []
         assert piece.weight is not None
         step = max(row_step(piece, scheme, self._task.formats) for scheme in piece.schemes)
         size = min(block_rows(piece.weight.columns, step), piece.weight.matrix.shape[0])
         reader = piece.weight.matrix.open(self._files, size)
         block = np.empty((size, piece.weight.columns), dtype=np.float32)
+        rows = []
         for linear, scheme in piece.linears():
             rounding = (
                 None if scheme is None else _Rounding(self._task, self._streams, piece.weight, linear, scheme, size)
@@ -107,6 +124,9 @@ class _Streaming:
                     self._write_floats(piece.weight, linear, values)
                 else:
                     rounding.write(values)
+            if rounding is not None:
+                rows.append(rounding.row())
+        return rows
 
     def _write_floats(self, weight: Weight, linear: LinearRows, values: np.ndarray) -> None:  # type: ignore[type-arg]
         cast = values.astype(numpy_dtype(weight.matrix.float_dtype))
@@ -146,6 +166,8 @@ class _Rounding:
         self._where = f"{weight.matrix.tensors[0].file}: {linear.name}"
         self._shape = LinearShape(name=linear.name, rows=linear.rows, columns=weight.columns, dtype=task.dtype)
         self._encodings = {name: encoding_of(name, scheme, expert=weight.expert) for name in streams}
+        self._scheme = scheme
+        self._loss = WeightLoss(size, weight.columns)
         self._rounder = scheme.weights.rounder(
             size, weight.columns, scale_dtype(scheme, task.formats, task.dtype, weight)
         )
@@ -153,11 +175,18 @@ class _Rounding:
             for leaf, values in encoding.constants(self._shape).items():
                 streams[name].append(f"{linear.name}.{leaf}", values)
 
+    def row(self) -> LinearSummary:
+        """The linear's row of the summary, once all its blocks were written."""
+        return row_of(self._shape.name, self._scheme, self._loss)
+
     def write(self, block: np.ndarray) -> None:  # type: ignore[type-arg]
+        self._loss.keep(block)
         rounded = self._round(block)
         for name, encoding in self._encodings.items():
             for leaf, values in encoding.encode(self._shape, rounded).items():
                 self._streams[name].append(f"{self._shape.name}.{leaf}", values)
+        self._scheme.weights.restore(rounded, block)
+        self._loss.add(block, rounded)
 
     def _round(self, block: np.ndarray) -> RoundedRows:  # type: ignore[type-arg]
         try:

@@ -8,12 +8,15 @@ from typing import Literal
 
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.numbers.number_format import NumberFormat
-from gs_dist.numbers.small_float import MXFP4
+from gs_dist.numbers.small_float import FP8, MXFP4, MXFP8
 
-__all__ = ["WEIGHT_FORMATS", "WeightFormatName"]
+__all__ = ["NUMBER_FORMATS", "WEIGHT_FORMATS", "WeightFormatName"]
 
 WeightFormatName = Literal["int8", "qint4x2", "mxfp4"]
 
 WEIGHT_FORMATS: Mapping[WeightFormatName, NumberFormat] = MappingProxyType(
     {"int8": INT8, "qint4x2": INT4, "mxfp4": MXFP4}
 )
+
+NUMBER_FORMATS: tuple[NumberFormat, ...] = (*WEIGHT_FORMATS.values(), FP8, MXFP8)
+"""Those of `WEIGHT_FORMATS`, and those that weights are converted to without data alone."""

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ValidationError
 from gs_dist.errors import RecipeError
 from gs_dist.wording import without_secrets
 
-__all__ = ["Document", "Problem", "apply_overrides", "parse_document", "problems_of", "report"]
+__all__ = ["PUBLISHED_RECIPE", "Document", "Problem", "apply_overrides", "parse_document", "problems_of", "report"]
 
 Document = dict[str, Any]
 
+PUBLISHED_RECIPE = "recipe.yaml"  # in a job's output: the recipe as it was run
 MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; more is another kind of file
 MAX_NODES = 100_000  # YAML aliases can name one node again and again, or name themselves
 MAX_DEPTH = 16

@@ -44,13 +44,16 @@ class LinearSummary:
     `input_min` and `input_max` are the least and the largest value of its input over all calibration tokens, before
     any rescaling, and `input_typical` the median over channels of their largest magnitudes. `outlier_channels` are
     the channels whose largest magnitude is `OUTLIER_FACTOR` times that or more, the largest first, a few of them.
+
+    Of a converted linear no token was seen (`error_source` "weight"): the errors are those of the input channels' unit
+    vectors, and `zeroed` is the share of weights other than zero that became zero. One that lies in no layer has -1.
     """
 
     layer: int
     name: str  # full dotted name
     strategy: str
     relative_error: float | None
-    error_source: str  # "gram", "sketch", "diagonal" or "none"
+    error_source: str  # "gram", "sketch", "diagonal", "weight" or "none"
     scale_min: float | None
     scale_max: float | None
     num_tokens: int
@@ -75,6 +78,8 @@ class LinearSummary:
         if self.input_min is None or self.input_max is None or not self.input_typical:
             return None
         return max(abs(self.input_min), abs(self.input_max)) / self.input_typical
+
+    zeroed: float | None = None
 
     @property
     def energy_error(self) -> float | None:

@@ -422,6 +422,7 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
             pa.field("input_max", pa.float64()),
             pa.field("input_typical", pa.float64()),
             pa.field("outlier_channels", pa.list_(pa.int32())),
+            pa.field("zeroed", pa.float64()),
             # Not a map, which `datasets` cannot load.
             pa.field("scheme_errors", pa.list_(pa.struct([("scheme", pa.string()), ("relative_error", pa.float64())]))),
         ],

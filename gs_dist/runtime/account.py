@@ -15,6 +15,7 @@ from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import OutputError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
+from gs_dist.recipe.text import PUBLISHED_RECIPE
 from gs_dist.results.costs import LayerCosts
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, read_summary
@@ -23,9 +24,8 @@ from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import mixture_note, package_version
 from gs_dist.runtime.stage_times import StageTimes
 
-__all__ = ["RECIPE", "as_told_before", "summarise", "versions"]
+__all__ = ["as_told_before", "summarise", "versions"]
 
-RECIPE = "recipe.yaml"
 _MOST_LAYERS = 8  # named in a note
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
 
@@ -133,7 +133,7 @@ def as_told_before(
         )
     judged = {"max_perplexity_increase": config.max_perplexity_increase, "probe": config.probe}
     try:
-        config = read_published_recipe(output / RECIPE).model_copy(update=judged)
+        config = read_published_recipe(output / PUBLISHED_RECIPE).model_copy(update=judged)
     except (RecipeError, OutputError) as error:
         tell(f"{error}; the recipe as it is now stands in its place")
     return summary, config

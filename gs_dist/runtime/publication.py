@@ -22,9 +22,10 @@ from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.errors import JobFailure
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
+from gs_dist.recipe.text import PUBLISHED_RECIPE
 from gs_dist.report.page import render_report
 from gs_dist.results.summary import CalibrationSummary, write_summary
-from gs_dist.runtime.account import RECIPE, as_told_before, summarise, versions
+from gs_dist.runtime.account import as_told_before, summarise, versions
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.software import Software
@@ -105,7 +106,7 @@ def _judged(
             progress.message(note)
     else:
         summary, recipe = as_told_before(run.path, summary, config, progress.message)
-    write_bytes(run.path / RECIPE, sealed_text(published_recipe(recipe)).encode())
+    write_bytes(run.path / PUBLISHED_RECIPE, sealed_text(published_recipe(recipe)).encode())
     write_summary(run.path, summary)  # of use where the probe fails, too
     _report(run, summary, recipe, progress)
     _settle_statistics(job, run, finished, progress)

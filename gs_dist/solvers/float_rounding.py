@@ -18,17 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.numbers.scales import Float32, power_of_two_below
-from gs_dist.numbers.small_float import FP8, SmallFloat
+from gs_dist.numbers.small_float import FP8, MXFP4, SmallFloat
 from gs_dist.solvers.minifloat import MinifloatEncoder
-from gs_dist.solvers.weight_rounding import RoundedRows, Rounder
+from gs_dist.solvers.weight_rounding import EXPONENT_BIAS, RoundedRows, Rounder
 
 __all__ = ["MX_BLOCK", "Fp8BlockRounding", "Fp8ChannelRounding", "MicroscalingRounding", "ScaleRule"]
 
 ScaleRule = Literal["floor", "ceil", "least-error"]
 MX_BLOCK = 32
-_EXPONENT_BIAS = 127
 # All bits of a float32 but the sign: magnitudes compare as integers do, infinities and NaN above all.
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+# Value of every code, by bits.
+_VALUES = {
+    form.bits: np.asarray(form.decode(np.arange(1 << form.bits, dtype=np.uint8)) / np.float32(form.unit))
+    for form in (FP8, MXFP4)
+}
+
+
+def _look_up(form: SmallFloat, codes: npt.NDArray[np.uint8], target: Float32) -> None:
+    """Fills `target` with the values of codes; no code is beyond the table, which `clip` spares a look at."""
+    np.take(_VALUES[form.bits], codes, out=target, mode="clip")
 
 
 def _refuse_not_finite(largest: npt.NDArray[np.floating]) -> None:  # type: ignore[type-arg]
@@ -39,6 +50,11 @@ def _refuse_not_finite(largest: npt.NDArray[np.floating]) -> None:  # type: igno
 @dataclass(frozen=True, kw_only=True)
 class Fp8ChannelRounding:
     """E4M3 with a scale an output channel: absmax / 448, rounded to the dtype that it is stored in."""
+
+    @property
+    def label(self) -> str:
+        """See `WeightRounding.label`."""
+        return f"{FP8.label}-perchannel"
 
     @property
     def row_step(self) -> int:
@@ -57,6 +73,11 @@ class Fp8ChannelRounding:
     def rounder(self, block_rows: int, columns: int, scale_dtype: str) -> Rounder:
         """See `WeightRounding.rounder`."""
         return _Fp8ChannelRounder(block_rows, columns, scale_dtype)
+
+    def restore(self, rounded: RoundedRows, target: Float32) -> None:
+        """See `WeightRounding.restore`."""
+        _look_up(FP8, rounded.codes, target)
+        target *= rounded.scale
 
 
 class _Fp8ChannelRounder:
@@ -82,6 +103,11 @@ class Fp8BlockRounding:
     size: int = 128
 
     @property
+    def label(self) -> str:
+        """See `WeightRounding.label`."""
+        return f"{FP8.label}-perblock"
+
+    @property
     def row_step(self) -> int:
         """The rows of a block."""
         return self.size
@@ -98,6 +124,12 @@ class Fp8BlockRounding:
     def rounder(self, block_rows: int, columns: int, scale_dtype: str) -> Rounder:
         """See `WeightRounding.rounder`."""
         return _Fp8BlockRounder(self.size, block_rows, columns, scale_dtype)
+
+    def restore(self, rounded: RoundedRows, target: Float32) -> None:
+        """See `WeightRounding.restore`."""
+        _look_up(FP8, rounded.codes, target)
+        for number, row in enumerate(range(0, len(target), self.size)):
+            target[row : row + self.size] *= np.repeat(rounded.scale[number], self.size)[: target.shape[1]]
 
 
 class _Fp8BlockRounder:
@@ -131,6 +163,11 @@ class MicroscalingRounding:
     rule: ScaleRule = "least-error"
 
     @property
+    def label(self) -> str:
+        """See `WeightRounding.label`."""
+        return f"{self.element.label}-pergroup"
+
+    @property
     def row_step(self) -> int:
         """Rows are independent."""
         return 1
@@ -153,13 +190,18 @@ class MicroscalingRounding:
         """See `WeightRounding.rounder`; the scale's dtype is a byte whatever is asked for."""
         return _MicroscalingRounder(self, block_rows, columns)
 
+    def restore(self, rounded: RoundedRows, target: Float32) -> None:
+        """See `WeightRounding.restore`."""
+        _look_up(self.element, rounded.codes, target)
+        target.reshape(-1, MX_BLOCK)[...] *= rounded.steps().reshape(-1, 1)
+
 
 class _MicroscalingRounder:
     def __init__(self, form: MicroscalingRounding, block_rows: int, columns: int) -> None:
         self._form = form
         self._columns = columns
         self._encoder = MinifloatEncoder(form.element, block_rows * columns)
-        self._values = form.element.decode(np.arange(1 << form.element.bits, dtype=np.uint8)) / form.element.unit
+        self._values = _VALUES[form.element.bits]
         self._codes = np.empty((block_rows, columns), dtype=np.uint8)
         self._other = np.empty((block_rows, columns), dtype=np.uint8)
         self._scaled = np.empty((block_rows, columns), dtype=np.float32)
@@ -220,7 +262,7 @@ def exponents(
         power_of_two_below(np.array(top))
     )
     ceil = floor + (largest > top * np.exp2(floor))
-    limits = (-_EXPONENT_BIAS, _EXPONENT_BIAS)
+    limits = (-EXPONENT_BIAS, EXPONENT_BIAS)
     return np.clip(floor, *limits).astype(np.int32), np.clip(ceil, *limits).astype(np.int32)
 
 
@@ -233,4 +275,4 @@ def _largest_of_blocks(block: Float32) -> Float32:
 
 
 def _stored(exponent: npt.NDArray[np.int32], rows: int) -> npt.NDArray[np.uint8]:
-    return (exponent + _EXPONENT_BIAS).astype(np.uint8).reshape(rows, -1)
+    return (exponent + EXPONENT_BIAS).astype(np.uint8).reshape(rows, -1)

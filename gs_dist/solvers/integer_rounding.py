@@ -15,6 +15,8 @@ from gs_dist.solvers.weight_rounding import RoundedRows, Rounder
 
 __all__ = ["IntegerRounding"]
 
+NUMBERS = {8: INT8, 4: INT4}
+
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerRounding:
@@ -23,6 +25,11 @@ class IntegerRounding:
     bits: int
     group_size: int = 0
     symmetric: bool = True
+
+    @property
+    def label(self) -> str:
+        """See `WeightRounding.label`."""
+        return f"{NUMBERS[self.bits].label}-{'pergroup' if self.group_size else 'perchannel'}"
 
     @property
     def row_step(self) -> int:
@@ -47,13 +54,21 @@ class IntegerRounding:
         """See `WeightRounding.rounder`."""
         return _IntegerRounder(self, block_rows, columns, scale_dtype)
 
+    def restore(self, rounded: RoundedRows, target: Float32) -> None:
+        """See `WeightRounding.restore`."""
+        np.copyto(target, rounded.codes)
+        grouped = target.reshape(*rounded.scale.shape, -1)
+        if rounded.zero_point is not None:
+            grouped -= rounded.zero_point[:, :, None].astype(np.float32)
+        grouped *= rounded.scale[:, :, None]
+
 
 class _IntegerRounder:
     def __init__(self, form: IntegerRounding, block_rows: int, columns: int, scale_dtype: str) -> None:
         self._form = form
         self._scale_dtype = scale_dtype
         self._size = form.group_size or columns
-        self._numbers = {8: INT8, 4: INT4}[form.bits]
+        self._numbers = NUMBERS[form.bits]
         self._limits = self._numbers.limits
         self._codes = np.empty((block_rows, columns), dtype=np.int8)
         self._reach = 0.0  # the largest code that the block calls for

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from gs_dist.results.quantized import Float32, Int8
 
-__all__ = ["WeightRounding", "RoundedRows", "Rounder"]
+__all__ = ["EXPONENT_BIAS", "RoundedRows", "Rounder", "WeightRounding"]
+
+EXPONENT_BIAS = 127  # of a scale that is a power of two in a byte (OCP Microscaling Formats 1.0, section 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,19 @@ class RoundedRows:
     scale: npt.NDArray[Any]
     zero_point: Int8 | None = None
 
+    def steps(self) -> Float32:
+        """Scales as float32, exponents turned into the powers of two that they stand for."""
+        if self.scale.dtype == np.uint8:
+            return np.ldexp(np.float32(1), self.scale.astype(np.int32) - EXPONENT_BIAS)
+        return np.asarray(self.scale)
+
+    def scale_range(self) -> tuple[float, float]:
+        """The smallest and the largest of `steps`."""
+        low, high = self.scale.min(), self.scale.max()
+        if self.scale.dtype == np.uint8:
+            return 2.0 ** (int(low) - EXPONENT_BIAS), 2.0 ** (int(high) - EXPONENT_BIAS)
+        return float(low), float(high)
+
 
 class Rounder(Protocol):
     """Rounds blocks of one weight."""
@@ -47,9 +63,14 @@ class WeightRounding(Protocol):
     """A format of weights.
 
     Attributes:
+        label: its part of a linear's label in a summary (`W8-perchannel`).
         row_step: rows that are rounded together; a block holds a multiple of it, unless it is the last.
         bytes_per_value: what a rounder holds for each value of a block, beside the block.
     """
+
+    @property
+    def label(self) -> str:
+        """Its part of a label."""
 
     @property
     def row_step(self) -> int:
@@ -64,3 +85,6 @@ class WeightRounding(Protocol):
 
     def rounder(self, block_rows: int, columns: int, scale_dtype: str) -> Rounder:
         """What rounds a weight's blocks of up to `block_rows` rows."""
+
+    def restore(self, rounded: RoundedRows, target: Float32) -> None:
+        """Fills `target` (rows, columns) with what codes and scales stand for."""

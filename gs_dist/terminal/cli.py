@@ -30,7 +30,7 @@ from gs_dist.recipe.config import CalibrationConfig, CalibrationData, load_recip
 from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.presets import PRESETS
 from gs_dist.recipe.sizes import parse_size
-from gs_dist.recipe.text import problems_of
+from gs_dist.recipe.text import PUBLISHED_RECIPE, problems_of
 from gs_dist.results.summary import (
     JSON_NAME,
     CalibrationSummary,
@@ -40,7 +40,7 @@ from gs_dist.results.summary import (
     write_summary,
 )
 from gs_dist.terminal.console import PrintableConsole, say, show_progress, showing
-from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, read_conversion
+from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, published_texts, read_conversion
 from gs_dist.terminal.following import follow, status_json, status_line, status_of
 from gs_dist.terminal.request import Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
@@ -467,8 +467,9 @@ def report(
 
 
 def _recipe_of(run: Path) -> CalibrationConfig | None:
-    """The recipe that a job kept beside its summary."""
-    return read_published_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    """The recipe that a calibrated job kept beside its summary."""
+    path = run / PUBLISHED_RECIPE
+    return read_published_recipe(path) if path.is_file() and not asks_for_conversion(path, ()) else None
 
 
 def _run_directory(directory: Path) -> Path:
@@ -559,7 +560,7 @@ def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
 
 def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:
     """Adds what was measured to summary and model cards of the run that the directory belongs to, if any."""
-    from gs_dist.checkpoint.model_card import write_model_card
+    from gs_dist.checkpoint.model_card import card_texts, write_card
     from gs_dist.checkpoint.reader import CheckpointReader
 
     run = _run_directory(directory)
@@ -567,12 +568,16 @@ def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> N
         return
     measured = read_summary(run).with_evaluations(found)
     write_summary(run, measured)
-    if not (run / "recipe.yaml").is_file():
+    recipe = run / PUBLISHED_RECIPE
+    if not recipe.is_file():
         return
-    recipe = read_published_recipe(run / "recipe.yaml")
     for name in (entry.format for entry in found):
         architecture = CheckpointReader(run / name, quantized=True).architecture
-        write_model_card(run / name, recipe, measured, architecture)
+        if asks_for_conversion(recipe, ()):
+            texts = published_texts(recipe, architecture)
+        else:
+            texts = card_texts(read_published_recipe(recipe), measured, architecture)
+        write_card(run / name, texts, measured, architecture)
 
 
 @app.command()

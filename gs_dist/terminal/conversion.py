@@ -12,16 +12,22 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from gs_dist.checkpoint.model_card import CardTexts
+from gs_dist.conversion.account import conversion_texts
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.job import convert
 from gs_dist.conversion.plan import ConversionPlan, plan_conversion
 from gs_dist.errors import RecipeError
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.recipe.sizes import format_bytes
-from gs_dist.recipe.text import apply_overrides, parse_document, problems_of, report
+from gs_dist.recipe.text import Problem, apply_overrides, parse_document, problems_of, report
+from gs_dist.results.summary import read_summary
+from gs_dist.seal import unsealed_text
 from gs_dist.terminal.console import show_progress
+from gs_dist.terminal.tables import print_summary
 from gs_dist.wording import counted
 
-__all__ = ["asks_for_conversion", "convert_as_told", "read_conversion"]
+__all__ = ["asks_for_conversion", "convert_as_told", "published_texts", "read_conversion"]
 
 _SHOWN = 12  # reasons listed of what stays in floats
 
@@ -47,13 +53,7 @@ def read_conversion(model: Path, overrides: Sequence[str], options: Mapping[str,
     document = {**document, **given}
     if "output" not in document:
         raise RecipeError("convert: output is not set: give -o DIRECTORY, or output in the recipe")
-    try:
-        config = ConversionConfig.model_validate(document)
-    except ValidationError as error:
-        raise report(source, [*problems, *problems_of(error, ConversionConfig)]) from None
-    if problems:
-        raise report(source, problems)
-    return config
+    return _validated(document, source, problems)
 
 
 def asks_for_conversion(recipe: Path, overrides: Sequence[str]) -> bool:
@@ -63,6 +63,30 @@ def asks_for_conversion(recipe: Path, overrides: Sequence[str]) -> bool:
     except RecipeError:
         return False
     return isinstance(document, Mapping) and document.get("mode") == "convert"
+
+
+def published_texts(recipe: Path, architecture: DecoderArchitecture) -> CardTexts:
+    """What a card says of a finished conversion, by the recipe that it published.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds what this version does not know.
+        OutputError: it does not hold what was written.
+    """
+    document: Any = parse_document(unsealed_text(_text(recipe), recipe.name), recipe.name)
+    # It names no output, and a model by the last part of its path.
+    config = _validated({**document, "model": os.sep, "output": os.curdir}, recipe.name, [])
+    config = config.model_copy(update={"model": str(document["model"])})
+    return conversion_texts(config, architecture.model_type, architecture.dtype)
+
+
+def _validated(document: Any, source: str, problems: Sequence[Problem]) -> ConversionConfig:
+    try:
+        config = ConversionConfig.model_validate(document)
+    except ValidationError as error:
+        raise report(source, [*problems, *problems_of(error, ConversionConfig)]) from None
+    if problems:
+        raise report(source, problems)
+    return config
 
 
 def _text(path: Path) -> str:
@@ -122,5 +146,6 @@ def convert_as_told(
             workers = None if config.workers == "auto" else config.workers
             pool = ClusterPool(address=address, workers=workers, memory_per_worker=made.memory_per_worker)
             found = convert(made, progress, pool)
+    print_summary(console, read_summary(Path(config.output)))
     for path in found.values():
         console.print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -382,10 +382,14 @@ def print_summary(
 
 def _totals(summary: CalibrationSummary) -> list[str]:
     counts = ", ".join(f"{strategy} {count}" for strategy, count in summary.strategies.items())
+    basis = (
+        f"{summary.num_samples} samples, {summary.num_tokens} tokens, propagation {summary.propagation}"
+        if summary.num_samples
+        else "made without data: errors are shares of a weight's energy, of all and of the median input channel's"
+    )
     lines = [
         f"strategies: {counts}",
-        f"model {summary.model} as {', '.join(summary.formats)}; {summary.num_samples} samples, "
-        f"{summary.num_tokens} tokens, propagation {summary.propagation}, {summary.seconds:.1f} s",
+        f"model {summary.model} as {', '.join(summary.formats)}; {basis}, {summary.seconds:.1f} s",
     ]
     covered = describe_coverage(expert_coverage(summary.rows))
     lines += [covered] if covered else []

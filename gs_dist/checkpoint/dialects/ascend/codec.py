@@ -51,6 +51,7 @@ from gs_dist.checkpoint.dialects.description import (
 )
 from gs_dist.checkpoint.engines.vllm_ascend_cache import CACHE_LOADERS
 from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.published_config import without_quantization
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
@@ -241,18 +242,6 @@ class AscendCodec:
 
 
 CODEC: Codec = AscendCodec()
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json's content without `quantization_config`, in `text_config` too.
-
-    `auto_map`, which names code to run, and `_name_or_path`, which may be a path of the machine, go as well.
-    """
-    dropped = ("quantization_config", "auto_map", "_name_or_path")
-    kept = {key: value for key, value in config.items() if key not in dropped}
-    if isinstance(kept.get("text_config"), Mapping):
-        kept["text_config"] = without_quantization(kept["text_config"])
-    return kept
 
 
 def _made_biases(policies: Policies, prefix: str, layer: LayerSpec) -> tuple[list[str], list[str]]:

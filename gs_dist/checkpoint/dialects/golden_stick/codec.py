@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from gs_dist.checkpoint.dialects.ascend.codec import without_quantization
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.description import (
     FLOAT,
@@ -44,6 +43,7 @@ from gs_dist.checkpoint.dialects.description import (
     static_parameters,
 )
 from gs_dist.checkpoint.header import read_json
+from gs_dist.checkpoint.published_config import without_quantization
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, RecipeError
