@@ -60,9 +60,10 @@ COMPARED_COPIES = 7
 # A layer being loaded: its tensors as read or decoded, and dequantised in float32, beside what is on the device.
 LOADING_COPIES = 2
 
-# Of a layer's largest weight while it is solved, in bytes per entry: float32 weight, its source's copy, dequantised
-# and its difference in one place, and int8 codes. What methods add is theirs to say (`gs_dist.methods`).
-SOLVER_WEIGHT_BYTES = 3 * 4 + 1
+# Of a layer's largest weight while it is solved, in bytes per entry: in float32 the weight, and once more as rounded
+# where a bias takes up its mean error (or another reader's weight, where all are searched together); int8 codes. What
+# methods add is theirs to say (`gs_dist.methods`).
+SOLVER_WEIGHT_BYTES = 2 * 4 + 1
 
 # What each further thread of a solve holds. Always: 16 MiB of rows whose error is computed, clipped or rounded, up to
 # twice; buffers of two BLAS libraries; and what its heap keeps.
