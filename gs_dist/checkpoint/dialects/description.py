@@ -16,7 +16,7 @@ from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.errors import LayerError, RecipeError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import BFLOAT16
-from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.results.quantized import Float32, Int8, QuantizedLayer, QuantizedLinear
 
 __all__ = [
@@ -46,6 +46,7 @@ Array = npt.NDArray[Any]
 FLOAT = "FLOAT"
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
@@ -54,6 +55,13 @@ _POLICIES: Mapping[str, Mapping[str, Any]] = {
     "W8A8_DYNAMIC": {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"},
     "W8A16": {},
     "W4A16": {"weight_quant_dtype": "qint4x2"},
+    "W4A8_DYNAMIC": {
+        "weight_quant_dtype": "qint4x2",
+        "act_quant_dtype": "int8",
+        "act_quant_granularity": "per_token",
+        "precision_recovery": PrecisionRecovery.GPTQ,
+        "algo_args": AlgoArgs(desc_act=True, static_groups=True),
+    },
 }
 
 
@@ -126,10 +134,12 @@ def split_linears(
 
 def fused_members(architecture: DecoderArchitecture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Full name of every fused linear and of the linears it is made of."""
-    for layer in range(architecture.num_layers):
+    present = {kind: {linear.name for linear in kind.linears} for kind in architecture.kinds}
+    for layer, kind in enumerate(architecture.layers):
         prefix = architecture.layer_prefix(layer)
         for fused, members in FUSED_LINEARS.items():
-            yield prefix + fused, tuple(prefix + member for member in members)
+            if present[kind].issuperset(members):
+                yield prefix + fused, tuple(prefix + member for member in members)
 
 
 def kv_layers(policies: Policies, architecture: DecoderArchitecture) -> dict[int, QuantPolicy]:

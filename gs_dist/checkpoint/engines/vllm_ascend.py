@@ -25,9 +25,10 @@ __all__ = ["ENGINE"]
 _DESCRIPTION = DIALECTS["ascend"].describing_file
 # Kinds registered for "linear" by `register_scheme` that a dense int8 or int4 checkpoint can have.
 _LINEAR_KINDS = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16")
-_EXPERT_KINDS = ("FLOAT", "W8A8_DYNAMIC")  # registered for "moe" by `register_scheme`
+_EXPERT_KINDS = ("FLOAT", "W8A8_DYNAMIC", "W4A8_DYNAMIC")  # registered for "moe" by `register_scheme`
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _KV_BLOCK = 32  # attention_v1.py, NZ_FMT_LAST_DIM
@@ -58,14 +59,16 @@ def _check_description(inventory: Inventory, layout: Layout) -> None:
             if None not in labels and len(set(labels)) > 1:
                 expected = "one label for all: they are fused into one linear (get_linear_quant_type)"
                 inventory.report(_DESCRIPTION, "fused-label", ", ".join(map(str, labels)), expected, prefix + fused)
+    experts: set[str] = set()
     for layer, spec in enumerate(architecture.layers):
         names = [architecture.layer_prefix(layer) + linear.name for expert in spec.mlp.experts for linear in expert]
+        experts.update(names)
         kinds = sorted({layout.kinds[name] for name in names if name in layout.kinds})
         if names and (len(kinds) > 1 or kinds[0] not in _EXPERT_KINDS):
             expected = f"one of {', '.join(_EXPERT_KINDS)} for all experts of a layer (registry.py, layer_type moe)"
             inventory.report(_DESCRIPTION, "engine-kind", ", ".join(kinds), expected, names[0])
     for name, kind in layout.kinds.items():
-        if kind not in _LINEAR_KINDS:
+        if name not in experts and kind not in _LINEAR_KINDS:
             expected = f"one of {', '.join(_LINEAR_KINDS)} (methods/registry.py, layer_type linear)"
             inventory.report(_DESCRIPTION, "engine-kind", kind, expected, name)
     for module in ("lm_head", "model.embed_tokens"):

@@ -117,6 +117,59 @@ def test_what_is_published_computes_what_the_model_did(family: str, dialect: str
         assert all((stored(published)[name] != file.get_tensor(name)).any() for name in router)
 
 
+INT4 = {
+    "weight_quant_dtype": "qint4x2",
+    "act_quant_dtype": "int8",
+    "act_quant_granularity": "per_token",
+    "precision_recovery": "gptq",
+    "algo_args": {"desc_act": True, "static_groups": True},
+}
+STATIC = {"act_quant_granularity": "per_tensor"}
+
+
+@pytest.mark.parametrize(
+    ("family", "schemes", "labels"),
+    [
+        (
+            "deepseek_v3",
+            {r".*mlp\.experts\..*": INT4, r".*self_attn\..*": STATIC},
+            {"self_attn.o_proj": "W8A8", "self_attn.kv_b_proj": "FLOAT", "mlp.shared_experts.up_proj": "W8A8_DYNAMIC"},
+        ),
+        ("qwen3_moe", {r".*mlp\.experts\..*": INT4}, {"self_attn.q_proj": "W8A8_DYNAMIC"}),
+        ("qwen3_moe", {r".*self_attn\..*": STATIC}, {"self_attn.q_proj": "W8A8"}),
+    ],
+    ids=["W4A8 experts, static attention, latent", "W4A8 experts", "static attention"],
+)
+def test_schemes_may_differ_between_experts_and_attention(
+    family: str, schemes: dict[str, Any], labels: dict[str, str], tmp_path: Path
+) -> None:
+    """Labels say which is which, the check finds no fault, and each kind turned back is near the source."""
+    prepared(tmp_path, family, hidden_size=64)
+    int4 = INT4 in schemes.values()
+    config = small_recipe(tmp_path, ptq=DYNAMIC, format=["ascend"], layer_policies=schemes)
+    run_inline(config)
+    published = tmp_path / "out" / "ascend"
+    assert not check(published).problems
+    description = json.loads((published / "quant_model_description.json").read_text())
+    expert = "model.layers.1.mlp.experts.3.down_proj"
+    wanted = {**labels, "mlp.gate": "FLOAT", "mlp.experts.3.down_proj": "W4A8_DYNAMIC" if int4 else "W8A8_DYNAMIC"}
+    assert {name: description[f"model.layers.1.{name}.weight"] for name in wanted} == wanted
+    assert description["group_size"] == 0
+    if int4:
+        tensors = stored(published)
+        octets = tensors[f"{expert}.weight"].astype(np.int64)
+        codes = np.empty((64, 48), np.int64)
+        for row, half in enumerate((octets & 15, octets >> 4 & 15)):
+            codes[row::2] = np.where(half > 7, half - 16, half)
+        scale = tensors[f"{expert}.weight_scale"]
+        shares = codes.reshape(64, 16, 3).sum(axis=2)
+        np.testing.assert_allclose(tensors[f"{expert}.scale_bias"], 8.0 * shares * scale, rtol=1e-6)
+        with safe_open(tmp_path / "model" / "model.safetensors", "np") as file:
+            source = file.get_tensor(f"{expert}.weight")
+        assert np.square(codes * scale - source).sum() < 0.03 * np.square(source).sum()
+    assert far_off(logits(published, "ascend"), logits(tmp_path / "model"))[-8] < (2.0 if int4 else 0.3)
+
+
 def test_experts_are_the_same_bytes_at_any_layout(tmp_path: Path) -> None:
     """Stages and replicas change no byte, though each replica deals its own tokens to experts."""
     prepared(tmp_path, "qwen3_moe", dtype="float16", mlp_only_layers=[0])
@@ -213,7 +266,7 @@ def test_a_dense_model_cut_into_experts_is_the_same_function(tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"format": ["golden-stick"]}, "golden-stick has no reader that knows experts"),
-        ({"format": ["ascend"], "ptq": WEIGHTS}, "int8 experts with activations per token only"),
+        ({"format": ["ascend"], "ptq": WEIGHTS}, "int8 and int4 experts with activations per token only"),
         ({"layer_policies": {r".*experts\.3\.down_proj": None}}, "run all experts of a layer as one"),
         ({"bits": "auto", "size_budget": 0.3, "ptq": {"weight_quant_dtype": "int8", **NO_HEAD}}, "bits: fixed"),
     ],

@@ -16,6 +16,7 @@ Tensors of a linear `<p>` with weight (N, K), pd being the dtype that the model 
   models int64 holding the float32's bits; quant_bias int32 (N,) with the linear's bias folded in, because the
   engine ignores `<p>.bias` there; weight_scale, weight_offset pd (N, 1), which the engine does not use; bias pd.
 * `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1); bias pd.
+* `W4A8_DYNAMIC`, experts alone: see `int4_experts`.
 * After Outlier Suppression Plus, static, also for a source without biases: a norm's bias pd (hidden_size,), which
   the engine has once a name in the description contains `norm.bias` (`ops/layernorm.py`, made for ModelSlim's
   `anti_method: m4`); and the bias of each linear float32, as ModelSlim writes it. vLLM's `load_weights` passes over a
@@ -31,6 +32,13 @@ from typing import Any
 
 import numpy as np
 
+from gs_dist.checkpoint.dialects.ascend.int4_experts import (
+    INT4_EXPERTS,
+    decode_expert,
+    encode_expert,
+    expert_misfit,
+    expert_tensors,
+)
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.description import (
     FLOAT,
@@ -55,7 +63,7 @@ from gs_dist.checkpoint.published_config import without_quantization
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, LayerError
-from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
+from gs_dist.model.decoder import DecoderArchitecture, LayerSpec, Linear
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.recipe.dialects import DIALECTS
@@ -65,9 +73,9 @@ from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer,
 __all__ = ["CODEC", "DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendCodec"]
 
 DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
-LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16")
+LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16", INT4_EXPERTS)
 # Schemes registered for "moe" that need no more than a linear has (methods/registry.py).
-_EXPERT_LABELS = (FLOAT, "W8A8_DYNAMIC")
+_EXPERT_LABELS = (FLOAT, "W8A8_DYNAMIC", INT4_EXPERTS)
 KV_BLOCK = 32  # last dimension of the NZ view of an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)
 
 _INT32 = np.iinfo(np.int32)
@@ -88,16 +96,17 @@ class AscendCodec:
                 linears that the engine fuses with different policies.
         """
         reasons: dict[str, list[str]] = {}
+        experts = dict(_expert_linears(architecture))
         for name, policy in policies.items():
-            for reason in _unloadable(policy):
+            for reason in _unloadable(policy, experts.get(name)):
                 reasons.setdefault(reason, []).append(name)
         for layer in kv_layers(policies, architecture):
             for reason in _unloadable_kv(architecture):
                 reasons.setdefault(reason, []).append(architecture.layer_prefix(layer) + "self_attn")
-        for name in _expert_linears(architecture):
+        for name in experts:
             if label_of(policies.get(name)) not in _EXPERT_LABELS:
                 reason = (
-                    f"vLLM-Ascend runs int8 experts with activations per token only, and these are "
+                    f"vLLM-Ascend runs int8 and int4 experts with activations per token only, and these are "
                     f"{label_of(policies.get(name))}: set act_quant_dtype: int8 and act_quant_granularity: per_token "
                     "for them under layer_policies"
                 )
@@ -157,6 +166,11 @@ class AscendCodec:
             if policy is None or not policy.quantises_linear:
                 continue
             rows = (linear.out_features,)
+            if label_of(policy) == INT4_EXPERTS:
+                del shapes[linear.name + ".weight"]
+                made_of = expert_tensors(linear.name, linear.out_features, linear.in_features)
+                found |= {f"{prefix}{linear.name}.{leaf}": stored for leaf, stored in made_of.items()}
+                continue
             leaves = {
                 "weight": ("int8", shapes.pop(linear.name + ".weight")),
                 "weight_scale": (model_dtype, (*rows, 1)),
@@ -253,17 +267,18 @@ def _made_biases(policies: Policies, prefix: str, layer: LayerSpec) -> tuple[lis
     return sorted(norm for norm in sources if norm is not None), sorted(made & linears)
 
 
-def _expert_linears(architecture: DecoderArchitecture) -> Iterator[str]:
+def _expert_linears(architecture: DecoderArchitecture) -> Iterator[tuple[str, Linear]]:
     for layer, kind in enumerate(architecture.layers):
         for linear in (linear for expert in kind.mlp.experts for linear in expert):
-            yield architecture.layer_prefix(layer) + linear.name
+            yield architecture.layer_prefix(layer) + linear.name, linear
 
 
-def _unloadable(policy: QuantPolicy | None) -> list[str]:
+def _unloadable(policy: QuantPolicy | None, expert: Linear | None) -> list[str]:
+    """Reasons against the policy of a linear, of an expert's where one is given."""
     if policy is None or not policy.quantises_linear:
         return []
     label = label_of(policy)
-    if policy.weight_format is INT4:
+    if policy.weight_format is INT4 and expert is None:
         return [
             f"vLLM-Ascend loads {label} for mixture-of-experts layers only, not for dense linears: set "
             "weight_quant_dtype: int8 (with act_quant_dtype: null for W8A16), or format: [compressed-tensors] "
@@ -274,6 +289,9 @@ def _unloadable(policy: QuantPolicy | None) -> list[str]:
         reasons.append(f"vLLM-Ascend loads {label} per channel only: set weight_quant_granularity: per_channel")
     if not policy.weight_symmetric:
         reasons.append(f"vLLM-Ascend's {label} takes weights without zero points: set weight_symmetric: true")
+    if policy.weight_format is INT4 and expert is not None:
+        misfit = expert_misfit(expert.name, expert.out_features, expert.in_features)
+        reasons += [] if misfit is None else [f"an expert's linear {misfit}"]
     return reasons
 
 
@@ -288,6 +306,8 @@ def _unloadable_kv(architecture: DecoderArchitecture) -> list[str]:
 
 def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str, *, makes_bias: bool) -> dict[str, Array]:
     """Tensors by last name, with a bias in any case where one is made that the source lacks."""
+    if label_of(linear.policy) == INT4_EXPERTS:
+        return encode_expert(where, linear.codes, linear.scale.reshape(-1, 1).astype(np.float32))
     scale = cast_scale(linear.scale.reshape(-1, 1), dtype, where + " weight_scale")
     tensors: dict[str, Array] = {
         "weight": np.ascontiguousarray(linear.codes),
@@ -334,6 +354,9 @@ def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> Quant
     if label not in LABELS:
         raise CheckpointError(f"{DESCRIPTION_FILE}: {where} is {label!r}; this dialect knows {', '.join(LABELS)}")
     try:
+        if label == INT4_EXPERTS:
+            codes, scale = decode_expert(leaves["weight"], leaves["weight_scale"])
+            return QuantizedLinear(policy=policy_of(label), codes=codes, scale=scale)
         codes, scale = leaves["weight"], leaves["weight_scale"].astype(np.float32).reshape(-1, 1)
         bias: Float32 | None = leaves["bias"].astype(np.float32) if "bias" in leaves else None
         if label != "W8A8":

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.results.integers import Float32, Int8, pair_outputs, unpair_outputs
 
-__all__ = ["decode_expert", "encode_expert", "expert_misfit", "expert_tensors"]
+__all__ = ["INT4_EXPERTS", "decode_expert", "encode_expert", "expert_misfit", "expert_tensors"]
 
+INT4_EXPERTS = "W4A8_DYNAMIC"  # its label in description files
 TENSOR_PARALLEL_SHARES = 16  # columns of scale_bias of a linear whose inputs are spread over ranks (w4a8.py)
 _SPREAD_INPUTS = ("down_proj", "w2")
 

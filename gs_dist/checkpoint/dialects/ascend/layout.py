@@ -1,6 +1,6 @@
 """What an ascend directory must hold.
 
-Sources: vllm_ascend/quantization/methods/w8a8_static.py, w8a8_dynamic.py, w8a16.py; kv_c8.py.
+Sources: vllm_ascend/quantization/methods/w8a8_static.py, w8a8_dynamic.py, w8a16.py, w4a8.py; kv_c8.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.checkpoint.described_layout import check_scale_biases
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import (
     FLOAT_NAMES,
@@ -28,7 +29,9 @@ from gs_dist.recipe.dialects import DIALECTS
 __all__ = ["LAYOUT", "AscendLayout"]
 
 _DESCRIPTION = DIALECTS["ascend"].describing_file
-_LABELS = ("W8A8", "W8A8_DYNAMIC", "W8A16")
+_INT4_EXPERTS = "W4A8_DYNAMIC"
+_LABELS = ("W8A8", "W8A8_DYNAMIC", "W8A16", _INT4_EXPERTS)
+_SHARES = 16  # columns of scale_bias where a rank of tensor parallelism takes its share of the inputs (w4a8.py)
 
 
 class AscendLayout:
@@ -41,6 +44,9 @@ class AscendLayout:
         described = described_linears(inventory, layout, architecture, _DESCRIPTION, _LABELS)
         for name, linear in described.items():
             rows, columns = linear.out_features, linear.in_features
+            if layout.kinds[name] == _INT4_EXPERTS:
+                quantised[name] = _int4_expert(name, rows, columns)
+                continue
             static = layout.kinds[name] == "W8A8"
             leaves = {
                 "weight": Expectation(dtypes=("int8",), shape=(rows, columns), values="codes", limit=8),
@@ -77,9 +83,15 @@ class AscendLayout:
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """See `check_static_linears`; the engine adds quant_bias alone, with the linear's bias in it."""
         check_static_linears(inventory, layout, sound, folds_bias=True)
+        check_scale_biases(inventory, layout, sound)
 
     def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         """See `DialectLayout.dequantised`; a static linear has its weight's scale in deq_scale alone."""
+        if kind == _INT4_EXPERTS:
+            octets = inventory.read(f"{name}.weight")
+            paired = np.stack([(octets << 4) >> 4, octets >> 4], axis=1)  # the arithmetic shift extends the sign
+            scale = inventory.read(f"{name}.weight_scale")
+            return np.asarray(paired.reshape(-1, octets.shape[1]).astype(np.float32) * scale)
         codes = inventory.read(f"{name}.weight").astype(np.float32)
         if kind != "W8A8":
             return np.asarray(codes * inventory.read(f"{name}.weight_scale").astype(np.float32))
@@ -90,6 +102,19 @@ class AscendLayout:
 
 
 LAYOUT: DialectLayout = AscendLayout()
+
+
+def _int4_expert(name: str, rows: int, columns: int) -> Leaves:
+    """Two outputs a byte, and what the kernel adds for the lower halves of activations (`w4a8.py`)."""
+    shares = _SHARES if name.endswith(("down_proj", "w2")) else 1
+    single = ("float32",)
+    return {
+        "weight": Expectation(dtypes=("int8",), shape=(rows // 2, columns)),
+        "weight_rows": Expectation(dtypes=(), shape=(rows,)),
+        "weight_scale": Expectation(dtypes=single, shape=(rows, 1), values="scale"),
+        "weight_offset": Expectation(dtypes=single, shape=(rows, 1), values="zero"),
+        "scale_bias": Expectation(dtypes=single, shape=(rows, shares), values="float"),
+    }
 
 
 def _check_head(inventory: Inventory, layout: Layout, description: Mapping[str, Any]) -> None:
