@@ -15,7 +15,7 @@ from gs_dist.results.quantized import LinearSummary
 
 __all__ = ["NEGLIGIBLE", "Advice", "advise"]
 
-NEGLIGIBLE = 1e-3  # of an output's energy
+NEGLIGIBLE = 5e-3  # of an output's energy
 
 # Engines run these as one matrix, so that they share a policy.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,7 +33,7 @@ def advise(row: LinearSummary) -> Advice:
     """What would lower a linear's error most, from what the summary tells of it."""
     error = row.largest_error
     if error is None or error < NEGLIGIBLE:
-        return Advice(text="Nothing: it loses less than a thousandth of its output's energy.")
+        return Advice(text="Nothing: it loses less than half a percent of its output's energy.")
     if row.num_given is not None and row.num_given < row.num_tokens:
         return Advice(text="Few tokens reached this expert: raise calibration.num_samples, or give data that reach it.")
     parts = row.strategy.split("-")

@@ -18,6 +18,7 @@ from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory, locked
 from gs_dist.errors import DamagedError
+from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.planning.surroundings import memory_kills
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig
@@ -125,11 +126,13 @@ def _watch(job: Job, progress: Progress, layers_done: int) -> JobWatch:
     if config.max_perplexity_increase is not None:
         models, batch = 1 + len(config.dialects), config.probe_data.samples_per_micro_batch
         longest_stage = max(len(stage.layers) for stage in plan.stages)
-        probed = models * -(-config.probe_data.num_samples // batch) * longest_stage
+        new_tokens = config.probe.max_new_tokens
+        generated = new_tokens * (PROMPT_TOKENS + new_tokens) / (plan.micro_batch_size * plan.sequence_length)
+        probed = (models * -(-config.probe_data.num_samples // batch) + generated) * longest_stage
     return JobWatch(
         progress,
         JobLog(Path(config.output)),
-        Pace(prior=solves_per_pass(plan), probe=probed),
+        Pace(prior=solves_per_pass(plan), probe=probed, began=time.monotonic()),
         layers_done=layers_done,
         num_layers=plan.architecture.num_layers,
     )

@@ -60,12 +60,16 @@ class Pace:
 
     Args:
         prior: `solves_per_pass`, taken while no solve was measured.
-        probe: passes that follow the last solve, in the unit of `StageLeft.passes`.
+        probe: passes that follow the last solve, in the unit of `StageLeft.passes`; its workers take as long to start
+            as those of the job.
+        began: when the job began.
     """
 
-    def __init__(self, prior: float | None = None, probe: float = 0.0) -> None:
+    def __init__(self, prior: float | None = None, probe: float = 0.0, began: float | None = None) -> None:
         self._prior = prior
         self._probe = probe
+        self._began = began
+        self._start = 0.0
         self._stages: dict[int, _Stage] = {}
         self._tokens = _Rate()
         self._tokens_left: tuple[int, float] | None = None
@@ -73,6 +77,8 @@ class Pace:
 
     def update(self, left: WorkLeft, now: float) -> None:
         """Takes in what is left at a time; more than before means that workers were started anew."""
+        if not self._stages and self._began is not None:
+            self._start = now - self._began
         for stage in left.stages:
             known = self._stages.get(stage.stage)
             if known is None:
@@ -113,7 +119,12 @@ class Pace:
         known = [time for time in times if time is not None]
         if len(known) < len(times):
             return None
-        return max(known) + self._probe * (self._mean([stage.passes for stage in self._stages.values()]) or 0.0)
+        ahead = max(known)
+        if not self._probe:
+            return ahead
+        probe = self._start + self._probe * (self._mean([stage.passes for stage in self._stages.values()]) or 0.0)
+        under_way = 0.0 if ahead else now - max(stage.at for stage in self._stages.values())
+        return ahead + max(0.0, probe - under_way)
 
     def _of_stage(self, stage: _Stage, now: float) -> float | None:
         """Of one stage; what the step under way has taken already is taken off, up to its whole."""

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,8 @@ from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import UserError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan
-from gs_dist.recipe.config import CalibrationConfig, CalibrationData, load_recipe, read_published_recipe
+from gs_dist.recipe.config import CalibrationConfig, CalibrationData, config_of, load_recipe, read_published_recipe
+from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.keys import recipe_keys
 from gs_dist.recipe.presets import PRESETS
 from gs_dist.recipe.sizes import parse_size
@@ -42,7 +44,8 @@ from gs_dist.results.summary import (
 from gs_dist.terminal.console import PrintableConsole, say, show_progress, showing
 from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, published_texts, read_conversion
 from gs_dist.terminal.following import follow, status_json, status_line, status_of
-from gs_dist.terminal.request import Request, again
+from gs_dist.terminal.initial_recipe import initial_recipe
+from gs_dist.terminal.request import DEFAULT_SCHEME, Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 from gs_dist.wording import is_uri
 
@@ -51,17 +54,22 @@ __all__ = ["app", "main"]
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+HOW, CALIBRATION, WHERE = "How it is quantised", "Calibration data", "Where it runs"  # groups of options
 WIDTH_OF_FILES = 160  # where the output is no terminal, tables should not be squeezed into 80 columns
+
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+_COMMON = ("--debug", "-v", "--verbose", "-q", "--quiet")
 
 
 class _Commands(TyperGroup):
     """Turns what a command raises into a message and an exit code, in one place."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`--debug` may stand behind the command's name as well."""
-        if "--debug" in args:
-            args = ["--debug", *(arg for arg in args if arg != "--debug")]
-        return super().parse_args(ctx, args)
+        """What every command takes may stand behind the command's name as well."""
+        end = args.index("--") if "--" in args else len(args)
+        common = [arg for arg in args[:end] if arg in _COMMON]
+        return super().parse_args(ctx, [*common, *(arg for arg in args[:end] if arg not in _COMMON), *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
@@ -110,8 +118,18 @@ def _console() -> PrintableConsole:
 
 
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help, as Markdown."""
+    return "\n\n".join(["Examples:", *(f"`{line}`" for line in lines)])
+
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -121,7 +139,56 @@ Overrides = Annotated[
         help="Settings to lay over the recipe, such as calibration.num_samples=64; a key that holds dots in quotes.",
     ),
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; without it, one is started here.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join; without it, one is started here.", rich_help_panel=WHERE)
+]
+PlannedAddress = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster that runs, to plan for what it holds.", rich_help_panel=WHERE),
+]
+Nodes = Annotated[
+    int | None, typer.Option(min=1, help="Nodes of a cluster that need not run yet; 1.", rich_help_panel=WHERE)
+]
+NpusPerNode = Annotated[
+    int | None, typer.Option("--npus-per-node", min=0, help="Ascend cards of each.", rich_help_panel=WHERE)
+]
+CpusPerNode = Annotated[
+    int | None, typer.Option("--cpus-per-node", min=1, help="Cores of each.", rich_help_panel=WHERE)
+]
+MemoryPerNode = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-per-node",
+        help="Memory of each as Ray counts it: a pod's limit, or `ray start --memory`.",
+        rich_help_panel=WHERE,
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help="How a model is quantised; w8a8-dynamic. `gs-dist recipe --schemes` lists them.",
+        autocompletion=lambda: list(PRESETS),
+        rich_help_panel=HOW,
+    ),
+]
+Format = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="compressed-tensors, ascend or golden-stick; repeatable.",
+        autocompletion=lambda: list(DIALECTS),
+        rich_help_panel=HOW,
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate on: files, directories, patterns or URIs; repeatable.", rich_help_panel=CALIBRATION
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="How many samples to calibrate on.", rich_help_panel=CALIBRATION)
+]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a sample.", rich_help_panel=CALIBRATION)]
 
 
 def _show_version(asked: bool) -> None:
@@ -137,28 +204,34 @@ def common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="GS_DIST_DEBUG", help="Show where an error came from.")
+        bool,
+        typer.Option("--verbose", "-v", "--debug", envvar="GS_DIST_DEBUG", help="Show where an error came from."),
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no tables.")] = False,
 ) -> None:
-    """Quantise large language models on Ray and MindSpore."""
+    """Quantise large language models on Ray and MindSpore.
+
+    `gs-dist COMMAND -h` shows a command's options and two examples.
+    """
+    _QUIET.set(quiet)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist plan recipe.yaml",
+        "gs-dist plan recipe.yaml --nodes 2 --npus-per-node 8 --cpus-per-node 160 --memory-per-node 896GiB",
+    )
+)
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    address: Annotated[str | None, typer.Option(help="Ray cluster that runs, to plan for what it holds.")] = None,
+    address: PlannedAddress = None,
     policies: Annotated[bool, typer.Option("--policies", help="Each linear's policy, every null filled.")] = False,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a cluster that need not run yet; 1.")] = None,
-    npus: Annotated[int | None, typer.Option("--npus-per-node", min=0, help="Ascend cards of each.")] = None,
-    cpus: Annotated[int | None, typer.Option("--cpus-per-node", min=1, help="Cores of each.")] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory-per-node", help="Memory of each as Ray counts it: a pod's limit, or `ray start --memory`."
-        ),
-    ] = None,
+    nodes: Nodes = None,
+    npus: NpusPerNode = None,
+    cpus: CpusPerNode = None,
+    memory: MemoryPerNode = None,
 ) -> None:
     """Show stages, waves and memory of a job, from headers and data alone; refuse one that cannot fit.
 
@@ -169,6 +242,32 @@ def plan(
         convert_as_told(read_conversion(recipe, overrides or (), {}), _console(), dry_run=True)
         return
     config = load_recipe(recipe, overrides or ())
+    facts, described = _nodes(config, address, nodes, npus, cpus, memory)
+    from gs_dist.checkpoint.reader import CheckpointReader
+    from gs_dist.runtime.planned import plan_job
+
+    made, told = plan_job(config, CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype), facts)
+    notes = list(told)
+    notes += _data_notes(config)
+    if described or address is not None:
+        notes += _lacking(config, made, facts, waits=not described)
+    console = _console()
+    print_plan(console, made, Path(config.model).name)
+    if policies:
+        print_policies(console, made)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _nodes(
+    config: CalibrationConfig,
+    address: str | None,
+    nodes: int | None,
+    npus: int | None,
+    cpus: int | None,
+    memory: str | None,
+) -> tuple[ClusterFacts, bool]:
+    """What a job is planned for, and whether that is only described."""
     described = ClusterFacts.described(
         num_nodes=nodes,
         npus=npus,
@@ -180,21 +279,9 @@ def plan(
         raise UserError(
             "--address asks a cluster that runs what it holds, and the other options describe one: give either"
         )
-    facts = described or (ClusterFacts.of_this_machine() if address is None else _facts_of(address))
-    from gs_dist.checkpoint.reader import CheckpointReader
-    from gs_dist.runtime.planned import plan_job
-
-    made, told = plan_job(config, CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype), facts)
-    notes = list(told)
-    notes += _data_notes(config)
-    if described is not None or address is not None:
-        notes += _lacking(config, made, facts, waits=described is None)
-    console = _console()
-    print_plan(console, made, Path(config.model).name)
-    if policies:
-        print_policies(console, made)
-    for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if described is not None:
+        return described, True
+    return (ClusterFacts.of_this_machine() if address is None else _facts_of(address)), False
 
 
 def _data_notes(config: CalibrationConfig) -> list[str]:
@@ -251,7 +338,62 @@ def _lacking(config: CalibrationConfig, made: CalibrationPlan, facts: ClusterFac
     return [f"{found}: a job waits up to {config.parallel.timeout:g} s for more nodes, and then ends"]
 
 
-@app.command("recipe")
+@app.command(
+    epilog=examples(
+        "gs-dist init models/Qwen3-8B --scheme w8a8 -w recipe.yaml",
+        "gs-dist init models/Llama-3-70B --nodes 2 --npus-per-node 8 --cpus-per-node 160 --memory-per-node 896GiB",
+    )
+)
+def init(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of the float model.")],
+    *,
+    scheme: Scheme = None,
+    data: Data = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the job, in the recipe; runs/MODEL-SCHEME.")
+    ] = None,
+    format: Format = None,
+    samples: Samples = None,
+    length: Length = None,
+    write: Annotated[Path | None, typer.Option("--write", "-w", help="File to write; without it, printed.")] = None,
+    address: PlannedAddress = None,
+    nodes: Nodes = None,
+    npus: NpusPerNode = None,
+    cpus: CpusPerNode = None,
+    memory: MemoryPerNode = None,
+) -> None:
+    """Write a first recipe, with comments, that fits a model and this machine, or the nodes that you describe."""
+    if not model.is_dir():
+        raise UserError(f"{model} is no directory: name the directory of a model")
+    if write is not None and write.exists():
+        raise UserError(f"{write} is there already: name another file with --write, or remove it")
+    name = scheme or DEFAULT_SCHEME
+    place = output or Path("runs") / f"{model.resolve().name}-{name}"
+    asked = Request(
+        source=model, scheme=name, data=data, output=place, format=format, samples=samples, length=length
+    ).document()
+    config = config_of(asked, source="init")
+    facts, _ = _nodes(config, address, nodes, npus, cpus, memory)
+    from gs_dist.checkpoint.reader import CheckpointReader
+    from gs_dist.checkpoint.writer import write_bytes
+    from gs_dist.runtime.planned import plan_job
+
+    made, _ = plan_job(config, CheckpointReader(model, serving_dtype=config.serving_dtype), facts)
+    text = initial_recipe(asked, made, scheme=name, shipped=data is None)
+    if write is None:
+        say(text, nl=False)
+    else:
+        write_bytes(write, text.encode())
+        say(f"recipe: {write}")
+
+
+@app.command(
+    "recipe",
+    epilog=examples(
+        "gs-dist recipe calibration",
+        "gs-dist recipe --schemes",
+    ),
+)
 def show_recipe_keys(
     prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="A key or section; or convert.")] = "",
     *,
@@ -274,34 +416,30 @@ def show_recipe_keys(
     say("\n".join(map(str, keys)))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist quantize models/Qwen3-8B --scheme w8a8 --data 'calib/*.parquet' -o runs/qwen3-w8a8",
+        "gs-dist quantize recipe.yaml calibration.num_samples=64 --address auto",
+    )
+)
 def quantize(
     source: Annotated[
         Path, typer.Argument(metavar="MODEL|RECIPE", help="Directory of the float model, or a recipe, a YAML file.")
     ],
     overrides: Overrides = None,
     *,
-    scheme: Annotated[
-        str | None, typer.Option(help="How a model is quantised; w8a8-dynamic. `gs-dist recipe --schemes` lists them.")
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Text to calibrate on: files, directories, patterns or URIs; repeatable.")
-    ] = None,
+    scheme: Scheme = None,
+    data: Data = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the job.")] = None,
-    format: Annotated[
-        list[str] | None, typer.Option(help="compressed-tensors, ascend or golden-stick; repeatable.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="How many samples to calibrate on.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample.")] = None,
+    format: Format = None,
+    samples: Samples = None,
+    length: Length = None,
     address: Address = None,
     keep_statistics: Annotated[
         bool, typer.Option("--keep-statistics", help="Keep the statistics in the output, for other recipes.")
     ] = False,
 ) -> None:
-    """Calibrate, quantise and publish a model by a scheme's name or a recipe; run it again to resume.
-
-    gs-dist quantize models/Qwen3-8B --scheme w8a8 --data 'calib/*.parquet' -o runs/qwen3-w8a8
-    """
+    """Calibrate, quantise and publish a model by a scheme's name or a recipe; run it again to resume."""
     if asks_for_conversion(source, overrides or ()):
         convert_as_told(read_conversion(source, overrides or (), {}), _console(), address=address)
         return
@@ -321,14 +459,19 @@ def quantize(
         say(f"note: {note}", err=True)
     from gs_dist.runtime import coordinator  # imports Ray
 
-    with show_progress() as progress:
+    with show_progress(quiet=_QUIET.get()) as progress:
         summary = coordinator.quantize(config, address=address, progress=progress)
     _show_result(config, summary)
     if source.is_dir():
         say(f"the recipe it stands for: {again(config)}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist convert models/DeepSeek-V3 -o runs/v3 --scheme W8A8_DYNAMIC --format ascend",
+        "gs-dist convert models/Qwen3-8B -o runs/qwen3 --for vllm-ascend==0.23 --dry-run",
+    )
+)
 def convert(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="Directory of the model; or a recipe with `mode: convert`.")
@@ -353,7 +496,12 @@ def convert(
     convert_as_told(config, _console(), dry_run=dry_run, address=address)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist resolve runs/qwen3-w8a8 second.yaml",
+        "gs-dist resolve runs/qwen3-w8a8 second.yaml output=runs/third ptq.group_size=64",
+    )
+)
 def resolve(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output of a job that ran with --keep-statistics.")],
     recipe: Recipe,
@@ -365,22 +513,28 @@ def resolve(
     config = load_recipe(recipe, overrides or ())
     from gs_dist.runtime import coordinator  # imports Ray
 
-    with show_progress() as progress:
+    with show_progress(quiet=_QUIET.get()) as progress:
         summary = coordinator.resolve(str(run), config, address=address, progress=progress)
     _show_result(config, summary)
 
 
 def _show_result(config: CalibrationConfig, summary: CalibrationSummary) -> None:
     console = _console()
-    print_summary(console, summary)
     chosen = Path(config.output) / "layer_policies.yaml"
-    if config.bits == "auto" and chosen.is_file():
-        say(chosen.read_text(encoding="utf-8"), nl=False)
+    if not _QUIET.get():
+        print_summary(console, summary)
+        if config.bits == "auto" and chosen.is_file():
+            say(chosen.read_text(encoding="utf-8"), nl=False)
     for name in summary.formats:
         console.print(f"model: {Path(config.output) / name}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist summary runs/qwen3-w8a8 --sort error --limit 20",
+        "gs-dist summary runs/qwen3-w8a8 --json",
+    )
+)
 def summary(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job.")],
     *,
@@ -399,39 +553,44 @@ def summary(
         print_summary(_console(), found, sort=sort, limit=limit)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist status runs/qwen3-w8a8",
+        "gs-dist status runs/qwen3-w8a8 --json",
+    )
+)
 def status(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a job, while it runs or after.")],
     *,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say where a job stands: layers, tokens a second, time left; from any node that sees its output.
-
-    gs-dist status runs/qwen3-w8a8
-
-    gs-dist status runs/qwen3-w8a8 --json
-    """
+    """Say where a job stands: layers, tokens a second, time left; from any node that sees its output."""
     found, now = status_of(directory), datetime.now(timezone.utc)
     say(status_json(found, now) if json else status_line(found, now))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist watch runs/qwen3-w8a8",
+        "gs-dist watch /mnt/shared/runs/llama-70b",
+    )
+)
 def watch(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a job, while it runs or after.")],
 ) -> None:
-    """Follow a job until it ends, from any node that sees its output; exit code 1 if it did not end well.
-
-    gs-dist watch runs/qwen3-w8a8
-
-    gs-dist watch /mnt/shared/runs/llama-70b
-    """
+    """Follow a job until it ends, from any node that sees its output; exit code 1 if it did not end well."""
     with showing() as show:
         ended = follow(directory, say, show)
     if ended.state != "done":
         raise typer.Exit(EXIT_FAILURE)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist report runs/qwen3-w8a8",
+        "gs-dist report runs/qwen3-w8a8 runs/qwen3-w4a16 -o comparison.html",
+    )
+)
 def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR [DIR]", help="Output of a finished job; of two jobs, to compare them.")
@@ -442,12 +601,7 @@ def report(
         typer.Option("--output", "-o", help="File to write; report.html in the job's output, comparison.html here."),
     ] = None,
 ) -> None:
-    """Draw a job's report again, or that of two jobs side by side: one HTML file, which needs no network.
-
-    gs-dist report runs/qwen3-w8a8
-
-    gs-dist report runs/qwen3-w8a8 runs/qwen3-w4a16 -o comparison.html
-    """
+    """Draw a job's report again, or that of two jobs side by side: one HTML file, which needs no network."""
     from gs_dist.checkpoint.run_directory import REPORT
     from gs_dist.checkpoint.writer import write_bytes
     from gs_dist.report.comparison import render_comparison
@@ -479,7 +633,12 @@ def _run_directory(directory: Path) -> Path:
     return beside if inside else directory
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist evaluate runs/qwen3-w8a8 --model models/Qwen3-8B --data 'eval/*.parquet'",
+        "gs-dist evaluate runs/qwen3-w8a8/ascend --data eval.jsonl --num-samples 128",
+    )
+)
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
     *,
@@ -519,7 +678,7 @@ def evaluate(
         raise UserError(f"--memory-per-worker: {error}") from None
     from gs_dist.runtime import evaluate as runtime  # imports Ray
 
-    with show_progress() as progress:
+    with show_progress(quiet=_QUIET.get()) as progress:
         found = runtime.evaluate(
             str(directory),
             samples,
@@ -580,7 +739,12 @@ def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> N
         write_card(run / name, texts, measured, architecture)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gs-dist check runs/qwen3-w8a8 --for vllm-ascend",
+        "gs-dist check runs/qwen3-w8a8/ascend --model models/Qwen3-8B",
+    )
+)
 def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory, or output of a finished job.")],
     *,

@@ -16,7 +16,7 @@ from rich.progress import Progress as RichBars
 from rich.segment import Segment
 from rich.text import Text
 
-from gs_dist.progress import JobStatus, Progress, WorkLeft, duration, rate
+from gs_dist.progress import JobStatus, Progress, SilentProgress, WorkLeft, duration, rate
 from gs_dist.wording import printable
 
 __all__ = ["BarProgress", "LineProgress", "PrintableConsole", "say", "show_progress", "showing"]
@@ -216,8 +216,11 @@ def showing(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Bars where `stream` (stderr) is a terminal, else plain lines."""
+def show_progress(stream: TextIO | None = None, *, quiet: bool = False) -> Iterator[Progress]:
+    """Bars where `stream` (stderr) is a terminal, else plain lines; nothing with `quiet`."""
+    if quiet:
+        yield SilentProgress()
+        return
     target = sys.stderr if stream is None else stream
     console = PrintableConsole(file=target)
     if not console.is_terminal:

@@ -15,9 +15,9 @@ from gs_dist.recipe.config import CalibrationConfig, config_of, load_recipe
 from gs_dist.recipe.presets import find_preset
 from gs_dist.wording import without_secrets
 
-__all__ = ["Request", "again"]
+__all__ = ["DEFAULT_SCHEME", "Request", "again"]
 
-_DEFAULT_SCHEME = "w8a8-dynamic"
+DEFAULT_SCHEME = "w8a8-dynamic"
 _DEFAULT_SAMPLES, _DEFAULT_LENGTH = 128, 512
 
 
@@ -42,7 +42,7 @@ class Request:
             CheckpointError: the directory holds no model.
         """
         if self.source.is_dir():
-            return config_of(self._document(), self.overrides, source="quantize")
+            return config_of(self.document(), self.overrides, source="quantize")
         if self.scheme is not None:
             raise RecipeError(
                 f"--scheme goes with a model directory, and {self.source} is "
@@ -50,7 +50,13 @@ class Request:
             )
         return load_recipe(self.source, [*self._settings(), *self.overrides])
 
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """The keys of the recipe that a model directory and a scheme stand for.
+
+        Raises:
+            RecipeError: the directory is none of a model, or the scheme is unknown.
+            CheckpointError: the directory holds no model.
+        """
         if not (self.source / "config.json").exists():
             raise RecipeError(
                 f"{self.source} is a directory without config.json: name the directory of a model, or a recipe's file"
@@ -59,7 +65,7 @@ class Request:
         if self.output is None:
             raise RecipeError(f"-o is missing: where is the quantised {self.source.name} to go? Write -o DIRECTORY")
         linears = {linear.in_features for layer in architecture.layers for linear in layer.linears}
-        document = find_preset(self.scheme or _DEFAULT_SCHEME).document(linears)
+        document = find_preset(self.scheme or DEFAULT_SCHEME).document(linears)
         length = min(self.length or _DEFAULT_LENGTH, architecture.max_position_embeddings)
         return {
             "model": str(self.source),

@@ -105,8 +105,11 @@ def test_tokens_a_second_are_those_of_the_passes() -> None:
 
 
 def test_the_probe_after_the_last_solve_takes_its_passes() -> None:
-    """The time left is for everything."""
-    pace = Pace(probe=6.0)
+    """With the start of its workers, as long as the first start took; it goes down while the probe runs."""
+    pace = Pace(probe=6.0, began=-5.0)
     pace.update(left((4, 0)), 0.0)
     pace.update(left((3, 0)), 2.0)
-    assert pace.seconds_left(2.0) == pytest.approx((3 + 6) * 2.0)
+    assert pace.seconds_left(2.0) == pytest.approx((3 + 6) * 2.0 + 5.0)
+    pace.update(left((0, 0)), 8.0)
+    assert pace.seconds_left(18.0) == pytest.approx(6 * 2.0 + 5.0 - 10.0)
+    assert pace.seconds_left(99.0) == 0.0
