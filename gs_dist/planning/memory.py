@@ -115,7 +115,7 @@ class JobShape:
 
     Attributes:
         layer_weight_bytes: weights of each layer in the compute dtype.
-        embedding_bytes: likewise, of the embedding table.
+        embedding_bytes: of the embedding table, as the checkpoint holds it.
         layer_output_bytes: what is written of each layer, at most.
         set_bytes: one set of statistics of each layer.
         solver_bytes: workspace of each layer's costliest linear: one thread solves them one after another.
@@ -230,7 +230,7 @@ def solver_bytes(
 def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     """Peak memory of a worker of this stage while it observes and solves `stage.wave`."""
     weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
-    weights += shape.embedding_bytes if stage.embeds else 0
+    embedding = shape.embedding_bytes if stage.embeds else 0
     one_set = sum(shape.set_bytes[i] for i in stage.wave)
     activations = _activation_bytes(shape)
     kept = stage.kept_micro_batches * shape.hidden_bytes
@@ -238,13 +238,15 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)
     if shape.device.on_host:
         # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
+        weights += embedding
         values = (CPU_RUNTIME_BYTES, weights, activations + kept, one_set * stage.live_sets, solver, written)
         return MemoryPlan(items=dict(zip(ITEMS, values, strict=True)))
-    # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's.
+    # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's, and so is
+    # the embedding: rows of it are looked up there.
     card_statistics = one_set + CARD_GRAM_WORKSPACES * max((shape.largest_gram_bytes[i] for i in stage.wave), default=0)
     card = (ASCEND_RUNTIME_BYTES, weights, activations, card_statistics, 0, 0)
     in_flight = shape.max_in_flight * shape.hidden_bytes
-    host = (CPU_RUNTIME_BYTES, 0, kept + in_flight, one_set * stage.live_sets, solver, written)
+    host = (CPU_RUNTIME_BYTES, embedding, kept + in_flight, one_set * stage.live_sets, solver, written)
     return MemoryPlan(
         items=dict(zip(ITEMS, card, strict=True)),
         host_items=dict(zip(ITEMS, host, strict=True)),

@@ -83,7 +83,6 @@ class Workload:
     layer_nbytes: tuple[int, ...]  # in the checkpoint
     layer_elements: tuple[int, ...]
     layer_output_nbytes: tuple[int, ...]
-    embedding_elements: int
     embedding_nbytes: int
     outer_nbytes: int
     notes: tuple[str, ...]
@@ -101,7 +100,7 @@ class Workload:
             max_in_flight=max_in_flight,
             element_bytes=compute_bytes(self.architecture, device),
             layer_weight_bytes=[4 * n for n in self.layer_elements] if cpu else self.layer_nbytes,
-            embedding_bytes=4 * self.embedding_elements if cpu else self.embedding_nbytes,
+            embedding_bytes=self.embedding_nbytes,
             layer_output_bytes=self.layer_output_nbytes,
             set_bytes=self.set_bytes,
             solver_bytes=self._solver_bytes,
@@ -366,7 +365,6 @@ def make_workload(
             else _output_nbytes(architecture, layer, policies[layer], nbytes[layer])
             for layer in range(architecture.num_layers)
         ),
-        embedding_elements=math.prod(embedding.shape),
         embedding_nbytes=embedding.nbytes,
         outer_nbytes=sum(header.nbytes for header in _headers(tensors, list(architecture.outer_tensors()))),
         notes=notes,
