@@ -25,8 +25,8 @@ __all__ = ["SEARCH_ROWS", "ExponentSearch"]
 # layer would take hours.
 SEARCH_ROWS = 1024
 
-# Bytes of an entry of those rows: rescaled, codes, dequantised. Histograms are held as float64 with and without shift.
-_ROW_BYTES, _HISTOGRAMS = 4 + 1 + 4, 4 * 2
+# Histograms are held as float64, with and without shift.
+_HISTOGRAMS = 4 * 2
 
 
 class ExponentSearch(SuppressionMethod[Asked]):
@@ -50,12 +50,11 @@ class ExponentSearch(SuppressionMethod[Asked]):
         return self.trials(policy)
 
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
-        """Factors of both sketches where it searches; a thread's rows of the weight, and its histograms."""
+        """Factors of both sketches where it searches, and a thread's histograms; rows are tried a block at a time."""
         sketched = self.searches(policy) and work.taken.sketches(work.channels)
         shared = 2 * objective_bytes(work.channels, work.taken) if sketched else 0
         histograms = work.channels * HISTOGRAM_BYTES_PER_CHANNEL * _HISTOGRAMS if work.taken.histogram else 0
-        rows = min(work.rows, SEARCH_ROWS) * work.channels * _ROW_BYTES
-        return Workspace(shared=shared, thread=rows + histograms)
+        return Workspace(shared=shared, thread=histograms)
 
     def operations(self, policy: Policy[Asked], work: Work) -> int:
         """Error of the rows looked at, before and for each scale, for each way of weighting tokens."""
