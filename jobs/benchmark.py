@@ -6,8 +6,9 @@ Runs the recipe (output in a temporary directory) and, before and after it, floa
 sizes of the model on as many processes and threads as the job has workers. Prints the floating-point
 operations that the job needs over its wall time from workers up to last layer solved, as a share of the
 products' rate; and each worker's peak memory against the plan. With --peer, an interpreter that has llm-compressor
-quantises the same model on the same tokens in turn, and wall, CPU and memory of both are told. Only ratios within one
-run mean anything.
+quantises the same model on the same tokens in turn, and wall, CPU and memory of both are told; a recipe with
+`mode: convert` runs beside its `model_free_ptq`, and beside `cp` of the same files. Only ratios within one run mean
+anything.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversion_peer import compare_conversion
 from peer import compare
 
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -29,6 +31,7 @@ from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan, make_plan
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig, load_recipe
+from gs_dist.terminal.conversion import asks_for_conversion, read_conversion
 
 PRODUCT_ROWS = 2048  # tokens of a micro-batch, where the recipe leaves them open
 PRODUCT_SECONDS = 3.0
@@ -126,6 +129,14 @@ def measure(config: CalibrationConfig) -> Measurement:
     )
 
 
+def _conversion(arguments: argparse.Namespace) -> list[str]:
+    if arguments.peer is None:
+        raise UserError("a conversion is measured beside a peer: give --peer PYTHON, one that has llm-compressor")
+    recipe = Path(arguments.recipe)
+    config = read_conversion(recipe, [*arguments.overrides, "output=out"], {})
+    return compare_conversion(recipe, arguments.overrides, config, arguments.peer, arguments.repeat)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Speed of a job as a ratio to this machine's matrix products.")
     parser.add_argument("recipe")
@@ -134,6 +145,9 @@ def main() -> int:
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter with llm-compressor: compare whole processes")
     arguments = parser.parse_args()
     try:
+        if asks_for_conversion(Path(arguments.recipe), arguments.overrides):
+            print("\n".join(_conversion(arguments)))
+            return 0
         config = load_recipe(Path(arguments.recipe), arguments.overrides)
         if arguments.peer is not None:
             print("\n".join(compare(arguments.recipe, arguments.overrides, config, arguments.peer, arguments.repeat)))
