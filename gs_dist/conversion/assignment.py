@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from gs_dist.conversion.catalogue import Catalogue, Weight
 from gs_dist.conversion.dialects import WRITERS
 from gs_dist.conversion.dialects.base import Encoding, LinearShape
-from gs_dist.conversion.schemes import SCHEMES, Scheme, find_scheme
+from gs_dist.conversion.schemes import Scheme, find_scheme
 from gs_dist.errors import UserError
 from gs_dist.model.kept_in_float import fused_with
 from gs_dist.recipe.matching import match_patterns
+from gs_dist.solvers.integer_rounding import RangeRule
 
 __all__ = ["Assignment", "assign"]
 
@@ -31,6 +32,7 @@ def assign(
     *,
     group_size: int | None,
     formats: Sequence[str],
+    ranges: RangeRule = "min-max",
 ) -> Assignment:
     """Decides for every linear, and that the formats can hold what was decided.
 
@@ -41,6 +43,7 @@ def assign(
             written so, linears that engines fuse under several schemes, or nothing that is quantised.
     """
     names = catalogue.linear_names
+    dense = find_scheme(scheme.dense, group_size, "scheme", ranges) if scheme.dense else scheme
     overruled = match_patterns(names, layer_policies)
     schemes: dict[str, Scheme | None] = {}
     kept: dict[str, str] = {}
@@ -50,7 +53,9 @@ def assign(
             if name in overruled:
                 named = layer_policies[overruled[name]]
                 schemes[name] = (
-                    None if named is None else find_scheme(named, group_size, f"layer_policies {overruled[name]!r}")
+                    None
+                    if named is None
+                    else find_scheme(named, group_size, f"layer_policies {overruled[name]!r}", ranges)
                 )
                 if named is None:
                     kept[name] = "layer_policies"
@@ -58,7 +63,7 @@ def assign(
                 schemes[name] = None
                 kept[name] = weight.kept
             else:
-                schemes[name] = scheme if weight.expert or not scheme.dense else SCHEMES[scheme.dense]
+                schemes[name] = scheme if weight.expert else dense
     if not any(schemes.values()):
         raise UserError(
             "no linear would be quantised: everything is kept in floats by the presets or by layer_policies; name "

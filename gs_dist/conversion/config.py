@@ -14,6 +14,7 @@ from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.places import fault_of_directory, fault_of_output
 from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+from gs_dist.solvers.integer_rounding import RangeRule
 from gs_dist.wording import without_secrets
 
 __all__ = ["ConversionConfig"]
@@ -53,6 +54,8 @@ class ConversionConfig(BaseModel):
     """How linears are quantised."""
     group_size: Annotated[int, Field(gt=0)] | None = None
     """Input channels that share a scale in schemes with groups; null for the scheme's own."""
+    ranges: RangeRule = "min-max"
+    """Ranges of integer weights: whole; or searched for the least squared error, by shares of them or by refitting."""
     layer_policies: Annotated[dict[str, str | None], Values("a table: pattern to a scheme, or to null")] = Field(
         default={}, json_schema_extra={"table": True}
     )
@@ -114,6 +117,7 @@ class ConversionConfig(BaseModel):
             "mode": "convert",
             "scheme": self.scheme.upper().replace("-", "_"),
             "group_size": self.group_size,
+            "ranges": self.ranges,
             "layer_policies": dict(sorted(self.layer_policies.items())),
             "format": sorted(self.format),
         }

@@ -79,8 +79,15 @@ def plan_conversion(config: ConversionConfig) -> ConversionPlan:
     """
     source = SourceDirectory(Path(config.model))
     catalogue = take_catalogue(source)
-    scheme = find_scheme(config.scheme, config.group_size, "scheme")
-    assignment = assign(catalogue, scheme, config.layer_policies, group_size=config.group_size, formats=config.format)
+    scheme = find_scheme(config.scheme, config.group_size, "scheme", config.ranges)
+    assignment = assign(
+        catalogue,
+        scheme,
+        config.layer_policies,
+        group_size=config.group_size,
+        formats=config.format,
+        ranges=config.ranges,
+    )
     if config.engine is not None:
         _refuse_unloadable(config.engine, config.format, catalogue, assignment)
     parts = cut(catalogue, assignment, config.format)

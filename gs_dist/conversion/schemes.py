@@ -15,7 +15,7 @@ from types import MappingProxyType
 from gs_dist.errors import UserError
 from gs_dist.numbers.small_float import MXFP4, MXFP8
 from gs_dist.solvers.float_rounding import Fp8BlockRounding, Fp8ChannelRounding, MicroscalingRounding
-from gs_dist.solvers.integer_rounding import IntegerRounding
+from gs_dist.solvers.integer_rounding import IntegerRounding, RangeRule
 from gs_dist.solvers.weight_rounding import WeightRounding
 
 __all__ = ["FLOAT", "SCHEMES", "Scheme", "find_scheme"]
@@ -113,16 +113,17 @@ SCHEMES: Mapping[str, Scheme] = _schemes(
 """Name to scheme."""
 
 
-def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
+def find_scheme(name: str, group_size: int | None, where: str, ranges: RangeRule = "min-max") -> Scheme:
     """The scheme of that name, with groups of another size where `group_size` is given.
 
     Args:
         name: as users write it: `W8A8_DYNAMIC`, or `w8a8-dynamic`.
         group_size: of schemes with groups; None for the scheme's own.
         where: what named it, for messages.
+        ranges: how ranges of integers are found.
 
     Raises:
-        UserError: no such scheme.
+        UserError: no such scheme, or one whose ranges cannot be searched.
     """
     wanted = name.upper().replace("-", "_")
     scheme = SCHEMES.get(wanted)
@@ -131,6 +132,11 @@ def find_scheme(name: str, group_size: int | None, where: str) -> Scheme:
         meant = f"do you mean {near[0]}? " if near else ""
         raise UserError(f"{where}: {name!r:.60} is not a scheme; {meant}Schemes are {', '.join(SCHEMES)}")
     weights = scheme.weights
-    if group_size is not None and isinstance(weights, IntegerRounding) and weights.group_size:
-        return dataclasses.replace(scheme, weights=dataclasses.replace(weights, group_size=group_size))
-    return scheme
+    if not isinstance(weights, IntegerRounding):
+        if ranges != "min-max":
+            raise UserError(
+                f"ranges: {ranges} is for integers, and {where} {wanted} rounds to floats: set ranges: min-max"
+            )
+        return scheme
+    size = group_size if group_size is not None and weights.group_size else weights.group_size
+    return dataclasses.replace(scheme, weights=dataclasses.replace(weights, group_size=size, ranges=ranges))
