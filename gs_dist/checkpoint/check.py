@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.beside import check_files_beside
+from gs_dist.checkpoint.converted_comparison import compare_converted
 from gs_dist.checkpoint.described_layout import check_scale_biases, described_layout, told_by_description
 from gs_dist.checkpoint.dialects import layout_of
 from gs_dist.checkpoint.engines import ENGINES
@@ -24,6 +25,7 @@ from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
 from gs_dist.checkpoint.scale_range import check_scale_range
 from gs_dist.checkpoint.source_comparison import compare_with_source
+from gs_dist.checkpoint.sources.directory import SourceDirectory
 from gs_dist.checkpoint.values import check_tensors
 from gs_dist.checkpoint.verification import verify
 from gs_dist.errors import UserError
@@ -43,7 +45,8 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
         directory: holds config.json and the weights; or a job's output with one dialect in it.
         engine: "vllm-ascend", "vllm-mindspore", "vllm", "transformers", "sglang" or "xllm", the first of them with a
             version too, such as "vllm-ascend==0.23"; None for the dialect's rules alone.
-        model: the float model's directory; weights are turned back and compared with it. None leaves that out.
+        model: the directory of the model that it was made from, of floats, for a converted one also of what it was
+            converted from; weights are turned back and compared with it. None leaves that out.
 
     Raises:
         CheckpointError: `model` is no float model.
@@ -60,10 +63,7 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
         layout, sound = _check_described(inventory, dialect, engine, kinds)
         verified = verify(inventory, layout, sound)
         if model is not None:
-            raise UserError(
-                f"--model: a {inventory.config.get('model_type')!s:.60} in these number formats cannot be turned back "
-                "and compared here; leave --model out"
-            )
+            compared = compare_converted(inventory, layout, sound, SourceDirectory(model))
     elif dialect and architecture is not None:
         rules = layout_of(dialect)
         layout = build_layout(inventory, dialect, rules, architecture)

@@ -19,13 +19,13 @@ from gs_dist.checkpoint.layout import DialectLayout, Layout
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.model.decoder import LayerInput
 
-__all__ = ["compare_with_source"]
+__all__ = ["LIMITS", "compare_with_source", "judge_weight"]
 
 Array = npt.NDArray[Any]
 
 # Share of the weight's energy that may be lost: of a linear as a whole, and of any of its rows and columns. Rounding to
 # 8 bits loses (absmax / rms / 127)^2 / 12, and to 4 bits up to a half where outliers set the ranges.
-_LIMITS: Mapping[str, tuple[float, float]] = {"FLOAT": (1e-3, 1e-2), "W8": (0.1, 0.5), "W4": (0.5, 0.99)}
+LIMITS: Mapping[str, tuple[float, float]] = {"FLOAT": (1e-3, 1e-2), "W8": (0.1, 0.5), "W4": (0.5, 0.99)}
 _ODD = 16  # times the median column's loss from which a column that lost its own energy is another
 
 
@@ -149,21 +149,38 @@ class _Layer:
 
     def _judge(self, name: str, weight: Array, expected: Array) -> float:
         kind = self.layout.kinds[name]
-        limit, line_limit = _LIMITS[kind if kind == "FLOAT" else kind[:2]]
-        lost, energy = np.square(weight - expected), np.square(expected)
-        share = float(lost.sum(dtype=np.float64) / max(energy.sum(dtype=np.float64), np.finfo(np.float32).tiny))
-        rows = lost.sum(axis=1) > line_limit * energy.sum(axis=1)
-        # Small columns may round to nothing, and lose then what all the others lose.
-        columns = lost.sum(axis=0)
-        odd = (columns > line_limit * energy.sum(axis=0)) & (columns > _ODD * np.median(columns))
-        told = [f"{share:.3g} of the weight's energy is missing"] if share > limit else []
-        told += [
-            f"{int(wrong.sum())} of {wrong.size} {lines} are others, the first {int(np.argmax(wrong))}"
-            for lines, wrong in (("rows", rows & (lost.sum(axis=1) > 0)), ("columns", odd))
-            if wrong.any()
-        ]
-        if told:
-            held = next(n for n in (f"{name}.weight", f"{name}.weight_packed") if n in self.inventory.tensors)
-            wanted = f"a rounding of {self.source.directory.name}'s, which loses at most {limit:g}"
-            self.inventory.report_tensor(held, "source-weight", "; ".join(told), wanted)
-        return share
+        limits = LIMITS[kind if kind == "FLOAT" else kind[:2]]
+        return judge_weight(self.inventory, name, weight, expected, limits, self.source.directory.name)
+
+
+def judge_weight(
+    inventory: Inventory, name: str, weight: Array, expected: Array, limits: tuple[float, float], source: str
+) -> float:
+    """The share of a linear's energy that its published weight misses; more than `limits` is reported.
+
+    Args:
+        inventory: problems go to it.
+        name: of the linear.
+        weight: (out, in), published and turned back.
+        expected: the same as the source has it.
+        limits: entry of `LIMITS`.
+        source: name of the source, for messages.
+    """
+    limit, line_limit = limits
+    lost, energy = np.square(weight - expected), np.square(expected)
+    share = float(lost.sum(dtype=np.float64) / max(energy.sum(dtype=np.float64), np.finfo(np.float32).tiny))
+    rows = lost.sum(axis=1) > line_limit * energy.sum(axis=1)
+    # Small columns may round to nothing, and lose then what all the others lose.
+    columns = lost.sum(axis=0)
+    odd = (columns > line_limit * energy.sum(axis=0)) & (columns > _ODD * np.median(columns))
+    told = [f"{share:.3g} of the weight's energy is missing"] if share > limit else []
+    told += [
+        f"{int(wrong.sum())} of {wrong.size} {lines} are others, the first {int(np.argmax(wrong))}"
+        for lines, wrong in (("rows", rows & (lost.sum(axis=1) > 0)), ("columns", odd))
+        if wrong.any()
+    ]
+    if told:
+        held = next(n for n in (f"{name}.weight", f"{name}.weight_packed") if n in inventory.tensors)
+        wanted = f"a rounding of {source}'s, which loses at most {limit:g}"
+        inventory.report_tensor(held, "source-weight", "; ".join(told), wanted)
+    return share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gs_dist.conversion.catalogue import Catalogue, Weight
+from gs_dist.checkpoint.sources.catalogue import Catalogue, Weight
 from gs_dist.conversion.dialects import WRITERS
 from gs_dist.conversion.dialects.base import Encoding, LinearShape
 from gs_dist.conversion.schemes import Scheme, find_scheme

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gs_dist.checkpoint.header import TensorInfo
+from gs_dist.checkpoint.sources.catalogue import Carried, Catalogue, LinearRows, Weight, carried_shape
 from gs_dist.checkpoint.sources.matrix import numpy_dtype
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.conversion.assignment import Assignment, encoding_of
-from gs_dist.conversion.catalogue import Carried, Catalogue, LinearRows, Weight, carried_shape
 from gs_dist.conversion.dialects.base import LinearShape
 from gs_dist.conversion.schemes import FLOAT, Scheme
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from gs_dist.checkpoint.companions import Companions
 from gs_dist.checkpoint.engines.kinds import kinds_of
+from gs_dist.checkpoint.sources.catalogue import Catalogue, take_catalogue
 from gs_dist.checkpoint.sources.directory import SourceDirectory
 from gs_dist.conversion.assignment import Assignment, assign
-from gs_dist.conversion.catalogue import Catalogue, take_catalogue
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.parts import Part, cut, working_bytes
 from gs_dist.conversion.schemes import FLOAT, find_scheme

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gs_dist.conversion.catalogue import layer_of
+from gs_dist.checkpoint.sources.catalogue import layer_of
 from gs_dist.conversion.schemes import Scheme
 from gs_dist.errors import LayerError
 from gs_dist.results.quantized import LinearSummary

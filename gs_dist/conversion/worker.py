@@ -12,10 +12,10 @@ import numpy as np
 from gs_dist.checkpoint.part_manifest import PartManifest, read_part, write_part
 from gs_dist.checkpoint.shard_records import record_faults
 from gs_dist.checkpoint.shard_stream import ShardStream, stream_safetensors
+from gs_dist.checkpoint.sources.catalogue import Carried, LinearRows, Weight
 from gs_dist.checkpoint.sources.directory import FileStamp, TensorBytes
 from gs_dist.checkpoint.sources.matrix import numpy_dtype
 from gs_dist.conversion.assignment import encoding_of
-from gs_dist.conversion.catalogue import Carried, LinearRows, Weight
 from gs_dist.conversion.dialects.base import LinearShape
 from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
 from gs_dist.conversion.rows import row_of

@@ -52,7 +52,7 @@ def test_no_group_loses_by_a_search_and_four_bits_gain(bits: int, group_size: in
     searched = group_errors(values, codes, scale)
     assert (searched <= whole * (1 + 1e-5)).all()
     if bits == 4:
-        assert searched.sum() < 0.95 * whole.sum()
+        assert searched.sum() < (0.95 if ranges == "least-error" else 0.99) * whole.sum()
     for block in (1, 7):
         again = rounded(values, bits, group_size, ranges, block)
         assert (again[0].tobytes(), again[1].tobytes()) == (codes.tobytes(), scale.tobytes())

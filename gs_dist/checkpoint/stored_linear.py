@@ -1,0 +1,61 @@
+"""Weights of published linears turned back by the form of their tensors alone, apart from what writes them.
+
+Forms are those that `described_layout` expects; between them, dtypes and shapes tell which one it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gs_dist.checkpoint.inventory import Inventory
+
+__all__ = ["linear_bits", "restored_weight"]
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def linear_bits(inventory: Inventory, name: str, columns: int) -> int:
+    """Bits of a code of a linear with so many input channels."""
+    packed = inventory.tensors.get(f"{name}.weight_packed") or inventory.tensors[f"{name}.weight"]
+    scales = inventory.tensors[f"{name}.weight_scale"]
+    if packed.dtype == "int32":
+        return 4 if packed.shape[1] * 8 == columns else 8
+    return 4 if packed.dtype == "uint8" or scales.shape[0] == 2 * packed.shape[0] else 8
+
+
+def restored_weight(inventory: Inventory, name: str, columns: int) -> Float32:
+    """The weight (out, in) that codes and scales of a sound linear with so many input channels stand for."""
+    packed = f"{name}.weight_packed" in inventory.tensors
+    stored = inventory.read(f"{name}.weight_packed" if packed else f"{name}.weight")
+    scale = inventory.read(f"{name}.weight_scale")
+    exponents = scale.dtype == np.uint8
+    steps = np.ldexp(np.float32(1), scale.astype(np.int32) - 127) if exponents else scale.astype(np.float32)
+    values = _values(stored, len(scale), columns)
+    if len(steps) != len(values) or columns % steps.shape[1]:  # blocks, those at the edges cut short
+        side = 128
+        return np.asarray(values * np.kron(steps, np.ones((side, side), np.float32))[: len(values), :columns])
+    grouped = values.reshape(*steps.shape, -1)
+    grouped *= steps[:, :, None]
+    return values
+
+
+def _values(stored: Array, num_scales: int, columns: int) -> Float32:
+    if stored.dtype == np.int32:
+        per_word = 8 if stored.shape[1] * 8 == columns else 4
+        bits = 32 // per_word
+        shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+        codes = (stored.view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+        return codes.reshape(len(stored), -1)[:, :columns].astype(np.float32) - np.float32(1 << (bits - 1))
+    if stored.dtype == np.uint8:
+        return np.stack([_E2M1[stored & 15], _E2M1[stored >> 4]], axis=2).reshape(len(stored), -1)
+    if stored.dtype == np.int8 and num_scales == 2 * len(stored):
+        pairs = np.stack([(stored << 4) >> 4, stored >> 4], axis=1)  # the arithmetic shift extends the sign
+        return pairs.reshape(-1, columns).astype(np.float32)
+    return stored.astype(np.float32)
