@@ -16,8 +16,10 @@ from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.parts import Part, cut, working_bytes
 from gs_dist.conversion.schemes import FLOAT, find_scheme
 from gs_dist.errors import PlanError, UserError
+from gs_dist.model.kept_in_float import kept_reason
 from gs_dist.planning.surroundings import Surroundings
 from gs_dist.recipe.sizes import format_bytes
+from gs_dist.wording import counted
 
 __all__ = ["ConversionPlan", "plan_conversion"]
 
@@ -142,5 +144,17 @@ def _notes(catalogue: Catalogue) -> list[str]:
         notes.append(
             f"model type {catalogue.model_type} is not known: linears of the usual names are quantised, all others "
             "stay in floats; name more of them in layer_policies"
+        )
+    odd = [
+        carried.info
+        for carried in catalogue.carried
+        if len(carried.info.shape) > 2
+        and carried.expert is None
+        and kept_reason(carried.name.removesuffix(".weight"), catalogue.family) is None
+    ]
+    if odd:
+        notes.append(
+            f"no experts by name, and carried over as they are: {counted(len(odd), 'tensor')} of more than two "
+            f"dimensions, such as {odd[0].name} {odd[0].shape}; to have linears quantised, publish them one by one"
         )
     return notes

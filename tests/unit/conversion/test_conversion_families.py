@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import save_checkpoint
 from conversions import (
     Array,
     expert_matrices,
@@ -17,6 +18,9 @@ from conversions import (
     run_conversion,
     within_half_a_step,
 )
+
+from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.plan import plan_conversion
 
 QUANTISED = {
     "qwen3_moe": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -148,3 +152,19 @@ def test_layers_beyond_the_models_are_multi_token_prediction_and_stay(tmp_path: 
     found = read_tensors(run_conversion(model, tmp_path / "out")["compressed-tensors"])
     assert "model.layers.0.self_attn.q_proj.weight_scale" in found
     assert not any(name.startswith("model.layers.1.") and name.endswith("_scale") for name in found)
+
+
+def test_a_tensor_of_three_dimensions_that_is_no_expert_is_told_of_and_stays(tmp_path: Path) -> None:
+    """A convolution is expected to have three, and is not worth a word."""
+    model, tensors = family_checkpoint(tmp_path / "model", "qwen3_moe")
+    odd = {f"model.layers.0.{name}": np.ones((4, 5, 6), np.float32) for name in ("blend.mixing", "linear_attn.conv1d")}
+    config = json.loads((model / "config.json").read_text())
+    save_checkpoint(model, config, {**tensors, **{f"{name}.weight": values for name, values in odd.items()}}, shards=2)
+    settings = {"model": str(model), "output": str(tmp_path / "out")}
+    notes = plan_conversion(ConversionConfig.model_validate(settings)).notes
+    assert [note for note in notes if "more than two dimensions" in note] == [
+        "no experts by name, and carried over as they are: 1 tensor of more than two dimensions, such as "
+        "model.layers.0.blend.mixing.weight (4, 5, 6); to have linears quantised, publish them one by one"
+    ]
+    found = read_tensors(run_conversion(model, tmp_path / "out")["compressed-tensors"])
+    assert found["model.layers.0.blend.mixing.weight"].shape == (4, 5, 6)
