@@ -92,21 +92,19 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
 
 
 def check_forms(directory: Path) -> CheckReport:
-    """Whether a directory's description and headers agree by its dialect's rules; no value is read.
+    """Whether a converted directory's description and headers agree by its dialect's rules; no value is read.
+
+    A conversion carries over whatever its source holds, so that no network says which tensors there may be.
 
     Raises:
         UserError: no such directory.
     """
     inventory = take_inventory(directory)
-    dialect, architecture = detect_dialect(inventory), inventory.architecture
-    layout = Layout(dialect=dialect)
-    if told_by_description(inventory, dialect):
-        layout = _described(inventory, dialect)
-    elif dialect and architecture is not None:
-        layout = build_layout(inventory, dialect, layout_of(dialect), architecture)
+    dialect = detect_dialect(inventory)
+    layout = _described(inventory, dialect)
     check_tensors(inventory, layout, values=False)
     check_files_beside(inventory)
-    facts = _facts(inventory, layout, architecture)
+    facts = _facts(inventory, layout, inventory.architecture)
     problems = tuple(dict.fromkeys(inventory.problems))
     return CheckReport(dialect=dialect, engine=None, problems=problems, facts=facts)
 

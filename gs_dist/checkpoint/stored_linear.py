@@ -52,10 +52,11 @@ def _values(stored: Array, num_scales: int, columns: int) -> Float32:
         bits = 32 // per_word
         shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
         codes = (stored.view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-        return codes.reshape(len(stored), -1)[:, :columns].astype(np.float32) - np.float32(1 << (bits - 1))
+        values = codes.reshape(len(stored), -1)[:, :columns].astype(np.float32)
+        return np.asarray(values - np.float32(1 << (bits - 1)))
     if stored.dtype == np.uint8:
-        return np.stack([_E2M1[stored & 15], _E2M1[stored >> 4]], axis=2).reshape(len(stored), -1)
+        return np.asarray(np.stack([_E2M1[stored & 15], _E2M1[stored >> 4]], axis=2).reshape(len(stored), -1))
     if stored.dtype == np.int8 and num_scales == 2 * len(stored):
         pairs = np.stack([(stored << 4) >> 4, stored >> 4], axis=1)  # the arithmetic shift extends the sign
-        return pairs.reshape(-1, columns).astype(np.float32)
+        return np.asarray(pairs.reshape(-1, columns), dtype=np.float32)
     return stored.astype(np.float32)
