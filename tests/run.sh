@@ -21,4 +21,5 @@ make_environment test
 "$python" -m ruff format --check .
 "$python" -m mypy
 # Two processes whatever the machine: each loads MindSpore, and tests that start Ray processes stay together in one.
-exec "$python" -m pytest -n 2 --dist loadgroup -m "not npu and not interop and not slow" "${lane[@]}" "$@"
+exec "$python" -m pytest -n 2 --dist loadgroup -m "not npu and not interop and not slow and not engines" \
+    "${lane[@]}" "$@"

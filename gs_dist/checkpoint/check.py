@@ -13,7 +13,7 @@ from gs_dist.checkpoint.beside import check_files_beside
 from gs_dist.checkpoint.converted_comparison import compare_converted
 from gs_dist.checkpoint.described_layout import check_scale_biases, described_layout, told_by_description
 from gs_dist.checkpoint.dialects import layout_of
-from gs_dist.checkpoint.engines import ENGINES
+from gs_dist.checkpoint.engines import ENGINES, require_known
 from gs_dist.checkpoint.engines.kinds import EngineKinds, check_kinds, kinds_of, split_version
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
@@ -126,6 +126,8 @@ def _known(engine: str) -> EngineKinds | None:
     if kinds is None and name not in ENGINES:
         known = sorted({*ENGINES, "sglang", "xllm"})
         raise UserError(f"--for {engine}: known engines are {', '.join(known)}")
+    if kinds is None:
+        require_known(engine)
     return kinds
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.companions import Companions
+from gs_dist.checkpoint.engines import require_known
 from gs_dist.checkpoint.engines.kinds import kinds_of
 from gs_dist.checkpoint.sources.catalogue import Catalogue, take_catalogue
 from gs_dist.checkpoint.sources.directory import SourceDirectory
@@ -120,6 +121,8 @@ def plan_conversion(config: ConversionConfig) -> ConversionPlan:
 def _refuse_unloadable(engine: str, formats: Sequence[str], catalogue: Catalogue, assignment: Assignment) -> None:
     """Refuses schemes that an engine has dropped, or does not have yet, before any work."""
     kinds = kinds_of(engine)
+    if kinds is None:
+        require_known(engine)
     if kinds is None or "ascend" not in formats:
         return
     found: dict[str, list[str]] = {}

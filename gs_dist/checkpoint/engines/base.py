@@ -22,6 +22,7 @@ class Engine:
         name: spelling in `gs-dist check --for`.
         title: what a model card calls it.
         dialects: those that its card is shown for.
+        versions: those whose rules are applied, the newest last; of engines in `kinds.py` that says them.
         token_step: how it makes the int8 step of a token while serving.
         check: applies the loader's rules to a directory, those of a version or ("") of the newest that is known;
             problems and notes go to the inventory.
@@ -34,6 +35,7 @@ class Engine:
     token_step: TokenStep
     check: Callable[[Inventory, Layout, str], None]
     serve: Callable[[str, DecoderArchitecture, Sequence[Note]], str]
+    versions: tuple[str, ...] = ()
 
 
 def serve_command(title: str, command: str) -> str:

@@ -96,7 +96,7 @@ def kinds_of(text: str) -> EngineKinds | None:
     """What an engine loads from ModelSlim's layout, given `vllm-ascend`, `vllm-ascend==0.23` or `sglang`.
 
     Returns:
-        None for an engine that does not read the layout.
+        None for an engine that has no list here.
 
     Raises:
         UserError: a version whose kinds are not known here.
@@ -104,8 +104,6 @@ def kinds_of(text: str) -> EngineKinds | None:
     name, version = split_version(text)
     versions = _ENGINES.get(name)
     if versions is None:
-        if version:
-            raise UserError(f"--for {text}: versions are told apart for {', '.join(_ENGINES)} alone")
         return None
     if not version:
         return versions[-1]

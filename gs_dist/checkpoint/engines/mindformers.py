@@ -46,4 +46,5 @@ ENGINE = Engine(
     token_step=TokenStep.OVER_127,  # MindSpore `ops.auto_generate.DynamicQuantExt`, which is CANN aclnnDynamicQuant
     check=_check,
     serve=_serve,
+    versions=("2.1.0",),
 )

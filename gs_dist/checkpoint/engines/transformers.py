@@ -15,6 +15,7 @@ from gs_dist.numbers.token_step import TokenStep
 
 __all__ = ["ENGINE"]
 
+_LOADS_ZERO_POINTS = ("5.17", "5.19")
 _DEQUANTIZE = "dequantize"  # rule of the note on packed zero points
 
 
@@ -22,7 +23,10 @@ def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     """The library's rules; packed zero points are a note, since they load by a way of their own."""
     if not check_library(inventory, layout):
         return
-    if any(group.inputs is None and not is_symmetric(group.weights) for group in scheme_groups(inventory)):
+    plainly = version.startswith(_LOADS_ZERO_POINTS)
+    if not plainly and any(
+        group.inputs is None and not is_symmetric(group.weights) for group in scheme_groups(inventory)
+    ):
         inventory.note(
             _DEQUANTIZE,
             "packed zero points: transformers up to 5.19 loads them plainly, 5.24 with compressed-tensors 0.20 only by "
@@ -49,4 +53,5 @@ ENGINE = Engine(
     token_step=TokenStep.OVER_127_5,  # through compressed-tensors
     check=_check,
     serve=_serve,
+    versions=("5.17", "5.19", "5.24"),
 )

@@ -71,7 +71,11 @@ def _check_experts(
     architecture: DecoderArchitecture,
     layer: int,
 ) -> None:
-    """`compressed_tensors_moe*.py`: one scheme for all experts of a layer; int8 activations only per token."""
+    """`compressed_tensors_moe.py`, get_moe_method: one scheme for all experts of a layer, its gates, ups and downs.
+
+    int8 activations only per token (`compressed_tensors_moe_w8a8_int8.py`, __init__); 4 and 8 bits alone, with zero
+    points or without, as `compressed_tensors_moe_wna16.py` takes them.
+    """
     prefix = architecture.layer_prefix(layer)
     names = [prefix + linear.name for expert in architecture.layers[layer].mlp.experts for linear in expert]
     kinds = sorted({_summary(layout.kinds[name], quantised[name]) for name in names})
@@ -170,4 +174,5 @@ ENGINE = Engine(
     token_step=TokenStep.OVER_127,  # `csrc/quantization/w8a8/int8/scaled_quant.cu`, and `csrc/cpu/dnnl_kernels.cpp`
     check=_check,
     serve=_serve,
+    versions=("0.32.0",),
 )

@@ -41,7 +41,7 @@ def _check(inventory: Inventory, layout: Layout, version: str) -> None:
         _check_kv(inventory, layout, version)
         _check_dtype(inventory, layout)
     elif layout.dialect == "compressed-tensors":
-        _check_compressed_tensors(inventory)
+        _check_compressed_tensors(inventory, layout)
     else:
         expected = f"{_DESCRIPTION}, or quant_method compressed-tensors (utils.py, detect_quantization_method)"
         inventory.report(CONFIG_FILE, "engine-format", f"{layout.dialect} checkpoint", expected)
@@ -126,18 +126,24 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
         )
 
 
-def _check_compressed_tensors(inventory: Inventory) -> None:
+def _check_compressed_tensors(inventory: Inventory, layout: Layout) -> None:
     """`compressed_tensors_config.py`, _detect_quant_type: W8A8 and W8A8_DYNAMIC, symmetric on both sides.
 
-    The first of them is taken, and then quantises its input with what happens to lie in memory.
+    The first of them is taken, and then quantises its input with what happens to lie in memory. Experts are served in
+    W4A16 too (`methods/w4a16.py`, registered for "moe" alone), in groups and without zero points: the offsets that
+    its kernel reads are zeros which no checkpoint fills.
     """
-    for group in scheme_groups(inventory):
+    groups = scheme_groups(inventory)
+    for group in groups:
+        taken = [n for n, kind in layout.kinds.items() if kind != "FLOAT" and _first(groups, n) is group]
+        if _is_served_for_experts(group) and all(".experts." in name for name in taken):
+            continue
         if not _is_served(group):
             activations = f"{_summary(group.inputs)} activations" if group.inputs else "no activations"
             found = f"{_summary(group.weights)} weights, {activations}"
             expected = (
                 "symmetric int8 weights per channel with symmetric int8 activations per token (_detect_quant_type); "
-                "W4A16 serves mixture-of-experts layers only"
+                "W4A16 serves experts of mixtures only, symmetric and in groups (w4a16.py)"
             )
             inventory.report(CONFIG_FILE, "engine-kind", f"{group.label}: {found}", expected)
         elif group.inputs and not group.inputs.get("dynamic"):
@@ -150,6 +156,16 @@ def _check_compressed_tensors(inventory: Inventory) -> None:
     if inventory.quantization_config.get("kv_cache_scheme"):
         expected = "null: this engine ignores it for compressed-tensors; use the ascend format for an int8 KV cache"
         inventory.report(CONFIG_FILE, "engine-kv", "kv_cache_scheme", expected)
+
+
+def _first(groups: Sequence[SchemeGroup], name: str) -> SchemeGroup | None:
+    return next((group for group in groups if group.takes(name)), None)
+
+
+def _is_served_for_experts(group: SchemeGroup) -> bool:
+    weights = group.weights
+    grouped = weights.get("strategy") == "group" and weights.get("num_bits") == 4 and weights.get("type") == "int"
+    return grouped and bool(weights.get("symmetric", True)) and group.inputs is None
 
 
 def _is_served(group: SchemeGroup) -> bool:

@@ -86,4 +86,5 @@ ENGINE = Engine(
     token_step=TokenStep.OVER_127,  # likewise; of W8A8 alone nothing is rounded by token
     check=_check,
     serve=_serve,
+    versions=("0.5.1",),
 )

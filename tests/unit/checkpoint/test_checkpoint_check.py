@@ -864,3 +864,37 @@ def test_scales_that_float16_loses_are_computed(tmp_path: Path) -> None:
     (problem,) = check(half).problems
     assert (problem.rule, problem.tensor) == ("scale-dtype", name)
     assert problem.found == "2.98e-08, which float16 makes 0"
+
+
+@pytest.mark.parametrize(
+    ("attention", "symmetric", "loads"), [(None, True, True), (None, False, False), (1, True, False)]
+)
+def test_experts_alone_are_served_in_four_bits_on_ascend(
+    tmp_path: Path, attention: int | None, symmetric: bool, loads: bool
+) -> None:
+    """vllm_ascend/quantization/methods/w4a16.py is registered for experts alone, and fills no zero points."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64}
+    four = dialects.W4A16_GROUPS.model_copy(update={"weight_symmetric": symmetric})
+    architecture = read_architecture(tiny_config("qwen3_moe", **sizes))
+    policies = {
+        name: four if ".experts." in name or (attention and "self_attn" in name) else None
+        for name in architecture.linear_names()
+    }
+    dialects.save_model(tmp_path / "m", CompressedTensorsCodec(), policies, model_type="qwen3_moe", **sizes)
+    assert check(tmp_path / "m").clean
+    rules = {problem.rule for problem in check(tmp_path / "m", "vllm-ascend").problems}
+    assert rules == (set() if loads else {"engine-kind"})
+
+
+def test_rules_are_those_of_a_version(pristine: dict[str, Path]) -> None:
+    """Known ones are applied, by their beginning too; others are refused with what is known."""
+    told = {
+        version: {note.rule for note in check(pristine["ct-w4-zero-points"], f"transformers=={version}").notes}
+        for version in ("5.17", "5.24")
+    }
+    assert "dequantize" not in told["5.17"]
+    assert "dequantize" in told["5.24"]
+    assert check(pristine["ct-dynamic"], "vllm==0.32").clean
+    assert check(pristine["golden"], "mindformers==2.1.0").clean
+    with pytest.raises(UserError, match=r"--for vllm==0\.9: known versions of vllm are 0\.32\.0; name the one nearest"):
+        check(pristine["ct-dynamic"], "vllm==0.9")

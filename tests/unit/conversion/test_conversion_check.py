@@ -12,6 +12,7 @@ from checkpoints import save_safetensors, tiny_checkpoint
 from conversions import family_checkpoint, family_names, read_file, run_conversion
 
 from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.engines import require_known
 from gs_dist.checkpoint.engines.kinds import kinds_of
 from gs_dist.errors import UserError
 
@@ -126,8 +127,10 @@ def test_an_unknown_version_is_refused_with_those_that_are_known() -> None:
     """Nothing is guessed."""
     with pytest.raises(UserError, match=r"known versions of vllm-ascend are 0\.18\.0, 0\.23\.0, main"):
         kinds_of("vllm-ascend==0.9")
-    with pytest.raises(UserError, match="versions are told apart for"):
-        kinds_of("vllm==0.32")
+    assert kinds_of("vllm==0.32") is None
+    with pytest.raises(UserError, match=r"known versions of vllm are 0\.32\.0"):
+        require_known("vllm==0.9")
+    require_known("vllm==0.32")
 
 
 def test_what_an_engine_dropped_is_said_before_the_work_and_by_the_check(tmp_path: Path) -> None:

