@@ -11,7 +11,7 @@ cd -- "$gs_dist_root"
 lane=()
 if [ "${1-}" = --fast ]; then
     shift
-    for room in integration unit/calibration unit/ptq unit/runtime unit/terminal; do
+    for room in engines integration unit/calibration unit/ptq unit/runtime unit/terminal; do
         lane+=("--ignore=tests/$room")
     done
 fi
