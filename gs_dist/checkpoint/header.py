@@ -45,6 +45,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 """Spelling in a header to NumPy dtype."""
 
+_NAMES: Mapping[str, str] = {spelling: dtype.name for spelling, dtype in DTYPES.items()}  # `name` costs a microsecond
+
 SPELLINGS: Mapping[str, str] = {dtype.name: spelling for spelling, dtype in DTYPES.items()}
 """Name of a NumPy dtype to its spelling in a header."""
 
@@ -177,16 +179,16 @@ def _tensor(label: str, name: str, entry: Any, start: int) -> TensorInfo:
     spelling, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(spelling, str) or spelling not in DTYPES:
         raise fault(f"dtype {spelling!r:.100} is unknown; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, shape)):
         raise fault(f"shape {shape!r:.100} is not a list of up to {_MAX_DIMENSIONS} sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise fault(f"data_offsets {offsets!r:.100} are not two offsets")
     begin, end = offsets
     nbytes = math.prod(shape) * DTYPES[spelling].itemsize
     if end - begin != nbytes:
         raise fault(f"data_offsets {offsets} span {end - begin} bytes where {spelling} of shape {shape} takes {nbytes}")
     return TensorInfo(
-        name=name, dtype=DTYPES[spelling].name, shape=tuple(shape), file=label, offset=start + begin, nbytes=nbytes
+        name=name, dtype=_NAMES[spelling], shape=tuple(shape), file=label, offset=start + begin, nbytes=nbytes
     )
 
 

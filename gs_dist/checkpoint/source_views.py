@@ -90,7 +90,15 @@ def decodes(config: Mapping[str, Any]) -> bool:
 
 def _as_floats(info: TensorInfo, dtype: str) -> TensorInfo:
     size = DTYPES[SPELLINGS[dtype]].itemsize
-    return dataclasses.replace(info, dtype=dtype, nbytes=math.prod(info.shape) * size)
+    # Not by `dataclasses.replace`, which takes three times as long: DeepSeek-V3 has 45,808 of them.
+    return TensorInfo(
+        name=info.name,
+        dtype=dtype,
+        shape=info.shape,
+        file=info.file,
+        offset=info.offset,
+        nbytes=math.prod(info.shape) * size,
+    )
 
 
 def _expert_parts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from gs_dist.methods.method import Work, is_large, objective_bytes
 from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
@@ -145,6 +146,26 @@ class JobShape:
         """Hidden states of one micro-batch, as they pass from stage to stage."""
         return self.tokens * self.architecture.hidden_size * self.element_bytes
 
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Working set of one layer on one micro-batch, and the micro-batches waiting."""
+        a, tokens = self.architecture, self.tokens
+        block = min(self.sequence_length, max(SCORE_BLOCK, -(-self.sequence_length // SCORE_BLOCKS)))
+        entries = observed = 0
+        for layer in a.kinds:
+            attention = layer.attention
+            scores = self.micro_batch_size * attention.num_heads * block * self.sequence_length
+            held = tokens * (
+                HIDDEN_COPIES * a.hidden_size
+                + QUERY_COPIES * attention.query_size
+                + KV_COPIES * attention.kv_size
+                + MLP_COPIES * layer.mlp.channels_for_one
+            )
+            entries = max(entries, held + SCORE_COPIES * scores)
+            widest = max(a.hidden_size, attention.query_size, attention.output_size, layer.mlp.widest)
+            observed = max(observed, OBSERVER_COPIES * tokens * widest * 4)
+        return entries * self.element_bytes + observed + self.max_in_flight * self.hidden_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageShape:
@@ -165,26 +186,6 @@ class StageShape:
 def layer_set_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
     """One set of statistics of one layer."""
     return sum(taken.nbytes(layer.channels[name]) for name, taken in settings.items())
-
-
-def _activation_bytes(shape: JobShape) -> int:
-    """Working set of one layer on one micro-batch, and the micro-batches waiting."""
-    a, tokens = shape.architecture, shape.tokens
-    block = min(shape.sequence_length, max(SCORE_BLOCK, -(-shape.sequence_length // SCORE_BLOCKS)))
-    entries = observed = 0
-    for layer in a.kinds:
-        attention = layer.attention
-        scores = shape.micro_batch_size * attention.num_heads * block * shape.sequence_length
-        held = tokens * (
-            HIDDEN_COPIES * a.hidden_size
-            + QUERY_COPIES * attention.query_size
-            + KV_COPIES * attention.kv_size
-            + MLP_COPIES * layer.mlp.channels_for_one
-        )
-        entries = max(entries, held + SCORE_COPIES * scores)
-        widest = max(a.hidden_size, attention.query_size, attention.output_size, layer.mlp.widest)
-        observed = max(observed, OBSERVER_COPIES * tokens * widest * 4)
-    return entries * shape.element_bytes + observed + shape.max_in_flight * shape.hidden_bytes
 
 
 def largest_gram_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
@@ -232,7 +233,7 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
     embedding = shape.embedding_bytes if stage.embeds else 0
     one_set = sum(shape.set_bytes[i] for i in stage.wave)
-    activations = _activation_bytes(shape)
+    activations = shape.activation_bytes
     kept = stage.kept_micro_batches * shape.hidden_bytes
     solver = max((shape.solver_bytes[i] for i in stage.wave), default=0)
     written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -48,6 +48,9 @@ from gs_dist.terminal.initial_recipe import initial_recipe
 from gs_dist.terminal.request import DEFAULT_SCHEME, Request, again
 from gs_dist.terminal.tables import print_plan, print_policies, print_summary
 from gs_dist.wording import is_uri
+
+if TYPE_CHECKING:
+    from gs_dist.checkpoint.reader import CheckpointReader
 
 __all__ = ["app", "main"]
 
@@ -246,9 +249,10 @@ def plan(
     from gs_dist.checkpoint.reader import CheckpointReader
     from gs_dist.runtime.planned import plan_job
 
-    made, told = plan_job(config, CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype), facts)
+    reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
+    made, told = plan_job(config, reader, facts)
     notes = list(told)
-    notes += _data_notes(config)
+    notes += _data_notes(config, reader)
     if described or address is not None:
         notes += _lacking(config, made, facts, waits=not described)
     console = _console()
@@ -284,16 +288,14 @@ def _nodes(
     return (ClusterFacts.of_this_machine() if address is None else _facts_of(address)), False
 
 
-def _data_notes(config: CalibrationConfig) -> list[str]:
+def _data_notes(config: CalibrationConfig, reader: CheckpointReader) -> list[str]:
     """What a job would say of its data; refuses what it would refuse, if the data are on this machine."""
     if any(map(is_uri, config.calibration.data)):
         return ["the calibration data are not on this machine, and were not looked at"]
     if not any(glob.glob(os.path.expanduser(entry), recursive=True) for entry in config.calibration.data):
         return [f"there are no calibration data here at {', '.join(config.calibration.data)}"]
-    from gs_dist.checkpoint.reader import CheckpointReader
     from gs_dist.data.dataset import open_dataset  # imports Arrow
 
-    reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
     dataset = open_dataset(
         config.calibration,
         reader.architecture.vocab_size,
