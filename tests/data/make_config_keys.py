@@ -14,7 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
+MODEL_TYPES = (
+    *("llama", "mistral", "ministral3", "olmo2", "qwen2", "qwen3", "seed_oss"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe"),
+)
 
 
 def class_keys(model_type: str) -> dict[str, Any]:

@@ -27,7 +27,9 @@ KEYS = KnownKeys(
         "topk_method",
     },
     # Training's balance, the spelling of other classes, and what follows from other keys.
-    ignored=frozenset({"aux_loss_alpha", "ep_size", "num_experts", "num_local_experts", "qk_head_dim", "seq_aux"}),
+    ignored=frozenset(
+        {"aux_loss_alpha", "ep_size", "head_dim", "num_experts", "num_local_experts", "qk_head_dim", "seq_aux"}
+    ),
     # transformers' class does not heed `norm_topk_prob`, and the model's own code and vLLM do.
     fixed={"moe_layer_freq": (1,), "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
 )

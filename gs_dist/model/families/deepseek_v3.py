@@ -30,7 +30,9 @@ KEYS = KnownKeys(
         "topk_group",
     },
     # Training's balance, the spelling of other classes, and what follows from other keys.
-    ignored=frozenset({"aux_loss_alpha", "ep_size", "num_local_experts", "num_mtp_layers", "qk_head_dim", "seq_aux"}),
+    ignored=frozenset(
+        {"aux_loss_alpha", "ep_size", "head_dim", "num_local_experts", "num_mtp_layers", "qk_head_dim", "seq_aux"}
+    ),
     fixed={"moe_layer_freq": (1,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 )
 

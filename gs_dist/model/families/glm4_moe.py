@@ -23,16 +23,14 @@ KEYS = KnownKeys(
             "n_routed_experts",
             "n_shared_experts",
             "norm_topk_prob",
-            "num_experts",
             "num_experts_per_tok",
-            "num_local_experts",
             "num_nextn_predict_layers",
             "routed_scaling_factor",
-            "shared_expert_intermediate_size",
             "topk_group",
             "use_qk_norm",
         }
     ),
+    ignored=frozenset({"num_experts", "num_local_experts", "num_mtp_layers", "shared_expert_intermediate_size"}),
 )
 
 

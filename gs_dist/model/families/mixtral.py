@@ -18,12 +18,10 @@ KEYS = KnownKeys(
         {
             "num_experts_per_tok",
             "num_local_experts",
-            "output_router_logits",
-            "router_aux_loss_coef",
-            "router_jitter_noise",
             "sliding_window",
         }
     ),
+    ignored=frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}),
 )
 
 

@@ -31,14 +31,13 @@ KEYS = KnownKeys(
             "norm_topk_prob",
             "num_experts",
             "num_experts_per_tok",
-            "output_router_logits",
             "qkv_bias",
-            "router_aux_loss_coef",
             "shared_expert_intermediate_size",
             "sliding_window",
             "use_sliding_window",
         }
     ),
+    ignored=frozenset({"output_router_logits", "router_aux_loss_coef"}),
 )
 
 

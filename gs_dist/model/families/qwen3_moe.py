@@ -24,19 +24,17 @@ KEYS = KnownKeys(
         {
             "attention_bias",
             "decoder_sparse_step",
-            "max_window_layers",
             "mlp_only_layers",
             "moe_intermediate_size",
             "norm_topk_prob",
             "num_experts",
             "num_experts_per_tok",
             "num_local_experts",
-            "output_router_logits",
-            "router_aux_loss_coef",
             "sliding_window",
             "use_sliding_window",
         }
     ),
+    ignored=frozenset({"output_router_logits", "router_aux_loss_coef", "max_window_layers"}),
     fixed={"qk_norm": (True,), "use_qk_norm": (True,)},
 )
 
