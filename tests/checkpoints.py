@@ -175,6 +175,49 @@ _LARGE: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645,
         "files": 118,
     },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_nextn_predict_layers": 1,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        "files": 163,
+    },
 }
 
 
@@ -399,7 +442,10 @@ def tiny_checkpoint(
 
 
 def header_only_checkpoint(directory: Path, name: str) -> Path:
-    """Real shapes of "llama-3-70b" or "qwen3-32b" in bfloat16 as sparse files: true headers, data of holes."""
+    """Real shapes of a model of `_LARGE` as sparse files: true headers, data of holes.
+
+    In bfloat16, or in FP8 blocks with layers of multi-token prediction behind the last, where its config says so.
+    """
     large = dict(_LARGE[name])
     num_files = large.pop("files")
     config = {
@@ -411,15 +457,15 @@ def header_only_checkpoint(directory: Path, name: str) -> Path:
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    shapes = tensor_shapes(config)
-    total = sum(2 * math.prod(shape) for shape in shapes.values())
-    files: list[dict[str, tuple[int, ...]]] = [{}]
+    stored = list(_stored(config))
+    total = sum(_nbytes(dtype, shape) for _, dtype, shape in stored)
+    files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     filled = 0
-    for tensor, shape in shapes.items():
+    for tensor, dtype, shape in stored:
         if filled > total * len(files) / num_files:
             files.append({})
-        files[-1][tensor] = shape
-        filled += 2 * math.prod(shape)
+        files[-1][tensor] = (dtype, shape)
+        filled += _nbytes(dtype, shape)
     weight_map = {}
     for number, part in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -430,12 +476,30 @@ def header_only_checkpoint(directory: Path, name: str) -> Path:
     return directory
 
 
-def _save_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def _stored(config: dict[str, Any]) -> Any:
+    """Name, dtype and shape of each tensor as the files have it."""
+    coded = config.get("quantization_config")
+    further = config.get("num_nextn_predict_layers", 0)
+    shapes = tensor_shapes({**config, "num_hidden_layers": config["num_hidden_layers"] + further})
+    for tensor, shape in shapes.items():
+        if coded is None or "layers" not in tensor or len(shape) != 2 or tensor.endswith("mlp.gate.weight"):
+            yield tensor, "F32" if tensor.endswith("e_score_correction_bias") else "BF16", shape
+            continue
+        yield tensor, "F8_E4M3", shape
+        blocks = zip(shape, coded["weight_block_size"], strict=True)
+        yield f"{tensor}_scale_inv", "F32", tuple(-(-size // block) for size, block in blocks)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return {"F32": 4, "BF16": 2, "F8_E4M3": 1}[dtype] * math.prod(shape)
+
+
+def _save_sparse(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+    for tensor, (dtype, shape) in shapes.items():
+        end = offset + _nbytes(dtype, shape)
+        entries[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     header = raw_safetensors(entries, b"")
     path.write_bytes(header)
