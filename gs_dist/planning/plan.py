@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from gs_dist.errors import PlanError
-from gs_dist.model.decoder import DecoderArchitecture
+from gs_dist.model.decoder import DecoderArchitecture, MixtureOfExperts
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import StatisticsSettings, block_bounds
 from gs_dist.planning.bits import least_bytes, override_of
@@ -145,6 +145,13 @@ class CalibrationPlan:
             }
             for scheme in (W4, W8)
         )
+
+    @property
+    def tokens_of_experts(self) -> dict[tuple[int, int], int]:
+        """(Experts of a layer, of which a token passes so many) to tokens that one sees where all see alike."""
+        tokens = self.num_samples * self.sequence_length
+        mixtures = [kind.mlp for kind in self.architecture.kinds if isinstance(kind.mlp, MixtureOfExperts)]
+        return {(mlp.num_experts, mlp.routing.top_k): round(tokens * mlp.share_of_tokens) for mlp in mixtures}
 
     def stage_of(self, layer: int) -> StagePlan:
         """The stage that holds a layer."""

@@ -125,6 +125,7 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"samples: {plan.num_samples} x {plan.sequence_length} tokens in "
         f"{counted(plan.num_micro_batches, 'micro-batch')} of {plan.micro_batch_size}, "
         f"{counted(plan.num_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
+        *_experts(plan),
         f"propagation {plan.propagation}; second moments {_moments(plan)}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
         f"operations: forward {operations.forward:.3g}, statistics {operations.statistics:.3g}, "
@@ -136,6 +137,15 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _experts(plan: CalibrationPlan) -> list[str]:
+    """What the experts of a mixture may expect; a summary tells what they got."""
+    return [
+        f"experts: a token passes {chosen} of {number} a layer, so that one sees about {tokens} of "
+        f"{plan.num_samples * plan.sequence_length} tokens if the router deals evenly"
+        for (number, chosen), tokens in plan.tokens_of_experts.items()
+    ]
 
 
 def print_policies(console: Console, plan: CalibrationPlan) -> None:

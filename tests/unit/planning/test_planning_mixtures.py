@@ -57,6 +57,8 @@ def test_two_nodes_of_eight_cards_hold_the_largest_mixtures(
     plan = make_plan(recipe(), reader.architecture, reader.tensors, cluster)
     assert plan.pipeline_parallel_size * plan.data_parallel_size <= 16
     assert len(plan.policies) == linears
+    mlp = reader.architecture.layers[-1].mlp
+    assert plan.tokens_of_experts == {(mlp.num_experts, 8): 512 * 2048 * 8 // mlp.num_experts}
     assert all(stage.memory.peak <= 60 << 30 for stage in plan.stages)
     with pytest.raises(PlanError, match="memory_per_worker"):
         make_plan(recipe(memory_per_worker="4GiB"), reader.architecture, reader.tensors, cluster)
