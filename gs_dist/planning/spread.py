@@ -367,8 +367,8 @@ def _explain_misfit(
     first, last = choice.waves[0][0], choice.waves[-1][-1]
     ways = [f"  {way}" for way in _ways_out(config, workload, available, spread)]
     if memory.peak <= spread.memory_per_worker and spread.host_memory is not None:
-        size = _node_memory(available, spread, memory.host_peak)
-        ways.append(f"  nodes of {size} GiB of memory each, as Ray counts it")
+        node = _node_memory(available, spread, memory.host_peak)
+        ways.append(f"  nodes of {node} GiB of memory each, as Ray counts it")
     advice = ["Any one of these would make it fit:", *ways]
     if not ways:
         advice = [

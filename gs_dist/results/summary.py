@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gs_dist.errors import OutputError
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.seal import sealed, unsealed
 from gs_dist.storage import rename, sync_directory, sync_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "CalibrationSummary",
@@ -257,6 +260,10 @@ class CalibrationSummary:
             return sorted(self.rows, key=lambda row: -max((row.scheme_errors or {}).values(), default=-math.inf))
         raise ValueError(f"rows cannot be sorted by {order!r}: ask for 'layer', 'error' or 'sensitivity'")
 
+    def to_arrow(self) -> pa.Table:
+        """One row a linear, as in summary.parquet; `.to_pandas()` makes a data frame of it."""
+        return _table(self)
+
     def to_json(self) -> str:
         """As JSON text, keys in a fixed order; numbers that are not finite become null."""
         return _as_json(self.to_document())
@@ -401,8 +408,13 @@ def _read_document(directory: Path) -> dict[str, Any]:
 
 
 def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
-    import pyarrow as pa  # costs 0.2 s and 60 MB, which reading a summary should not
     import pyarrow.parquet as pq
+
+    pq.write_table(summary.to_arrow(), path)
+
+
+def _table(summary: CalibrationSummary) -> pa.Table:
+    import pyarrow as pa  # costs 0.2 s and 60 MB, which reading a summary should not
 
     schema = pa.schema(
         [
@@ -429,7 +441,7 @@ def _write_parquet(path: Path, summary: CalibrationSummary) -> None:
         metadata=_parquet_metadata(summary),
     )
     rows = [_parquet_row(row) for row in summary.rows]
-    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), path)
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema)
 
 
 def _parquet_metadata(summary: CalibrationSummary) -> dict[str, str]:

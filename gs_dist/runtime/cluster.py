@@ -6,7 +6,9 @@ import dataclasses
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,6 +200,26 @@ def _initialised(address: str | None, options: dict[str, Any]) -> Iterator[None]
     except Exception as error:
         raise ClusterError(_reason(address, error)) from error
     try:
-        yield
+        with _stopped_by_signal():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """SIGTERM, by which `ray job stop` and Kubernetes end a job, interrupts it as Ctrl-C does, so that it says how to
+    go on; Ray's own handler prints a stack trace in C++ and ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
