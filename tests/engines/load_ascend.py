@@ -282,11 +282,11 @@ class Quantization:
 
     def cache_name(self, name: str) -> str | None:
         """The engine's name for a scale of the cache: a method of a name up to 0.23, a mapper from 0.25.1rc1 on."""
-        if hasattr(self.config, "get_cache_scale_mapper"):
-            mapper: WeightsMapper = self.config.get_cache_scale_mapper()
-            return mapper.name(name)
-        found: str | None = self.config.get_cache_scale(name)
-        return found
+        if hasattr(self.config, "get_cache_scale"):
+            found: str | None = self.config.get_cache_scale(name)
+            return found
+        mapper: WeightsMapper = self.config.get_cache_scale_mapper()
+        return mapper.name(name)
 
     def create(self, prefix: str) -> Any:
         return self._module.create_scheme_for_layer(self._description, prefix, "linear", FUSED)
