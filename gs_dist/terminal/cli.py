@@ -720,15 +720,20 @@ def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
 
 
 def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:
-    """Adds what was measured to summary and model cards of the run that the directory belongs to, if any."""
+    """Adds what was measured to summary, report and model cards of the run that the directory belongs to, if any."""
     from gs_dist.checkpoint.model_card import card_texts, write_card
     from gs_dist.checkpoint.reader import CheckpointReader
+    from gs_dist.checkpoint.run_directory import REPORT
+    from gs_dist.checkpoint.writer import write_bytes
+    from gs_dist.report.page import render_report
 
     run = _run_directory(directory)
     if not (run / JSON_NAME).exists():
         return
     measured = read_summary(run).with_evaluations(found)
     write_summary(run, measured)
+    if (run / REPORT).is_file():
+        write_bytes(run / REPORT, render_report(measured, _recipe_of(run)).encode())
     recipe = run / PUBLISHED_RECIPE
     if not recipe.is_file():
         return

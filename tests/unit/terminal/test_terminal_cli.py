@@ -427,6 +427,7 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     (tmp_path / "recipe.yaml").write_text(sealed_text(recipe))
     dialects.save_model(tmp_path / "ascend", AscendCodec(), dialects.W8A8)
     dialects.save_model(tmp_path / "compressed-tensors", CompressedTensorsCodec(), dialects.W8A8)
+    assert run("report", tmp_path).exit_code == 0
     data = ["--data", "a.parquet", "--data", "b.parquet", "--num-samples", "4", "--no-packing"]
     result = run("evaluate", tmp_path, *data, "--model", tmp_path / "float")
     assert result.exit_code == 0
@@ -453,6 +454,7 @@ def test_evaluate_shows_both_perplexities_and_records_them(tmp_path: Path, runti
     assert ["31.5000" in card for card in cards] == [False, True]
     assert all("| most likely token the same | 91.37% |" in card for card in cards)
     assert "model: tiny\noutput: tiny\n" in cards[0]
+    assert '<td>ascend</td><td class="n">33</td>' in (tmp_path / "report.html").read_text()
     run("evaluate", tmp_path, "--data", "a.parquet", "--format", "ascend")
     assert runtime.calls[-1][1]["dialects"] == ("ascend",)
 
