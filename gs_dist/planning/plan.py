@@ -68,6 +68,7 @@ class StagePlan:
 class CalibrationPlan:
     """Everything decided before work starts. `policies` maps every linear's full name to its policy or None."""
 
+    config: CalibrationConfig
     architecture: DecoderArchitecture
     stages: tuple[StagePlan, ...]
     data_parallel_size: int
@@ -76,20 +77,11 @@ class CalibrationPlan:
     solver_threads: int  # of those, at work on one layer's solve: fewer where their workspace would not fit
     memory_per_worker: int
     host_memory: int | None  # that a card's worker may use of its node; None without cards, or if nodes are unknown
-    micro_batch_size: int
-    sequence_length: int
-    num_samples: int
-    num_micro_batches: int
-    num_blocks: int
     max_in_flight: int  # micro-batches between the first and the last stage of a replica
     bytes_read: int  # from storage, over all workers
     states_moved: int  # bytes between workers: hidden states
     statistics_moved: int  # likewise: partial sums
     policies: Mapping[str, QuantPolicy | None]
-    gram: bool
-    sketch_rows: int  # of sketches in the place of Gram matrices, 0 where those are taken
-    keep_statistics: bool
-    propagation: str
     operations: Operations
     notes: tuple[str, ...] = ()
     # Where schemes are judged: linear's name within the layer to scheme to policy of the weight alone.
@@ -126,7 +118,7 @@ class CalibrationPlan:
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """First and past-the-last micro-batch of each reduction block."""
-        return block_bounds(self.num_micro_batches, self.num_blocks)
+        return block_bounds(self.config.calibration.num_micro_batches, self.config.calibration.reduction_blocks)
 
     @property
     def policy_sets(self) -> tuple[Mapping[str, QuantPolicy | None], ...]:
@@ -163,7 +155,7 @@ class CalibrationPlan:
 
     def blocks_of(self, replica: int) -> range:
         """Reduction blocks whose micro-batches a replica runs."""
-        return blocks_of(replica, self.data_parallel_size, self.num_blocks)
+        return blocks_of(replica, self.data_parallel_size, self.config.calibration.reduction_blocks)
 
     def micro_batches_of(self, replica: int) -> range:
         """Micro-batches that a replica runs."""
@@ -177,7 +169,7 @@ class CalibrationPlan:
 
     def layer_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is observed of each activation of a layer."""
-        return self._settings(layer, everything=self.keep_statistics)
+        return self._settings(layer, everything=self.config.keep_statistics)
 
     def solver_settings(self, layer: int) -> dict[str, StatisticsSettings]:
         """What is looked at of it while the layer is solved or judged, whatever else is kept."""
@@ -187,8 +179,8 @@ class CalibrationPlan:
         return layer_settings(
             self.architecture.layers[layer],
             self.layer_policies(layer),
-            gram=self.gram,
-            sketch_rows=self.sketch_rows,
+            gram=self.config.takes_gram,
+            sketch_rows=self.config.taken_sketch_rows,
             everything=everything,
             judged=bool(self.schemes),
         )
@@ -254,6 +246,7 @@ def _plan_of(
     device = device_of(config, available)
     replicas = spread.data_parallel_size
     return CalibrationPlan(
+        config=config,
         architecture=architecture,
         stages=stages,
         data_parallel_size=replicas,
@@ -262,21 +255,12 @@ def _plan_of(
         solver_threads=solver_threads,
         memory_per_worker=spread.memory_per_worker,
         host_memory=spread.host_memory,
-        micro_batch_size=data.samples_per_micro_batch,
-        sequence_length=data.sequence_length,
-        num_samples=data.num_samples,
-        num_micro_batches=data.num_micro_batches,
-        num_blocks=data.reduction_blocks,
         max_in_flight=spread.max_in_flight,
         # Every replica reads the layers; the first one also what is carried over, all of them the embedding.
         bytes_read=replicas * (sum(workload.layer_nbytes) + workload.embedding_nbytes) + workload.outer_nbytes,
         states_moved=_states_moved(config, workload, device, spread),
         statistics_moved=_statistics_moved(config, workload, spread),
         policies=workload.resolved,
-        gram=config.takes_gram,
-        sketch_rows=config.taken_sketch_rows,
-        keep_statistics=config.keep_statistics,
-        propagation=config.propagation,
         operations=count_operations(workload, data.num_samples, data.sequence_length, device=device),
         notes=workload.notes + _budget_notes(workload),
         schemes=workload.schemes,

@@ -73,7 +73,7 @@ def summarise(
         model=reader.directory.resolve().name,
         formats=job.config.dialects,
         propagation=job.config.propagation,
-        num_samples=job.plan.num_samples,
+        num_samples=job.plan.config.calibration.num_samples,
         num_tokens=max((row.num_tokens for row in rows), default=0),
         seconds=seconds,
         versions=versions(),

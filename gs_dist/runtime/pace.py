@@ -21,7 +21,7 @@ def solves_per_pass(plan: CalibrationPlan) -> float | None:
     if not plan.device.on_host:
         return None
     operations = plan.operations
-    one_pass = (operations.forward + operations.statistics) / plan.num_micro_batches
+    one_pass = (operations.forward + operations.statistics) / plan.config.calibration.num_micro_batches
     return _SLOWER * operations.solve / one_pass if one_pass else None
 
 

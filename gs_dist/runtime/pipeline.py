@@ -141,7 +141,7 @@ def _work_left(
             passes[wave.stage] += max(left, default=0) * (wave.end_layer - wave.first_layer)
             todo = wave.observed if tasks is None else [layer for layer in wave.observed if layer in tasks]
             solves[wave.stage] += max(Counter(map(plan.owner, todo)).values(), default=0)
-    tokens = steps * plan.micro_batch_size * plan.sequence_length
+    tokens = steps * plan.config.calibration.samples_per_micro_batch * plan.config.calibration.sequence_length
     stages = tuple(StageLeft(stage=stage, passes=passes[stage], solves=solves[stage]) for stage in passes)
     return WorkLeft(stages=stages, tokens=tokens)
 

@@ -86,7 +86,7 @@ def _plan_of_solves(config: CalibrationConfig, reader: CheckpointReader, facts: 
     smaller = config.model_copy(update={"parallel": parallel, "calibration": data})
     plan = make_plan(smaller, reader.architecture, reader.tensors, facts)
     stages = tuple(dataclasses.replace(stage, memory=_memory(plan, stage, reader)) for stage in plan.stages)
-    return dataclasses.replace(plan, stages=stages)
+    return dataclasses.replace(plan, config=config, stages=stages)
 
 
 def _memory(plan: CalibrationPlan, stage: StagePlan, reader: CheckpointReader) -> MemoryPlan:

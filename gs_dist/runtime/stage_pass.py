@@ -200,7 +200,7 @@ class StagePass:
         assert batch.index == micro_batch, (batch.index, micro_batch)
         mask = None if batch.mask.all() else batch.mask
         samples = batch.digests()
-        self._refuse_other_samples(micro_batch * self._job.plan.micro_batch_size, samples)
+        self._refuse_other_samples(micro_batch * self._job.plan.config.calibration.samples_per_micro_batch, samples)
         return self._network.embed(self._outer, batch.input_ids), mask, Origin(samples, self._embedding)
 
     def _refuse_other_samples(self, first: int, samples: tuple[bytes, ...]) -> None:

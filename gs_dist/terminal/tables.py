@@ -82,7 +82,7 @@ def _busiest_worker(plan: CalibrationPlan) -> str:
             resident=stage.resident,
             num_layers=num_layers,
             operations=plan.operations,
-            propagation=plan.propagation,
+            propagation=plan.config.propagation,
         )
         for stage in plan.stages
     )
@@ -122,11 +122,11 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"{quantised} of {len(plan.policies)} linears are quantised",
         f"workers: {counted(plan.pipeline_parallel_size, 'stage')} x {counted(plan.data_parallel_size, 'replica')} "
         f"on {plan.device}, " + _share(plan),
-        f"samples: {plan.num_samples} x {plan.sequence_length} tokens in "
-        f"{counted(plan.num_micro_batches, 'micro-batch')} of {plan.micro_batch_size}, "
-        f"{counted(plan.num_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
+        f"samples: {data.num_samples} x {data.sequence_length} tokens in "
+        f"{counted(data.num_micro_batches, 'micro-batch')} of {data.samples_per_micro_batch}, "
+        f"{counted(data.reduction_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
         *_experts(plan),
-        f"propagation {plan.propagation}; second moments {_moments(plan)}",
+        f"propagation {plan.config.propagation}; second moments {_moments(plan)}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",
         f"operations: forward {operations.forward:.3g}, statistics {operations.statistics:.3g}, "
         f"solve {operations.solve:.3g}",
@@ -181,8 +181,9 @@ def _layers(layers: Sequence[int], num_layers: int) -> str:
 
 
 def _moments(plan: CalibrationPlan) -> str:
-    form = f"as sketches of {plan.sketch_rows} rows" if plan.sketch_rows else "as Gram matrices"
-    return form if plan.gram else f"{form}, only where a solver needs them"
+    rows = plan.config.taken_sketch_rows
+    form = f"as sketches of {rows} rows" if rows else "as Gram matrices"
+    return form if plan.config.takes_gram else f"{form}, only where a solver needs them"
 
 
 def _statistics_share(plan: CalibrationPlan) -> str:

@@ -228,7 +228,7 @@ def test_replicas_take_neighbouring_blocks_once(tiny: CheckpointReader) -> None:
     for replicas in (1, 2, 3, 5, 8):
         plan = planned(tiny, recipe(pipeline_parallel_size=1, data_parallel_size=replicas))
         dealt = [i for replica in range(replicas) for i in plan.micro_batches_of(replica)]
-        assert dealt == list(range(plan.num_micro_batches))
+        assert dealt == list(range(plan.config.calibration.num_micro_batches))
 
 
 def test_owners_spread_the_solves(tiny: CheckpointReader) -> None:

@@ -88,7 +88,7 @@ def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
     ).plan
     assert stage.memory.items["statistics"] < whole.stages[0].memory.items["statistics"] / 4
     assert stage.memory.peak < whole.stages[0].memory.peak
-    assert plan.num_samples == whole.num_samples
+    assert plan.config.calibration.num_samples == whole.config.calibration.num_samples
 
 
 def test_what_calibration_has_no_room_for_may_still_be_solved(tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""How tests are dealt to processes (`pytest -n 2 --dist loadgroup`, as in run.sh)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray stay in one process: two clusters at once would time out on a small machine.
+
+    Files that share a finished job among their tests stay together, so that it is run once.
+    """
+    for item in items:
+        if item.get_closest_marker("ray") is not None:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif not item.path.is_relative_to(TESTS / "unit") or item.path.parent.name in ("runtime", "ptq", "calibration"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
