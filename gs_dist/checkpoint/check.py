@@ -18,10 +18,10 @@ from gs_dist.checkpoint.engines.kinds import EngineKinds, check_kinds, kinds_of,
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS
+from gs_dist.checkpoint.output_lock import LOCK
 from gs_dist.checkpoint.part_manifest import finished_parts
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import LOCK
 from gs_dist.checkpoint.run_record import read_record
 from gs_dist.checkpoint.scale_range import check_scale_range
 from gs_dist.checkpoint.source_comparison import compare_with_source

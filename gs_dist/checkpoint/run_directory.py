@@ -5,25 +5,18 @@ A dead job leaves finished layers and no lock; `done` is written last, when ever
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
-from gs_dist.checkpoint.array_file import read_arrays, read_texts, write_arrays
-from gs_dist.checkpoint.dialects import published_dialect
-from gs_dist.checkpoint.job_log import LOG, STATUS
+from gs_dist.checkpoint.finished_model import UNJUDGED, move, take_entrance, unjudged
+from gs_dist.checkpoint.kept_statistics import (
+    STATISTICS,
+)
 from gs_dist.checkpoint.layer_costs import SENSITIVITY
-from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
+from gs_dist.checkpoint.lineage import EMBEDDING, checksums
 from gs_dist.checkpoint.manifest import (
     MANIFESTS,
     Fingerprints,
@@ -35,6 +28,7 @@ from gs_dist.checkpoint.manifest import (
     shard_faults,
 )
 from gs_dist.checkpoint.merge import merge_checkpoint
+from gs_dist.checkpoint.output_lock import DONE, refuse_foreign
 from gs_dist.checkpoint.provenance import HASHING_THREADS, write_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_record import (
@@ -44,130 +38,14 @@ from gs_dist.checkpoint.run_record import (
     version_differences,
     write_record,
 )
-from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
+from gs_dist.checkpoint.sealed_json import write_sealed_json
 from gs_dist.checkpoint.solved_layer import SOLVED, remove_solved, solved_is_whole
-from gs_dist.checkpoint.weight_files import INDEX_FILE
-from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes
-from gs_dist.errors import CheckpointError, DamagedError, OutputError
-from gs_dist.model.statistics import HISTOGRAM_BINS, InputStatistics, LayerStatistics
+from gs_dist.checkpoint.writer import make_directory, remove_leftovers
+from gs_dist.errors import DamagedError, OutputError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.storage import LockState, is_of_storage, sync_directory, try_lock
 
-__all__ = [
-    "LAYER_POLICIES",
-    "LOCK",
-    "REPORT",
-    "RunDirectory",
-    "StatisticsOrigin",
-    "StatisticsRecord",
-    "find_models",
-    "forget_statistics",
-    "holds_statistics",
-    "locked",
-    "read_origin",
-    "read_statistics",
-    "read_statistics_record",
-    "remove_statistics",
-    "token_in",
-    "unjudged",
-    "write_origin",
-    "write_statistics",
-]
-
-DONE = "done"
-LOCK = ".lock"
-STATISTICS = "statistics"
-UNJUDGED = ".gs-dist-unjudged"
-_ATTEMPTS = 20  # where a lock's file is removed by its holder in the instant that it is asked for
-LAYER_POLICIES = "layer_policies.yaml"
-REPORT = "report.html"
-_KEEP = "run the job with --keep-statistics first"
-_FILES = ("recipe.yaml", LAYER_POLICIES, "summary.json", "summary.parquet", REPORT, LOG, STATUS)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[str]:
-    """Keeps other jobs out of an output while the block runs; the lock goes with the process that holds it.
-
-    Gives what a user should be told: "", or that the file system knows no locks, where nothing keeps others out. An
-    output that is still empty at the end is removed again.
-
-    Raises:
-        OutputError: another job is at work here, something else lies here, or the directory cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_directory(path)
-        _refuse_foreign(path)  # before anything is written here
-        descriptor, note = _take_lock(path)
-    except OSError as error:
-        raise OutputError(
-            f"output {str(path)!r} cannot be written ({error.strerror}); set output to a directory that can be made "
-            "and written"
-        ) from error
-    try:
-        yield note
-    finally:
-        _remove_empty(path)
-        os.close(descriptor)
-
-
-@contextmanager
-def token_in(output: Path) -> Iterator[tuple[str, str]]:
-    """A small file in an output while the block runs: its name and its text, by which others show that they see it.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    name, token = f".gs-dist-seen-{secrets.token_hex(6)}.tmp", secrets.token_hex(16)
-    write_bytes(output / name, token.encode())
-    try:
-        yield name, token
-    finally:
-        (output / name).unlink(missing_ok=True)
-
-
-def _take_lock(path: Path) -> tuple[int, str]:
-    """Descriptor of the lock that is held, and a note where it keeps no one out."""
-    for _ in range(_ATTEMPTS):
-        descriptor = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        try:
-            state = try_lock(descriptor)
-            if state is LockState.UNKNOWN:
-                return descriptor, (
-                    f"the file system of output {str(path)!r} knows no locks: see to it that no other job writes there"
-                )
-            if state is LockState.OURS and os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
-                return descriptor, ""
-        except FileNotFoundError:
-            state = LockState.OURS  # of a lock that its holder removed meanwhile
-        except OSError:
-            os.close(descriptor)
-            _remove_empty(path)
-            raise
-        os.close(descriptor)
-        if state is LockState.ANOTHERS:
-            break
-    raise OutputError(f"output {str(path)!r} is in use by another job: wait for it, or set output to another directory")
-
-
-def _remove_empty(path: Path) -> None:
-    with suppress(OSError):
-        if [entry.name for entry in path.iterdir() if not is_of_storage(entry.name)] == [LOCK]:
-            (path / LOCK).unlink()
-            path.rmdir()
-
-
-def _refuse_foreign(path: Path) -> None:
-    ours = {*DIALECTS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
-    names = sorted(entry.name for entry in path.iterdir())
-    foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
-    foreign = [name for name in foreign if not is_of_storage(name)]
-    if foreign:
-        raise OutputError(
-            f"output {str(path)!r} holds {foreign[0]!r}, which is not of a job: set output to an empty directory"
-        )
+__all__ = ["RunDirectory"]
 
 
 class RunDirectory:
@@ -204,7 +82,7 @@ class RunDirectory:
         """
         if not self.path.is_dir():
             return
-        _refuse_foreign(self.path)
+        refuse_foreign(self.path)
         for path in sorted((self.path / MANIFESTS).glob("layer-*.json")):
             number = path.stem.removeprefix("layer-")
             with suppress(DamagedError):  # `prepare` tells of it
@@ -251,7 +129,7 @@ class RunDirectory:
         """Nothing here looks finished any more: `done`, configs and indices go, and what dead writers left."""
         (self.path / DONE).unlink(missing_ok=True)
         for name in self._dialects:
-            _take_entrance(self.path / name)
+            take_entrance(self.path / name)
         for directory in (
             self.path,
             *(self.path / name for name in (*self._dialects, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED)),
@@ -396,7 +274,7 @@ class RunDirectory:
         _refuse_mixture(self.path, finished, outer)
         make_directory(self.path / UNJUDGED)
         for name in self._dialects:
-            _rename(self.path / name, unjudged(self.path, name))
+            move(self.path / name, unjudged(self.path, name))
             merged = merge_checkpoint(self.path / UNJUDGED, name, reader, finished.values(), outer, policies)
             parts = (*finished.values(), outer)
             write_provenance(unjudged(self.path, name), parts, recipe=recipe, versions=versions, files=merged.files)
@@ -422,7 +300,7 @@ class RunDirectory:
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Puts the models into their places and writes `done`: what the job published was checked."""
         for name in self._dialects:
-            _rename(unjudged(self.path, name), self.path / name)
+            move(unjudged(self.path, name), self.path / name)
         (self.path / UNJUDGED).rmdir()
         remove_solved(self.path)
         write_sealed_json(self.path / DONE, facts)
@@ -432,33 +310,10 @@ class RunDirectory:
         for name in DIALECTS:
             directory = unjudged(self.path, name)
             if directory.is_dir():
-                _take_entrance(directory)
-                _rename(directory, self.path / name)
+                take_entrance(directory)
+                move(directory, self.path / name)
         with suppress(FileNotFoundError):
             (self.path / UNJUDGED).rmdir()
-
-
-def unjudged(output: Path, dialect: str) -> Path:
-    """Where a job's model lies between merge and verdict."""
-    return output / UNJUDGED / dialect
-
-
-def _take_entrance(directory: Path) -> None:
-    """Removes the two files without which no loader takes a directory for a model; config.json first."""
-    for name in ("config.json", INDEX_FILE):
-        (directory / name).unlink(missing_ok=True)
-
-
-def _rename(before: Path, after: Path) -> None:
-    try:
-        before.rename(after)
-        sync_directory(before.parent)
-        sync_directory(after.parent)
-    except OSError as error:
-        raise OutputError(
-            f"{before.name}: cannot be moved to {after.parent.name}/{after.name} ({error.strerror}); move it by hand, "
-            "and submit the same recipe again"
-        ) from error
 
 
 def _refuse_mixture(output: Path, finished: Mapping[int, LayerManifest], outer: LayerManifest) -> None:
@@ -477,142 +332,3 @@ def _refuse_mixture(output: Path, finished: Mapping[int, LayerManifest], outer: 
                 "directory"
             )
         behind = lineage.after
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatisticsRecord:
-    """What a layer's kept statistics are of: which layer, the fingerprint of the samples, the source tensors."""
-
-    layer: int
-    data: str
-    lineage: Lineage
-
-
-def write_statistics(output: Path, statistics: LayerStatistics, of: StatisticsRecord) -> None:
-    """Keeps a layer's merged statistics, `statistics/layer-00017.safetensors`, for another recipe to be solved from."""
-    arrays = {f"{name}/{key}": array for name, seen in statistics.items() for key, array in seen.to_arrays().items()}
-    make_directory(output / STATISTICS)
-    write_arrays(_statistics_path(output, of.layer), arrays, {"of": json.dumps(dataclasses.asdict(of))})
-
-
-def _statistics_path(output: Path, layer: int) -> Path:
-    return output / STATISTICS / f"{part_stem(layer)}.safetensors"
-
-
-def holds_statistics(output: Path, layer: int) -> bool:
-    """Whether a layer's statistics are on disk."""
-    return _statistics_path(output, layer).is_file()
-
-
-def forget_statistics(output: Path, layer: int) -> None:
-    """Deletes those of one layer."""
-    _statistics_path(output, layer).unlink(missing_ok=True)
-
-
-def read_statistics_record(output: Path, layer: int) -> StatisticsRecord:
-    """What kept statistics are of.
-
-    Raises:
-        OutputError: the job kept none of the layer.
-        DamagedError: they do not say so.
-    """
-    texts = read_texts(_statistics_path(output, layer), _KEEP)
-    try:
-        content = json.loads(texts["of"])
-        return StatisticsRecord(**{**content, "lineage": Lineage(**content["lineage"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(
-            f"{STATISTICS}/{part_stem(layer)}.safetensors: does not tell what it is of; {_KEEP}"
-        ) from error
-
-
-def remove_statistics(output: Path) -> None:
-    """Deletes statistics that were kept for the job itself; those that `write_origin` declared stay."""
-    if not (output / STATISTICS / "origin.json").is_file():
-        shutil.rmtree(output / STATISTICS, ignore_errors=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatisticsOrigin:
-    """What kept statistics are of: fingerprints of checkpoint and samples, calibration settings, and versions."""
-
-    source: str
-    data: str
-    calibration: Mapping[str, Any]
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, fingerprints: Fingerprints, calibration: Mapping[str, Any], versions: Mapping[str, str]
-    ) -> StatisticsOrigin:
-        """Of a job with these fingerprints and `CalibrationConfig.fingerprint_fields()["calibration"]`."""
-        return cls(source=fingerprints.source, data=fingerprints.data, calibration=calibration, versions=versions)
-
-
-def write_origin(output: Path, origin: StatisticsOrigin) -> None:
-    """Writes `statistics/origin.json`, once all layers' statistics are there."""
-    write_sealed_json(make_directory(output / STATISTICS) / "origin.json", dataclasses.asdict(origin))
-
-
-def read_origin(output: Path) -> StatisticsOrigin:
-    """What `write_origin` wrote.
-
-    Raises:
-        OutputError: the job kept no statistics, or is not done.
-    """
-    path = output / STATISTICS / "origin.json"
-    if not path.is_file():
-        raise OutputError(
-            f"{str(output)!r} holds no kept statistics: run `gs-dist quantize --keep-statistics` to the end first"
-        )
-    try:
-        return StatisticsOrigin(**read_sealed_json(path, f"{STATISTICS}/origin.json"))
-    except (DamagedError, TypeError) as error:
-        raise DamagedError(f"{STATISTICS}/origin.json is damaged ({error}): run the job again") from error
-
-
-def read_statistics(output: Path, layer: int) -> LayerStatistics:
-    """What `write_statistics` kept.
-
-    Raises:
-        OutputError: the job kept no statistics of the layer, or another version did.
-        DamagedError: the file does not hold what was written.
-    """
-    path = _statistics_path(output, layer)
-    arrays, _ = read_arrays(path, _KEEP)
-    fields: dict[str, dict[str, npt.NDArray[Any]]] = {}
-    for full_name, array in arrays.items():
-        name, key = full_name.split("/")
-        fields.setdefault(name, {})[key] = array
-        if key == "histogram" and array.shape[1:] != (2, HISTOGRAM_BINS):
-            raise OutputError(
-                f"{STATISTICS}/{path.name}: the histogram of {name} has {array.shape[-1]} bins, and this version of "
-                f"gs_dist takes {HISTOGRAM_BINS}: run the job anew with --keep-statistics, into another output"
-            )
-    return {name: InputStatistics.from_arrays(arrays) for name, arrays in fields.items()}
-
-
-def find_models(directory: Path, dialects: Sequence[str] = ()) -> dict[str, Path]:
-    """Dialect to model directory, given a job's output or a model directory itself.
-
-    Args:
-        directory: where to look.
-        dialects: those that are wanted; all that are there where none is named.
-
-    Raises:
-        CheckpointError: there is no finished model, or none in a dialect that is wanted.
-    """
-    found = {name: directory / name for name in DIALECTS if (directory / name / INDEX_FILE).is_file()}
-    itself = published_dialect(directory) if not found and (directory / INDEX_FILE).is_file() else None
-    if itself is not None:
-        found = {itself: directory}
-    missing = [name for name in dialects if name not in found]
-    if found and missing:
-        raise CheckpointError(
-            f"{str(directory)!r} holds no finished model as {' or '.join(missing)}: choose from {', '.join(found)}"
-        )
-    if found:
-        return {name: path for name, path in found.items() if not dialects or name in dialects}
-    raise CheckpointError(
-        f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
-    )

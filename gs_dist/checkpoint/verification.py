@@ -12,6 +12,7 @@ import numpy as np
 from gs_dist.checkpoint.inventory import INDEX_FILE, Inventory
 from gs_dist.checkpoint.layout import Layout
 from gs_dist.checkpoint.manifest import MANIFESTS, read_manifest
+from gs_dist.checkpoint.output_lock import DONE, LAYER_POLICIES
 from gs_dist.checkpoint.part_manifest import finished_parts, read_part
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.provenance import (
@@ -22,7 +23,6 @@ from gs_dist.checkpoint.provenance import (
     file_sha256,
     read_provenance,
 )
-from gs_dist.checkpoint.run_directory import DONE, LAYER_POLICIES
 from gs_dist.checkpoint.sealed_json import read_sealed_json
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.results.summary import read_summary, table_sha256

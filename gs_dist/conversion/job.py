@@ -11,8 +11,8 @@ import numpy as np
 
 from gs_dist import __version__
 from gs_dist.checkpoint.manifest import MANIFESTS
+from gs_dist.checkpoint.output_lock import DONE, locked
 from gs_dist.checkpoint.part_manifest import PartManifest
-from gs_dist.checkpoint.run_directory import DONE, locked
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes, write_json
 from gs_dist.conversion.account import summarise, write_cards
 from gs_dist.conversion.parts import Part

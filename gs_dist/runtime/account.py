@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from gs_dist import __version__
+from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.layer_costs import SENSITIVITY, read_costs
 from gs_dist.checkpoint.manifest import LayerManifest, part_stem
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import OutputError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, read_published_recipe

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from gs_dist.checkpoint.run_directory import token_in
+from gs_dist.checkpoint.output_lock import token_in
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
 from gs_dist.runtime.job import Job

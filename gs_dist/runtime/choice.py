@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from gs_dist.checkpoint.kept_statistics import holds_statistics
 from gs_dist.checkpoint.layer_costs import read_judgement
 from gs_dist.checkpoint.lineage import checksums
+from gs_dist.checkpoint.output_lock import LAYER_POLICIES
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import LAYER_POLICIES, holds_statistics
 from gs_dist.checkpoint.run_record import version_differences
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.errors import DamagedError

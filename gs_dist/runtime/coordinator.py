@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from gs_dist.checkpoint.manifest import Fingerprints
+from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import locked
 from gs_dist.data.dataset import open_dataset, samples_fingerprint
 from gs_dist.errors import OutputError
 from gs_dist.model.device_kind import DeviceKind
@@ -17,7 +17,8 @@ from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.cluster import cluster
 from gs_dist.runtime.job import Job
-from gs_dist.runtime.job_run import run_job, run_locked_job, run_of
+from gs_dist.runtime.job_output import run_of
+from gs_dist.runtime.job_run import run_job, run_locked_job
 from gs_dist.runtime.planned import PlannedJob, plan_here, plan_job
 from gs_dist.runtime.ray_workers import evaluation_workers, stage_workers
 from gs_dist.runtime.statistics_origin import origin_of, software_note

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gs_dist.checkpoint.engines import engine_named
+from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.device_kind import DeviceKind

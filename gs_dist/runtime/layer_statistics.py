@@ -9,16 +9,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gs_dist.checkpoint.layer_costs import remove_costs
-from gs_dist.checkpoint.lineage import Lineage, checksums
-from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import (
+from gs_dist.checkpoint.kept_statistics import (
     StatisticsRecord,
     forget_statistics,
     read_statistics,
     read_statistics_record,
     write_statistics,
 )
+from gs_dist.checkpoint.layer_costs import remove_costs
+from gs_dist.checkpoint.lineage import Lineage, checksums
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import DamagedError, OutputError
 from gs_dist.model.statistics import LayerStatistics
 from gs_dist.runtime.job import Job

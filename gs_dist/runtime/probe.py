@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.provenance import read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
 from gs_dist.errors import JobFailure
 from gs_dist.planning.probe import PROMPT_TOKENS

@@ -6,18 +6,13 @@ from collections.abc import Mapping
 
 from gs_dist import __version__
 from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.finished_model import unjudged
+from gs_dist.checkpoint.kept_statistics import StatisticsOrigin, holds_statistics, remove_statistics, write_origin
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.model_card import CARD, write_model_card
+from gs_dist.checkpoint.output_lock import REPORT
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import (
-    REPORT,
-    RunDirectory,
-    StatisticsOrigin,
-    holds_statistics,
-    remove_statistics,
-    unjudged,
-    write_origin,
-)
+from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.errors import JobFailure
 from gs_dist.progress import Progress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gs_dist.checkpoint.kept_statistics import StatisticsOrigin, read_origin
 from gs_dist.checkpoint.manifest import MadeWith
-from gs_dist.checkpoint.run_directory import StatisticsOrigin, read_origin
 from gs_dist.checkpoint.run_record import version_differences
 from gs_dist.errors import OutputError
 from gs_dist.recipe.config import CalibrationConfig

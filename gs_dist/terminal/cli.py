@@ -604,7 +604,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw a job's report again, or that of two jobs side by side: one HTML file, which needs no network."""
-    from gs_dist.checkpoint.run_directory import REPORT
+    from gs_dist.checkpoint.output_lock import REPORT
     from gs_dist.checkpoint.writer import write_bytes
     from gs_dist.report.comparison import render_comparison
     from gs_dist.report.page import render_report

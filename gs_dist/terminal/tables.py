@@ -115,7 +115,7 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     console.print(_table(f"Memory of {where}", columns, _stage_rows(plan, host=False), left=3))
     if not plan.device.on_host:
         console.print(_table("Memory of a worker's host", columns, _stage_rows(plan, host=True), left=3))
-    a, operations = plan.architecture, plan.operations
+    a, data, operations = plan.architecture, plan.config.calibration, plan.operations
     quantised = sum(policy is not None for policy in plan.policies.values())
     lines = [
         f"model {model}: {a.model_type}, {a.num_layers} layers, {a.dtype}; "
@@ -141,9 +141,10 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
 
 def _experts(plan: CalibrationPlan) -> list[str]:
     """What the experts of a mixture may expect; a summary tells what they got."""
+    data = plan.config.calibration
     return [
         f"experts: a token passes {chosen} of {number} a layer, so that one sees about {tokens} of "
-        f"{plan.num_samples * plan.sequence_length} tokens if the router deals evenly"
+        f"{data.num_samples * data.sequence_length} tokens if the router deals evenly"
         for (number, chosen), tokens in plan.tokens_of_experts.items()
     ]
 

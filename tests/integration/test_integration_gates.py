@@ -19,7 +19,7 @@ import pytest
 from checkpoints import random_tensors, save_checkpoint, tiny_config
 from runs import W8A8, published_hashes, run_inline, small_recipe
 
-from gs_dist.checkpoint.run_directory import locked
+from gs_dist.checkpoint.output_lock import locked
 from gs_dist.errors import LayerError, OutputError, UserError
 
 NUM_LAYERS = 18
@@ -124,7 +124,7 @@ def test_hidden_states_that_float16_cannot_hold_stop_the_job(tmp_path: Path, on_
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gs_dist.checkpoint.run_directory import locked
+from gs_dist.checkpoint.output_lock import locked
 with locked(Path(sys.argv[1])):
     print('locked', flush=True)
     time.sleep(600)

@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check, check_all
 from gs_dist.checkpoint.dialects import codec_of, published_dialect
+from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
 from gs_dist.checkpoint.merge import merge_checkpoint
 from gs_dist.checkpoint.model_card import write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import find_models
 from gs_dist.errors import CheckpointError, RecipeError
 from gs_dist.methods.table import ROUNDINGS, SUPPRESSIONS, OutliersSuppressionType, PrecisionRecovery
 from gs_dist.recipe import dialects

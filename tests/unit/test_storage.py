@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gs_dist.checkpoint.run_directory import locked
+from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.writer import remove_leftovers, write_bytes
 from gs_dist.errors import OutputError
 from gs_dist.storage import LockState, try_lock

@@ -11,10 +11,12 @@ import pytest
 from checkpoints import tiny_checkpoint
 from quantized_layers import LINEARS, quantise
 
+from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.lineage import Lineage
 from gs_dist.checkpoint.manifest import Fingerprints, MadeWith, publish_layer
+from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import RunDirectory, find_models, locked
+from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.checkpoint.run_record import read_record, recipe_differences
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.recipe.config import CalibrationConfig

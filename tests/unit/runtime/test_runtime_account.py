@@ -11,7 +11,7 @@ from runs import published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.check import check
-from gs_dist.checkpoint.run_directory import read_origin
+from gs_dist.checkpoint.kept_statistics import read_origin
 from gs_dist.errors import DamagedError, JobFailure, OutputError, WorkerLostError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import read_published_recipe

@@ -9,8 +9,9 @@ import pytest
 from checkpoints import tiny_checkpoint
 from runs import small_recipe
 
+from gs_dist.checkpoint.kept_statistics import StatisticsOrigin
+from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import StatisticsOrigin, locked
 from gs_dist.errors import ClusterError, OutputError, PlanError, UserError
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.progress import SilentProgress

@@ -15,9 +15,9 @@ import pytest
 from runs import inline_evaluation_group, plan_of, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
+from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.checkpoint.run_directory import unjudged
 from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import CheckpointError, ClusterError, PlanError, UserError, WorkerLostError
 from gs_dist.model.device_kind import DeviceKind

@@ -24,9 +24,10 @@ from runs import (
 from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.check import check_all
+from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.provenance import read_provenance
-from gs_dist.checkpoint.run_directory import RunDirectory, find_models
+from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import CheckpointError, DatasetError, OutputError, UserError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig

@@ -10,7 +10,7 @@ import pytest
 from runs import inline_group, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
-from gs_dist.checkpoint.run_directory import read_statistics
+from gs_dist.checkpoint.kept_statistics import read_statistics
 from gs_dist.errors import LayerError, OutputError, WorkerLostError
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.workers import WorkerKey

@@ -1,0 +1,70 @@
+"""Where the model directories of a job lie: out of the way until they are judged, then under their dialects' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gs_dist.checkpoint.dialects import published_dialect
+from gs_dist.checkpoint.weight_files import INDEX_FILE
+from gs_dist.errors import CheckpointError, OutputError
+from gs_dist.recipe.dialects import DIALECTS
+from gs_dist.storage import sync_directory
+
+__all__ = ["UNJUDGED", "find_models", "move", "take_entrance", "unjudged"]
+
+UNJUDGED = ".gs-dist-unjudged"
+
+
+def unjudged(output: Path, dialect: str) -> Path:
+    """Where a job's model lies between merge and verdict."""
+    return output / UNJUDGED / dialect
+
+
+def take_entrance(directory: Path) -> None:
+    """Removes the two files without which no loader takes a directory for a model; config.json first."""
+    for name in ("config.json", INDEX_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def move(before: Path, after: Path) -> None:
+    """Renames a directory, for good.
+
+    Raises:
+        OutputError: it cannot be moved.
+    """
+    try:
+        before.rename(after)
+        sync_directory(before.parent)
+        sync_directory(after.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{before.name}: cannot be moved to {after.parent.name}/{after.name} ({error.strerror}); move it by hand, "
+            "and submit the same recipe again"
+        ) from error
+
+
+def find_models(directory: Path, dialects: Sequence[str] = ()) -> dict[str, Path]:
+    """Dialect to model directory, given a job's output or a model directory itself.
+
+    Args:
+        directory: where to look.
+        dialects: those that are wanted; all that are there where none is named.
+
+    Raises:
+        CheckpointError: there is no finished model, or none in a dialect that is wanted.
+    """
+    found = {name: directory / name for name in DIALECTS if (directory / name / INDEX_FILE).is_file()}
+    itself = published_dialect(directory) if not found and (directory / INDEX_FILE).is_file() else None
+    if itself is not None:
+        found = {itself: directory}
+    missing = [name for name in dialects if name not in found]
+    if found and missing:
+        raise CheckpointError(
+            f"{str(directory)!r} holds no finished model as {' or '.join(missing)}: choose from {', '.join(found)}"
+        )
+    if found:
+        return {name: path for name, path in found.items() if not dialects or name in dialects}
+    raise CheckpointError(
+        f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
+    )
