@@ -70,6 +70,12 @@ DIALECTS: Mapping[str, Dialect] = {
             casts=False,  # vLLM-MindSpore 0.5.1 and MindFormers 2.1.0 set some parameters as they are
             elsewhere="Networks that Golden Stick builds load every strategy above.",
         ),
+        Dialect(
+            name="gptq",
+            title="GPTQ's layout",
+            home=f"{_ROOM}.gptq",
+            quant_method="gptq",
+        ),
     )
 }
 """Name in a recipe's `format` to the dialect, in the order in which they are listed to users."""

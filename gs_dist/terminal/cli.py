@@ -177,7 +177,7 @@ Scheme = Annotated[
 Format = Annotated[
     list[str] | None,
     typer.Option(
-        help="compressed-tensors, ascend or golden-stick; repeatable.",
+        help="compressed-tensors, ascend, golden-stick or gptq; repeatable.",
         autocompletion=lambda: list(DIALECTS),
         rich_help_panel=HOW,
     ),

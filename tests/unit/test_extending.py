@@ -55,7 +55,7 @@ def a_recipe(output: Path, source: Path, **changes: object) -> CalibrationConfig
 
 def test_a_dialect_that_is_not_registered_is_refused(tmp_path: Path) -> None:
     """The names that a recipe takes are those of the table."""
-    with pytest.raises(ValidationError, match="compressed-tensors, ascend, golden-stick, each once"):
+    with pytest.raises(ValidationError, match="compressed-tensors, ascend, golden-stick, gptq, each once"):
         a_recipe(tmp_path / "run", tmp_path / "m")
 
 

@@ -1,4 +1,4 @@
-"""vLLM on compressed-tensors: what its loader demands of a directory.
+"""vLLM on compressed-tensors and GPTQ's layout: what its loader demands of a directory.
 
 Sources: vLLM `layers/quantization/compressed_tensors/compressed_tensors.py` (schemes, fused linears) with
 `schemes/*.py`, `kernels/linear/mixed_precision/*.py` (what a scheme has a kernel for; see `vllm_kernels.py`) and
@@ -15,6 +15,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, s
 from gs_dist.checkpoint.engines.base import Engine, serve_command
 from gs_dist.checkpoint.engines.compressed_tensors_library import check_library, is_symmetric
 from gs_dist.checkpoint.engines.vllm_kernels import (
+    MARLIN_GROUP_SIZES,
     PackedWeights,
     describe_tensor_parallel,
     needs_hopper,
@@ -33,6 +34,9 @@ _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.ga
 
 def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     """The library's rules, schemes with a kernel, one scheme for linears that are fused, and no int8 cache."""
+    if layout.dialect == "gptq":
+        _check_gptq(inventory, layout)
+        return
     if not check_library(inventory, layout):
         return
     architecture = inventory.architecture
@@ -60,6 +64,25 @@ def _check(inventory: Inventory, layout: Layout, version: str) -> None:
                 _check_shared_input(inventory, names)
     packed = {name: _packed(group) for name, group in quantised.items() if group is not None}
     limit = describe_tensor_parallel({name: found for name, found in packed.items() if found}, architecture)
+    if limit is not None:
+        inventory.note("tensor-parallel", limit)
+
+
+def _check_gptq(inventory: Inventory, layout: Layout) -> None:
+    """`gptq_marlin.py`: Marlin's groups, or else `gptq.py`, which computes in float16 alone."""
+    architecture, config = inventory.architecture, inventory.quantization_config
+    assert architecture is not None  # a layout is built from it
+    bits, size = config.get("bits"), config.get("group_size")
+    if not isinstance(bits, int) or not isinstance(size, int):
+        return  # the dialect's own rules tell of it
+    packed = PackedWeights(num_bits=bits, group_size=max(size, 0), symmetric=True)
+    if packed.group_size not in MARLIN_GROUP_SIZES and architecture.dtype != "float16":
+        found = f"groups of {size} in a {architecture.dtype} model"
+        expected = "groups of 32, 64 or 128, or weights per channel; others run with --dtype float16 (gptq.py)"
+        inventory.report(CONFIG_FILE, "engine-kind", found, expected)
+    limit = describe_tensor_parallel(
+        {name: packed for name, kind in layout.kinds.items() if kind != "FLOAT"}, architecture
+    )
     if limit is not None:
         inventory.note("tensor-parallel", limit)
 
@@ -170,7 +193,7 @@ def _serve(dialect: str, architecture: DecoderArchitecture, notes: Sequence[Note
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
-    dialects=("compressed-tensors",),
+    dialects=("compressed-tensors", "gptq"),
     token_step=TokenStep.OVER_127,  # `csrc/quantization/w8a8/int8/scaled_quant.cu`, and `csrc/cpu/dnnl_kernels.cpp`
     check=_check,
     serve=_serve,

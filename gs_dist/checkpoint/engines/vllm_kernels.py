@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from gs_dist.model.decoder import DecoderArchitecture
 
-__all__ = ["PackedWeights", "describe_tensor_parallel", "needs_hopper", "takes_group_size"]
+__all__ = ["MARLIN_GROUP_SIZES", "PackedWeights", "describe_tensor_parallel", "needs_hopper", "takes_group_size"]
 
-_GROUP_SIZES = (0, 32, 64, 128)  # Marlin's
-_GROUP_SIZES_OF_INT4 = (*_GROUP_SIZES, 256)  # and Triton's
+MARLIN_GROUP_SIZES = (0, 32, 64, 128)
+_GROUP_SIZES_OF_INT4 = (*MARLIN_GROUP_SIZES, 256)  # and Triton's
 _MOST_CARDS = 16
 _ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -33,7 +33,7 @@ class PackedWeights:
 
 def takes_group_size(weights: PackedWeights, dtype: str) -> bool:
     """Whether a kernel takes such groups; Exllama, for symmetric weights in float16 models, takes any."""
-    sizes = _GROUP_SIZES_OF_INT4 if weights.num_bits == 4 else _GROUP_SIZES
+    sizes = _GROUP_SIZES_OF_INT4 if weights.num_bits == 4 else MARLIN_GROUP_SIZES
     return weights.group_size in sizes or (weights.symmetric and weights.group_size > 0 and dtype == "float16")
 
 

@@ -137,7 +137,8 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         "parallel.pipeline_parallel_size: found 0; write auto, or a whole number from 1",
         "parallel.memory_per_worker: found '60Gb'; write auto, or a size such as 60GiB, 512MiB or 8GB",
         "parallel.timeout: found inf; write a finite number",
-        "format: found ['compressed-tensor']; write one or more of compressed-tensors, ascend, golden-stick, each once",
+        "format: found ['compressed-tensor']; write one or more of compressed-tensors, ascend, golden-stick, gptq, "
+        "each once",
         "gram: found 'maybe'; write auto, on or off",
         "1: found a key that is not text; write the key in quotes",
     }

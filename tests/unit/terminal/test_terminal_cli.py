@@ -539,7 +539,7 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     assert told["parallel.max_in_flight"] == "a whole number or auto; default auto"
     assert told["ptq.algo_args.damp_percent"] == "a number from 0.0 to 1.0; default 0.01"
     assert told["format"].endswith(
-        "one or more of compressed-tensors, ascend, golden-stick; default [compressed-tensors]"
+        "one or more of compressed-tensors, ascend, golden-stick, gptq; default [compressed-tensors]"
     )
     assert told["ptq.weight_quant_dtype"] == "int8, qint4x2, mxfp4 or null; default int8"
     assert told["model"] == "text; required"

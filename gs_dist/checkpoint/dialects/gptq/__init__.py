@@ -1,0 +1,1 @@
+"""GPTQ checkpoints: the layout that AutoGPTQ began and GPTQModel keeps."""
