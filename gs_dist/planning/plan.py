@@ -141,7 +141,7 @@ class CalibrationPlan:
     @property
     def tokens_of_experts(self) -> dict[tuple[int, int], int]:
         """(Experts of a layer, of which a token passes so many) to tokens that one sees where all see alike."""
-        tokens = self.num_samples * self.sequence_length
+        tokens = self.config.calibration.num_samples * self.config.calibration.sequence_length
         mixtures = [kind.mlp for kind in self.architecture.kinds if isinstance(kind.mlp, MixtureOfExperts)]
         return {(mlp.num_experts, mlp.routing.top_k): round(tokens * mlp.share_of_tokens) for mlp in mixtures}
 

@@ -722,8 +722,8 @@ def _show_perplexity(found: Sequence[PerplexitySummary]) -> None:
 def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> None:
     """Adds what was measured to summary, report and model cards of the run that the directory belongs to, if any."""
     from gs_dist.checkpoint.model_card import card_texts, write_card
+    from gs_dist.checkpoint.output_lock import REPORT
     from gs_dist.checkpoint.reader import CheckpointReader
-    from gs_dist.checkpoint.run_directory import REPORT
     from gs_dist.checkpoint.writer import write_bytes
     from gs_dist.report.page import render_report
 
