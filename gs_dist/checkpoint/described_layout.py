@@ -52,10 +52,12 @@ def told_by_description(inventory: Inventory, dialect: str) -> bool:
 
 
 def _has_layers_beyond(inventory: Inventory) -> bool:
-    if inventory.architecture is None:
+    """Whether there are layers behind the last, no more than config.json says that predict further tokens."""
+    told = inventory.config.get("num_nextn_predict_layers")
+    if inventory.architecture is None or not isinstance(told, int):
         return False
     numbers = {int(found[1]) for name in inventory.tensors if (found := _LAYER.match(name))}
-    return max(numbers, default=0) >= inventory.architecture.num_layers
+    return 0 < max(numbers, default=0) + 1 - inventory.architecture.num_layers <= told
 
 
 def described_layout(inventory: Inventory, dialect: str) -> Layout:
