@@ -22,9 +22,12 @@ from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.dtypes import BFLOAT16, FLOATS
 from gs_dist.processor import multiplies_bfloat16
 
-__all__ = ["DTYPE_NAMES", "Device", "current_device", "open_device"]
+__all__ = ["DTYPE_NAMES", "VISIBLE_CARDS", "Device", "current_device", "open_device"]
 
 Array = npt.NDArray[Any]
+
+# Numbers of the cards that a process sees, read when it first uses one; it takes the first of them.
+VISIBLE_CARDS = "ASCEND_RT_VISIBLE_DEVICES"
 
 _STRICT_MODE, _BFLOAT16_MODE = 0, 1  # `dnnl_fpmath_mode_t` of oneDNN 3
 

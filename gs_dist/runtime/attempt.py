@@ -11,6 +11,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from gs_dist.checkpoint.output_lock import token_in
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
+from gs_dist.runtime.cards import check_cards
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.pipeline import run_streams
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
@@ -118,7 +119,10 @@ def _compare_workers(job: Job, group: WorkerGroup[StageWorker], plan: Calibratio
     check_sources(job.fingerprints.source, _ask_all(group, plan, StageWorker.source, timeout), software)
     output = Path(job.config.output)
     with token_in(output) as (name, token):
-        check_sights(job, token, _ask_all(group, plan, StageWorker.sight, timeout, name))
+        sights = _ask_all(group, plan, StageWorker.sight, timeout, name)
+    check_sights(job, token, sights)
+    if plan.device.npus:
+        check_cards(sights)
     note = kernel_note(software)
     if note:
         progress.message(note)

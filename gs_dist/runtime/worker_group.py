@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -18,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gs_dist import __version__
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
+from gs_dist.runtime.cards import see_only
 from gs_dist.runtime.workers import Reference, WorkerKey
 
 __all__ = ["RayWorkerGroup"]
@@ -172,6 +174,7 @@ class _Worker:
     def __init__(self, make: Callable[[int, int], Any], stage: int, replica: int) -> None:
         self._make = partial(make, stage, replica)
         self._worker: Any = None
+        see_only(ray.get_runtime_context().get_accelerator_ids().get("NPU", []), os.environ)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._worker is None:

@@ -99,10 +99,22 @@ def _model_with_outlier(directory: Path, dtype: str, size: float) -> None:
     _save_ids(directory, ids)
 
 
-def test_one_huge_outlier_in_the_calibration_is_named_in_the_summary(tmp_path: Path) -> None:
-    """Rounding everything else to zero shows in no error that is relative to the outlier; a note says it."""
+def test_one_huge_outlier_in_the_calibration_is_refused_and_named_in_the_summary(tmp_path: Path) -> None:
+    """Rounding everything else to zero shows in no error that is relative to the outlier, but in the median token's:
+    refused as it comes, kept in float where that is asked for, told by a note where no limit is set.
+    """
     _model_with_outlier(tmp_path, "float32", 1e4)
-    config = small_recipe(tmp_path, ptq=PLAIN_W8A8)
+    destroyed = (
+        r"model\.layers\.0\.self_attn\.q_proj: .* of the median token's output is lost \(max_token_error is 0\.5"
+    )
+    with pytest.raises(LayerError, match=destroyed):
+        run_inline(small_recipe(tmp_path, "refused", ptq=PLAIN_W8A8))
+    assert not (tmp_path / "refused" / "done").exists()
+    kept = run_inline(small_recipe(tmp_path, "kept", ptq=PLAIN_W8A8, on_bad_layer="keep_float"))
+    strategies = {row.name: row.strategy for row in kept.rows}
+    assert [strategies[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"] == ["NA"] * 3
+    assert strategies["model.layers.1.self_attn.q_proj"] != "NA"
+    config = small_recipe(tmp_path, ptq=PLAIN_W8A8, max_token_error=None)
     rows = {row.name: row for row in run_inline(config).rows}
     (note,) = rows["model.layers.0.self_attn.q_proj"].notes
     assert "channels are mostly rounded to 0" in note
