@@ -106,7 +106,7 @@ def stage(clock: Clock, version: str) -> Iterator[None]:
             (RunDirectory, "withdraw", withdrawn),
             (writer.os, "fsync", lambda descriptor: None),  # a kill of the process loses nothing that was written
             (stage_pass, "DecoderNetwork", NumpyNetwork),
-            (stage_worker, "open_device", lambda kind, threads: NumpyDevice()),
+            (stage_worker, "open_device", lambda kind, **settings: NumpyDevice()),
             (software.Software, "here", classmethod(lambda cls: of_version)),
         ):
             patches.enter_context(mock.patch.object(target, name, new))
