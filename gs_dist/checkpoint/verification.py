@@ -139,13 +139,14 @@ def _compare_rows(inventory: Inventory, layout: Layout, provenance: Provenance, 
             told = "float" if kind != "FLOAT" else "quantised"
             file = _file_of(inventory, name)
             inventory.report(file, "provenance-rows", kind, f"{told}, by its row in {PROVENANCE_FILE}", name)
-        elif row is not None and row.low is not None and f"{name}.weight_scale" in sound:
-            _compare_scales(inventory, f"{name}.weight_scale", row)
+        elif row is not None and row.low is not None:
+            for scales in sound.intersection((f"{name}.weight_scale", f"{name}.scales")):
+                _compare_scales(inventory, scales, row)
 
 
 def _file_of(inventory: Inventory, name: str) -> str:
-    held = inventory.tensors.get(f"{name}.weight") or inventory.tensors.get(f"{name}.weight_packed")
-    return held.file if held else PROVENANCE_FILE
+    held = (inventory.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_packed", "qweight"))
+    return next((info.file for info in held if info is not None), PROVENANCE_FILE)
 
 
 def _compare_scales(inventory: Inventory, name: str, row: ScaleRange) -> None:

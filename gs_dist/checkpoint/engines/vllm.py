@@ -69,17 +69,22 @@ def _check(inventory: Inventory, layout: Layout, version: str) -> None:
 
 
 def _check_gptq(inventory: Inventory, layout: Layout) -> None:
-    """`gptq_marlin.py`: Marlin's groups, or else `gptq.py`, which computes in float16 alone."""
+    """`auto_gptq.py`: Marlin's groups, whatever kernel runs them, and no groups in activation order."""
     architecture, config = inventory.architecture, inventory.quantization_config
     assert architecture is not None  # a layout is built from it
     bits, size = config.get("bits"), config.get("group_size")
     if not isinstance(bits, int) or not isinstance(size, int):
         return  # the dialect's own rules tell of it
     packed = PackedWeights(num_bits=bits, group_size=max(size, 0), symmetric=True)
-    if packed.group_size not in MARLIN_GROUP_SIZES and architecture.dtype != "float16":
-        found = f"groups of {size} in a {architecture.dtype} model"
-        expected = "groups of 32, 64 or 128, or weights per channel; others run with --dtype float16 (gptq.py)"
-        inventory.report(CONFIG_FILE, "engine-kind", found, expected)
+    if packed.group_size not in MARLIN_GROUP_SIZES:
+        expected = "groups of 32, 64 or 128, or weights per channel (marlin_utils.py, verify_marlin_supported)"
+        inventory.report(CONFIG_FILE, "engine-kind", f"groups of {size}", expected)
+    if config.get("desc_act") and size > 0:
+        expected = (
+            "false: groups in activation order are refused (gptq_utils.py, normalize_and_validate_gptq_desc_act); "
+            "quantise with algo_args static_groups: true"
+        )
+        inventory.report(CONFIG_FILE, "actorder", "desc_act true", expected)
     limit = describe_tensor_parallel(
         {name: packed for name, kind in layout.kinds.items() if kind != "FLOAT"}, architecture
     )

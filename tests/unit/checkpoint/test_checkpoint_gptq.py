@@ -98,9 +98,26 @@ def test_config_says_what_a_loader_asks_for(tmp_path: Path) -> None:
         "lm_head": False,
     }
     assert config["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}
-    for engine in (None, "vllm"):
-        assert check(directory, engine).clean, check(directory, engine).render()
+    assert check(directory).clean, check(directory).render()
     assert "engine-format" in {problem.rule for problem in check(directory, "transformers").problems}
+
+
+def test_vllm_refuses_groups_in_activation_order(tmp_path: Path) -> None:
+    """As its own loader does (`normalize_and_validate_gptq_desc_act`); with static groups nothing is in its way."""
+    directory, _ = publish(tmp_path / "ordered", **W4, **ORDERED)
+    assert [problem.rule for problem in check(directory, "vllm").problems] == ["actorder"]
+    static = {"precision_recovery": "gptq", "algo_args": AlgoArgs(desc_act=True, static_groups=True)}
+    directory, _ = publish(tmp_path / "static", **W4, **static)
+    assert check(directory, "vllm").clean, check(directory, "vllm").render()
+
+
+def test_another_models_weights_are_told_of(tmp_path: Path) -> None:
+    """`--model` turns words back and compares them, and names the tensor that holds them."""
+    directory, _ = publish(tmp_path, **W4)
+    assert check(directory, model=tmp_path / "m").clean, check(directory, model=tmp_path / "m").render()
+    other = tiny_checkpoint(tmp_path / "other", model_type="qwen2", hidden_size=128, seed=1)
+    told = [problem.tensor for problem in check(directory, model=other).problems if problem.rule == "source-weight"]
+    assert "model.layers.1.mlp.up_proj.qweight" in told
 
 
 def _set(key: str, value: object) -> Callable[[Path], None]:
@@ -132,6 +149,7 @@ def _change(leaf: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[
         (_set("dynamic", {}), "tensor-present"),
         (_change("qzeros", lambda zeros: zeros + 1), "offset-zero"),
         (_change("g_idx", lambda index: index[::-1]), "group-index"),
+        (_change("g_idx", np.zeros_like), "group-index"),
         (_change("scales", lambda scales: -scales), "scale-positive"),
         (_change("qweight", lambda words: words.T), "tensor-shape"),
     ],
@@ -146,11 +164,22 @@ def test_what_does_not_fit_its_description_is_told_of(
 
 
 def test_vllm_has_kernels_for_marlins_groups(tmp_path: Path) -> None:
-    """Groups of 16 are run in float16 alone (exllama), and this model is float32."""
+    """Whatever the model's dtype: `AutoGPTQLinearMethod` asks for them before it chooses a kernel."""
     directory, _ = publish(tmp_path, **W4)
     assert check(directory, "vllm").clean
     _set("group_size", 16)(directory)
     assert "engine-kind" in {problem.rule for problem in check(directory, "vllm").problems}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({**W4, **ORDERED}, "static_groups: true"), ({**W4, "group_size": 256}, "32, 64 or 128"), (W4, "")],
+)
+def test_a_plan_says_what_vllm_would_refuse(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    """Before the work, with the setting to change; nothing is said where it loads."""
+    architecture = CheckpointReader(tiny_checkpoint(tmp_path / "m", hidden_size=128)).architecture
+    notes = check_policies("gptq", {"model.layers.0.mlp.down_proj": QuantPolicy(**fields)}, architecture)
+    assert (told in "".join(notes)) if told else not notes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """GPTQ checkpoints, `quant_method: gptq`: what AutoGPTQ began, GPTQModel keeps and vLLM serves with Marlin.
 
-Sources: AutoGPTQ `qlinear_cuda.py` (pack, unpack) and vLLM `layers/quantization/gptq_marlin.py` (parameters, config).
+Sources: AutoGPTQ `qlinear_cuda.py` (pack, unpack) and vLLM `layers/quantization/auto_gptq.py` (parameters, config).
 
 Tensors of a linear `<p>` with weight (N, K) of b bits, G = K / group_size (1 per channel), f = 32 / b values a word:
 
@@ -22,6 +22,7 @@ import numpy as np
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size, unpack_int32
 from gs_dist.checkpoint.dialects.description import Array, cast_scale, kv_layers, mixed_fusions, refuse, shift_notes
+from gs_dist.checkpoint.engines.vllm_kernels import MARLIN_GROUP_SIZES
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, RecipeError
@@ -69,7 +70,7 @@ class GPTQCodec:
             )
             reasons.setdefault(reason, []).append(other)
         refuse(self.name, {**reasons, **mixed_fusions(policies, architecture)})
-        return shift_notes(self.name, policies)
+        return (*shift_notes(self.name, policies), *_engine_notes(policies, architecture))
 
     def encode_layer(self, layer: QuantizedLayer, architecture: DecoderArchitecture) -> dict[str, Array]:
         """See `Codec.encode_layer`. Scales are stored in the model's dtype."""
@@ -161,6 +162,25 @@ def _quantised(policies: Policies, architecture: DecoderArchitecture) -> list[tu
             if policy is not None and policy.quantises_linear:
                 found.append((name, linear, policy))
     return found
+
+
+def _engine_notes(policies: Policies, architecture: DecoderArchitecture) -> list[str]:
+    """On what the layout holds and vLLM refuses; `engines/vllm.py` says the same of a directory."""
+    quantised = _quantised(policies, architecture)
+    notes = []
+    ordered = [name for name, _, policy in quantised if policy.column_order == "group"]
+    if ordered:
+        notes.append(
+            f"{ordered[0]}: desc_act: true without static_groups stores groups in activation order, which vLLM 0.32 "
+            "refuses to load: set algo_args static_groups: true"
+        )
+    odd = [(name, policy.group_size) for name, _, policy in quantised if policy.group_size not in MARLIN_GROUP_SIZES]
+    if odd:
+        notes.append(
+            f"{odd[0][0]}: vLLM loads this layout in groups of 32, 64 or 128, or per channel, and these are of "
+            f"{odd[0][1]}: set another group_size"
+        )
+    return notes
 
 
 def _unwritable(policy: QuantPolicy, linear: Linear) -> list[str]:

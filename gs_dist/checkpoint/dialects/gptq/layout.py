@@ -1,6 +1,6 @@
 """What a GPTQ directory must hold.
 
-Sources: vLLM `layers/quantization/gptq_marlin.py` (create_weights) and `utils/gptq_utils.py` (dynamic); AutoGPTQ
+Sources: vLLM `layers/quantization/auto_gptq.py` (create_weights) and `utils/gptq_utils.py` (dynamic); AutoGPTQ
 `nn_modules/qlinear/qlinear_cuda.py` (forward).
 """
 
@@ -44,7 +44,8 @@ class GPTQLayout:
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """Zero points are the middle of the range, less the 1 that readers add; groups follow from desc_act."""
-        ordered = bool(inventory.quantization_config.get("desc_act"))
+        config = inventory.quantization_config
+        ordered, size = bool(config.get("desc_act")), config.get("group_size")
         for name, kind in layout.kinds.items():
             zeros, index = f"{name}.qzeros", f"{name}.g_idx"
             if kind == "FLOAT" or not sound.issuperset((zeros, index)):
@@ -54,7 +55,7 @@ class GPTQLayout:
             if found.tolist() != [middle]:
                 inventory.report_tensor(zeros, "offset-zero", f"{found[0]} to {found[-1]}", f"{middle}: sym is true")
             groups = inventory.read(index)
-            natural = np.arange(len(groups)) // (len(groups) // (int(groups.max()) + 1))
+            natural = np.arange(len(groups)) // (size if isinstance(size, int) and size > 0 else len(groups))
             if not ordered and not np.array_equal(groups, natural):
                 inventory.report_tensor(index, "group-index", "groups out of order", "neighbours: desc_act is false")
 
