@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
-from gs_dist.report.advice import advise
+from gs_dist.report.advice import advise, advise_converted
 from gs_dist.report.drawing import Figure
 from gs_dist.report.figures import account_figure, heat_map_figure, memory_figure
 from gs_dist.report.heat_map import HeatMap, heat_map
@@ -34,6 +34,7 @@ def render_report(summary: CalibrationSummary, config: CalibrationConfig | None 
     errors = heat_map(quantised, lambda row: row.largest_error)
     outliers = heat_map(summary.rows, lambda row: row.outlier_ratio)
     sensitivities = _sensitivities(summary.rows)
+    advice = advise if summary.has_data else advise_converted
     figures = {
         **_drawn("errors", errors, "error"),
         **_drawn("outliers", outliers, "largest channel / median channel"),
@@ -55,7 +56,7 @@ def render_report(summary: CalibrationSummary, config: CalibrationConfig | None 
         outliers=outliers,
         outlier_factor=OUTLIER_FACTOR,
         widest=sorted((r for r in summary.rows if r.outlier_ratio), key=lambda r: -(r.outlier_ratio or 0))[:_RANGES],
-        worst=[(row, advise(row)) for row in summary.sorted_rows("error")[:_WORST] if row.largest_error is not None],
+        worst=[(row, advice(row)) for row in summary.sorted_rows("error")[:_WORST] if row.largest_error is not None],
         coverage=expert_coverage(summary.rows),
         coverage_told=describe_coverage(expert_coverage(summary.rows)),
         kinds=_kinds(summary),

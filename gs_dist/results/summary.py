@@ -216,6 +216,11 @@ class CalibrationSummary:
     model_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def has_data(self) -> bool:
+        """Whether samples were seen; of a conversion none were, and errors are of weights."""
+        return self.num_samples > 0
+
+    @property
     def strategies(self) -> dict[str, int]:
         """Strategy to number of linears, the commonest first; `NA` stands for those left as they are."""
         return dict(Counter(row.strategy for row in self.rows).most_common())

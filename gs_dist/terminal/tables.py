@@ -396,13 +396,17 @@ def _totals(summary: CalibrationSummary) -> list[str]:
     counts = ", ".join(f"{strategy} {count}" for strategy, count in summary.strategies.items())
     basis = (
         f"{summary.num_samples} samples, {summary.num_tokens} tokens, propagation {summary.propagation}"
-        if summary.num_samples
-        else "made without data: errors are shares of a weight's energy, of all and of the median input channel's"
+        if summary.has_data
+        else "made without data"
     )
     lines = [
         f"strategies: {counts}",
         f"model {summary.model} as {', '.join(summary.formats)}; {basis}, {summary.seconds:.1f} s",
     ]
+    if not summary.has_data:
+        lines.append(
+            "relative error: the share of a weight's energy that is lost; median token: the median input channel's"
+        )
     covered = describe_coverage(expert_coverage(summary.rows))
     lines += [covered] if covered else []
     lines += [f"{found.format}: {found.sentence()}" for found in summary.evaluations]

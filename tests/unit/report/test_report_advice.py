@@ -8,9 +8,11 @@ import pytest
 import yaml
 from summaries import linear_row
 
+from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.schemes import find_scheme
 from gs_dist.recipe.config import config_of
 from gs_dist.recipe.presets import PRESETS
-from gs_dist.report.advice import NEGLIGIBLE, advise
+from gs_dist.report.advice import NEGLIGIBLE, advise, advise_converted
 from gs_dist.results.quantized import LinearSummary
 
 
@@ -73,3 +75,27 @@ def test_every_entry_is_one_that_the_recipe_takes(preset: str, activation_error:
     entry = advise(row(strategy=policy.label, activation_error=activation_error)).entry
     assert entry is not None
     config_of({**document, "layer_policies": yaml.safe_load(entry)}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("W4-pergroup", "W8A16"),
+        ("W4-perchannel-A8-pertoken", "W8A8_DYNAMIC"),
+        ("W8-perchannel-A8-pertoken", None),
+        ("WFP8-perchannel-AFP8-pertoken", None),
+    ],
+)
+def test_what_a_conversion_is_told_its_recipe_takes(strategy: str, expected: str | None) -> None:
+    """Schemes or null by pattern: settings of calibrated jobs are none of its keys."""
+    entry = yaml.safe_load(advise_converted(row(strategy=strategy)).entry or "")
+    assert list(entry.values()) == [expected]
+    config = ConversionConfig(model="m", output="o", scheme="W4A16", layer_policies=entry)
+    assert find_scheme(expected or "W4A16", None, "layer_policies").name
+    assert config.layer_policies == entry
+
+
+def test_a_conversion_that_lost_next_to_nothing_needs_nothing() -> None:
+    """And a scheme without an eight-bit counterpart gets words alone."""
+    assert advise_converted(row(error=NEGLIGIBLE / 2)).entry is None
+    assert advise_converted(row(strategy="WMXFP4-pergroup-AMXFP4-pergroup")).entry is None

@@ -140,3 +140,14 @@ def test_a_page_that_cannot_be_drawn_has_its_tables(monkeypatch: pytest.MonkeyPa
     assert "svg" not in page.tags
     assert f"{dense_rows(2)[0].largest_error:.3g}" in page.cells
     assert "nothing was drawn" in render_report(a_summary(dense_rows(2)))
+
+
+def test_a_conversions_page_speaks_of_weights_and_of_its_own_recipe() -> None:
+    """No data was seen, and settings of calibrated jobs would be refused where the page sends them."""
+    converted = {"num_samples": 0, "num_tokens": 0, "propagation": "none", "stages": (), "probes": ()}
+    rows = (linear_row(0, "mlp.down_proj", 0.02, strategy="W4-pergroup"),)
+    text = render_report(a_summary(rows, **converted))
+    assert "Converted without data" in text
+    assert "W8A16" in text
+    for foreign in ("precision_recovery", "gs-dist resolve", "calibration data", "0 samples"):
+        assert foreign not in text, foreign
