@@ -16,7 +16,7 @@ from gs_dist.checkpoint.source_comparison import LIMITS, judge_weight
 from gs_dist.checkpoint.sources.catalogue import Carried, LinearRows, Weight, carried_bytes, take_catalogue
 from gs_dist.checkpoint.sources.directory import SourceDirectory, TensorBytes
 from gs_dist.checkpoint.sources.matrix import Float32, numpy_dtype
-from gs_dist.checkpoint.stored_linear import linear_bits, restored_weight
+from gs_dist.checkpoint.stored_linear import code_tensors, has_shape, linear_bits, restored_weight
 
 __all__ = ["compare_converted"]
 
@@ -78,8 +78,8 @@ class _Comparison:
             expected = np.empty(weight.matrix.nbytes, dtype=np.uint8)
             index = getattr(weight.matrix, "index", 0)
             files.read_into(weight.matrix.tensors[0], index * expected.nbytes, expected)
-            whole = self._inventory.read(weight.fused)[index]
-            if whole.tobytes() != expected.tobytes():
+            whole = self._inventory.read(weight.fused)
+            if index >= len(whole) or whole[index].tobytes() != expected.tobytes():
                 self._report(weight.fused)
             return
         reader = weight.matrix.open(files, _ROWS)
@@ -90,7 +90,7 @@ class _Comparison:
                 if self._is_there(f"{linear.name}.weight"):
                     expected_bytes = values.astype(numpy_dtype(weight.matrix.float_dtype)).tobytes()
                     self._same_bytes(f"{linear.name}.weight", expected_bytes)
-            elif self._sound.issuperset(self._leaves(linear.name)):
+            elif self._is_whole(linear, weight.columns):
                 restored = restored_weight(self._inventory, linear.name, weight.columns)
                 limits = LIMITS[f"W{linear_bits(self._inventory, linear.name, weight.columns)}"]
                 yield linear.name, judge_weight(self._inventory, linear.name, restored, values, limits, self._source)
@@ -103,9 +103,18 @@ class _Comparison:
             read(linear.start + start, block)
         return values
 
-    def _leaves(self, name: str) -> list[str]:
-        held = (f"{name}.{leaf}" for leaf in ("weight", "weight_packed", "weight_scale"))
-        return [tensor for tensor in held if tensor in self._inventory.tensors]
+    def _is_whole(self, linear: LinearRows, columns: int) -> bool:
+        """Whether codes and scales are sound, and of the source's shape; what is not is told of."""
+        codes = next((name for name in code_tensors(linear.name) if name in self._inventory.tensors), None)
+        if codes is None:
+            return self._is_there(f"{linear.name}.weight")
+        if not self._sound.issuperset((codes, f"{linear.name}.weight_scale")):
+            return False  # the rules on tensors tell of it
+        if not has_shape(self._inventory, linear.name, linear.rows, columns):
+            shape, wanted = self._inventory.tensors[codes].shape, f"{(linear.rows, columns)} of {self._source}, rounded"
+            self._inventory.report_tensor(codes, "source-weight", f"shape {shape}", wanted)
+            return False
+        return True
 
     def _is_there(self, name: str) -> bool:
         if name in self._inventory.tensors:

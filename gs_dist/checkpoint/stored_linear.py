@@ -13,12 +13,30 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.inventory import Inventory
 
-__all__ = ["linear_bits", "restored_weight"]
+__all__ = ["code_tensors", "has_shape", "linear_bits", "restored_weight"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 _E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def code_tensors(name: str) -> tuple[str, str]:
+    """Names under which the codes of a linear may lie."""
+    return f"{name}.weight_packed", f"{name}.weight"
+
+
+def has_shape(inventory: Inventory, name: str, rows: int, columns: int) -> bool:
+    """Whether a linear with codes and scales may be one of (rows, columns)."""
+    codes = next(inventory.tensors[tensor] for tensor in code_tensors(name) if tensor in inventory.tensors)
+    scales = inventory.tensors[f"{name}.weight_scale"]
+    height, width = codes.shape
+    if codes.dtype == "int32":
+        return height == rows and width in (-(-columns // 8), -(-columns // 4))
+    if codes.dtype == "uint8":
+        return (height, 2 * width) == (rows, columns)
+    pairs = codes.dtype == "int8" and scales.shape[0] == 2 * height
+    return (2 * height if pairs else height, width) == (rows, columns)
 
 
 def linear_bits(inventory: Inventory, name: str, columns: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import save_checkpoint
 from conversions import family_checkpoint, family_names, run_conversion
+from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check
 
@@ -64,3 +65,38 @@ def test_experts_that_stayed_in_one_tensor_are_compared(tmp_path: Path) -> None:
     save_checkpoint(model, json.loads((model / "config.json").read_text()), tensors, shards=2)
     told = [(problem.rule, problem.tensor) for problem in check(made, model=model).problems]
     assert told == [("source-tensor", name)]
+
+
+@pytest.mark.parametrize(("dialect", "scheme"), [("compressed-tensors", "W4A16"), ("ascend", "W8A8_DYNAMIC")])
+@pytest.mark.parametrize("lost", ["weight_scale", "codes"])
+def test_a_linear_that_lacks_a_tensor_is_told_of(tmp_path: Path, dialect: str, scheme: str, lost: str) -> None:
+    """What cannot be turned back is a problem like others, and the comparison goes on."""
+    model, _ = family_checkpoint(tmp_path / "model", "qwen3_moe")
+    settings = {"group_size": 32} if scheme == "W4A16" else {}
+    made = run_conversion(model, tmp_path / "out", format=dialect, scheme=scheme, **settings)[dialect]
+    config = json.loads((made / "config.json").read_text()) | {"model_type": "unheard_of"}
+    (made / "config.json").write_text(json.dumps(config))
+    codes = "weight_packed" if scheme == "W4A16" else "weight"
+    name = f"model.layers.1.self_attn.q_proj.{codes if lost == 'codes' else lost}"
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    shard = made / index["weight_map"][name]
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard)
+    report = check(made, model=model)
+    assert any(name.rpartition(".")[0] in problem.tensor for problem in report.problems), report.render()
+    assert "largest loss of a weight's energy" in report.facts["source"]
+
+
+def test_a_source_of_other_sizes_is_no_source(tmp_path: Path) -> None:
+    """Told by the shapes of linears, where no network says which there may be."""
+    model, tensors = family_checkpoint(tmp_path / "model", "qwen3_moe")
+    made = run_conversion(model, tmp_path / "out", format="ascend", scheme="W8A8_DYNAMIC")["ascend"]
+    for directory in (model, made):
+        config = json.loads((directory / "config.json").read_text()) | {"model_type": "unheard_of"}
+        (directory / "config.json").write_text(json.dumps(config))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = np.asarray(tensors[name][:-2])
+    save_checkpoint(model, json.loads((model / "config.json").read_text()), tensors)
+    told = [(p.rule, p.tensor) for p in check(made, model=model).problems if p.rule.startswith("source")]
+    assert told == [("source-weight", name)]
