@@ -28,7 +28,10 @@ class ConfigKeys:
         if value is not None:
             return value
         if default is _MISSING:
-            raise CheckpointError(f"config.json: the key {self.where}{key} is missing; every decoder config has it")
+            raise CheckpointError(
+                f"config.json: the key {self.where}{key} is missing; a decoder's own config.json states it. "
+                "The text_config of a larger model may leave it out: then save its language model by itself"
+            )
         return default
 
     def wrong(self, key: str, wanted: str) -> CheckpointError:

@@ -35,7 +35,7 @@ KEYS = KnownKeys(
         }
     ),
     ignored=frozenset({"output_router_logits", "router_aux_loss_coef", "max_window_layers"}),
-    fixed={"qk_norm": (True,), "use_qk_norm": (True,)},
+    fixed={"qk_norm": (True,), "shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
 )
 
 
