@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -141,24 +142,37 @@ def _refuse_shape(info: TensorInfo, wanted: tuple[int, ...]) -> None:
 
 
 class LazyTensors(Mapping[str, Array]):
-    """Tensors by name, decoded or viewed when they are asked for; a few are kept."""
+    """Tensors by name, decoded or viewed when they are asked for; a few are kept.
+
+    None exists twice: threads that ask for one at a time wait for the first, and get its array for as long as anyone
+    holds it.
+    """
 
     def __init__(self, loaders: Mapping[str, Callable[[], Array]]) -> None:
         self._loaders = loaders
         self._held: OrderedDict[str, Array] = OrderedDict()
+        self._alive: WeakValueDictionary[str, Array] = WeakValueDictionary()
         self._lock = Lock()
+        self._turns = {name: Lock() for name in loaders}
 
     def __getitem__(self, name: str) -> Array:
+        with self._turns[name]:
+            with self._lock:
+                array = self._alive.get(name)
+            if array is None:
+                array = self._loaders[name]()
+            self._keep(name, array)
+        return array
+
+    def _keep(self, name: str, array: Array) -> None:
         with self._lock:
-            if name in self._held:
-                self._held.move_to_end(name)
-                return self._held[name]
-        array = self._loaders[name]()
-        with self._lock:
-            self._held[name] = array
+            self._alive[name] = self._held[name] = array
+            self._held.move_to_end(name)
             while len(self._held) > _HELD:
                 self._held.popitem(last=False)
-        return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaders  # a mapping's own way would decode it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaders)

@@ -162,28 +162,28 @@ class FoldedTensors:
 
     def whole_weight(self, linear: str, threads: Threads) -> Float32:
         """`weight` of all rows, which threads share."""
-        shape = self.shape(linear)
-        whole = np.empty(shape, dtype=np.float32)
+        source = self._tensors[f"{linear}.weight"]  # held: a mapping that decodes tensors would do so for each block
+        whole = np.empty(source.shape, dtype=np.float32)
 
         def fill(rows: slice) -> None:
             whole[rows] = self.weight(linear, rows)
 
-        threads.map(fill, row_blocks(*shape))
+        threads.map(fill, row_blocks(*source.shape))
         return whole
 
     def column_max(self, linears: Sequence[str], threads: Threads = ONE_THREAD) -> Float32:
         """Largest magnitude of each column over all of `linears` (in,)."""
-        shape = self._tensors[f"{linears[0]}.weight"].shape
-        parts = [(name, rows) for name in linears for rows in row_blocks(*self._tensors[f"{name}.weight"].shape)]
 
-        def of_rows(part: tuple[str, slice]) -> Float32:
-            weight = self.weight(*part)
-            return np.asarray(np.abs(weight, out=weight).max(axis=0))
+        def of_linear(linear: str) -> Float32:
+            source = self._tensors[f"{linear}.weight"]  # held, as in `whole_weight`
 
-        largest = np.zeros(shape[1], dtype=np.float32)
-        for found in threads.map(of_rows, parts):
-            np.maximum(largest, found, out=largest)
-        return largest
+            def of_rows(rows: slice) -> Float32:
+                weight = self.weight(linear, rows)
+                return np.asarray(np.abs(weight, out=weight).max(axis=0))
+
+            return np.asarray(np.maximum.reduce(threads.map(of_rows, row_blocks(*source.shape))))
+
+        return np.asarray(np.maximum.reduce(threads.map(of_linear, linears)))
 
     def bias(self, linear: str) -> Float32 | None:
         """Bias (out,) float32 after folding, None where there is none."""

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from hypothesis import strategies as st
 from gs_dist.errors import UserError
 from gs_dist.model.decoder import LayerInput
 from gs_dist.solvers.folding import FoldedTensors, source_channels, source_index, tie_max
+from gs_dist.solvers.threads import Threads
 
 
 def attention_input(kv_heads, repeat, head_dim):
@@ -193,3 +199,41 @@ def test_the_bias_of_a_norm_absorbs_a_shift(bias):
     seen = normed * folded.published("norm.weight") + folded.published("norm.bias")
     np.testing.assert_allclose(seen, (normed * [2, 4] + (bias or 0) - [0.5, -1]) / [2, 0.5], rtol=1e-6)
     assert sorted(folded.names) == ["norm.bias", "norm.weight", "q.weight"]
+
+
+class CountsReads(Mapping[str, Any]):
+    """Stands for a mapping that decodes a tensor each time it is asked for, and lives on who holds it."""
+
+    def __init__(self, tensors):
+        self._tensors = tensors
+        self.alive = WeakValueDictionary()
+        self.decoded = Counter()
+
+    def __getitem__(self, name):
+        if (array := self.alive.get(name)) is None:
+            self.decoded[name] += 1
+            array = self.alive[name] = self._tensors[name].copy()
+        return array
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self):
+        return len(self._tensors)
+
+
+@pytest.mark.parametrize("read", ["column_max", "whole_weight"])
+def test_a_weight_is_held_while_its_blocks_are_looked_at(read, monkeypatch):
+    """A source in FP8 decodes a tensor whenever nobody holds it: once a weight, however many blocks it has."""
+    monkeypatch.setattr("gs_dist.results.integers._BLOCK_ELEMENTS", 8)
+    rng = np.random.default_rng(0)
+    plain = {f"{name}.weight": rng.normal(size=(6, 4)).astype(np.float32) for name in ("gate", "up")}
+    tensors = CountsReads(plain)
+    folded = FoldedTensors(tensors)
+    with Threads(1) as threads:
+        if read == "column_max":
+            found, expected = folded.column_max(("gate", "up"), threads), np.abs(np.vstack([*plain.values()])).max(0)
+        else:
+            found, expected = folded.whole_weight("gate", threads), plain["gate.weight"]
+    np.testing.assert_array_equal(found, expected)
+    assert set(tensors.decoded.values()) == {1}
