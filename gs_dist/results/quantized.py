@@ -66,6 +66,7 @@ class LinearSummary:
     input_max: float | None = None
     input_typical: float | None = None
     outlier_channels: tuple[int, ...] = ()
+    zeroed: float | None = None
 
     @property
     def role(self) -> str:
@@ -78,8 +79,6 @@ class LinearSummary:
         if self.input_min is None or self.input_max is None or not self.input_typical:
             return None
         return max(abs(self.input_min), abs(self.input_max)) / self.input_typical
-
-    zeroed: float | None = None
 
     @property
     def energy_error(self) -> float | None:

@@ -6,7 +6,7 @@ as a whole in float32, which of a wide linear takes a gigabyte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +95,8 @@ def linear_figures(
     first, *others = threads.map(of_block, row_blocks(*weight.shape))
     for other in others:
         first = first.plus(other)
-    return first
+    # Products of a Gram matrix in float32 may sum to less than nothing where next to nothing is lost.
+    return replace(first, energy=max(first.energy, 0.0), error=max(first.error, 0.0))
 
 
 def _sample(

@@ -26,6 +26,7 @@ __all__ = [
     "corrected_objective",
     "plain_objective",
     "searched_objective",
+    "told_by",
     "token_objective",
 ]
 
