@@ -1,15 +1,16 @@
 """Numbers that float16 cannot hold, found where no statistics are taken of them.
 
 Calibration computes in more than float16, so that it sees what a server of a float16 checkpoint turns into infinity:
-hidden states between blocks, what a block adds to them, products of queries and keys, keys and values themselves, and
-the last norm's output. (What linears read is observed, and has a gate of its own.) Most of these are bounded by norms
-of what was captured anyway; what a bound cannot rule out is computed for the tokens and heads in question.
+hidden states between blocks, what a block adds to them, what linears put out (a gate that became -inf makes its product
+with the up NaN, not 0), products of queries and keys, keys and values themselves, the last norm's output and logits.
+(What linears read, the product of gate and up among it, is observed, and has a gate of its own.) Most of these are
+bounded by norms of what was captured anyway; what a bound cannot rule out is computed for the tokens, rows and heads in
+question. Linears of routed experts are not looked at: which tokens reach them is not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Float16Watch:
         tensors: by name within the layer, in the checkpoint's dtype.
         epsilon: of its norms.
         final_norm: weight of the norm behind the last layer, for that layer.
+        head: (vocabulary, h) weight that makes the logits, for that layer.
     """
 
     def __init__(
@@ -48,12 +50,15 @@ class Float16Watch:
         *,
         epsilon: float,
         final_norm: Array | None = None,
+        head: Array | None = None,
     ) -> None:
         self._prefix = prefix.rstrip(".")
         self._spec = spec
         self._tensors = tensors
         self._epsilon = epsilon
         self._final_norm = final_norm
+        self._head = head
+        self._row_norms: dict[str, float] = {}
         self._stretches: dict[tuple[int, str], tuple[float, float]] = {}
 
     def look(
@@ -89,6 +94,8 @@ class Float16Watch:
             "what a block adds to the hidden states, or their sum, reaches": self._sums(real, before, states, captured),
             "the product of a query and a key reaches": self._scores(captured, mask),
             "the output of the model's last norm reaches": self._last_norm(states),
+            **{f"the output of {name} reaches": most for name, most in self._outputs(real, captured)},
+            "the largest logit reaches": self._logits(states),
         }
         for what, largest in found.items():
             if not largest <= FLOAT16_MAX:
@@ -100,8 +107,8 @@ class Float16Watch:
 
     def _sums(self, real: Any, before: Array, after: Float32, captured: Mapping[str, Array]) -> float:
         """What attention and mlp add, and the hidden states between them, where norms cannot rule it out."""
-        if self._spec.norms_after:  # what is added has been through a norm
-            return 0.0
+        if self._spec.norms_after:
+            return self._normed_sum(real, before, captured)
         reads = {
             "self_attn.o_proj.weight": captured.get("attention_output"),
             "mlp.down_proj.weight": captured.get("mlp_activation"),
@@ -112,25 +119,62 @@ class Float16Watch:
                 continue
             x = real(activation)
             start = _token_max(real(before)) if name.startswith("self_attn") else _token_max(after)
-            tokens = np.flatnonzero(~(_norms(x) * self._row_norms[name] + start <= FLOAT16_MAX))
+            tokens = self._unbounded(name, self._tensors[name], x, start)
             if not tokens.size:
                 continue
-            chosen, states = x[tokens], (real(before) if name.startswith("self_attn") else -after)[tokens]
-            bias = self._tensors.get(name.replace("weight", "bias"), np.zeros(states.shape[1], np.float32))
-            for rows in _row_blocks(self._tensors[name]):
-                added = chosen @ self._tensors[name][rows].astype(np.float32).T + bias[rows].astype(np.float32)
+            states = (real(before) if name.startswith("self_attn") else -after)[tokens]
+            for rows, added in self._products(name, x[tokens]):
                 largest = max(largest, _largest(added), _largest(states[:, rows] + added))
         return largest
 
-    @cached_property
-    def _row_norms(self) -> dict[str, float]:
-        """Of the linears that add to the hidden states, the largest norm of a row; a bias is small beside float16."""
-        found = {}
-        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-            weight = self._tensors.get(name)
-            if weight is not None:
-                found[name] = max(float(_norms(weight[rows].astype(np.float32)).max()) for rows in _row_blocks(weight))
-        return found
+    def _normed_sum(self, real: Any, before: Array, captured: Mapping[str, Array]) -> float:
+        """The hidden states between attention and mlp, where a norm stands behind the attention."""
+        name = "self_attn.o_proj.weight"
+        if "attention_output" not in captured or name not in self._tensors:
+            return 0.0
+        weight = self._tensors[f"{self._spec.norms[0]}.weight"].astype(np.float32)
+        states = real(before)
+        # No channel of a normed token is above sqrt(h) times its weight.
+        most = _token_max(states) + np.sqrt(weight.size) * np.abs(weight).max()
+        tokens = np.flatnonzero(~(most <= FLOAT16_MAX))
+        if not tokens.size:
+            return 0.0
+        x = real(captured["attention_output"])[tokens]
+        added = np.concatenate([part for _, part in self._products(name, x)], axis=1)
+        return _largest(states[tokens] + self._normed(added, weight))
+
+    def _outputs(self, real: Any, captured: Mapping[str, Array]) -> Iterator[tuple[str, float]]:
+        """Each linear that every token passes, and its largest output where norms cannot rule it out, else 0."""
+        left_out = {linear.name for expert in self._spec.mlp.experts for linear in expert}
+        if not self._spec.norms_after:
+            left_out |= {"self_attn.o_proj", "mlp.down_proj"}  # `_sums` looks at these
+        for layer_input in self._spec.inputs:
+            names = [name for name in layer_input.linears if name not in left_out]
+            if not names or layer_input.name not in captured:
+                continue
+            x = real(captured[layer_input.name])
+            for name in names:
+                yield name, self._largest_output(f"{name}.weight", x)
+
+    def _largest_output(self, name: str, x: Float32) -> float:
+        bias = self._tensors.get(_bias_of(name))
+        start = 0.0 if bias is None else _largest(bias.astype(np.float32))
+        tokens = self._unbounded(name, self._tensors[name], x, start)
+        return max((_largest(part) for _, part in self._products(name, x[tokens])), default=0.0) if tokens.size else 0.0
+
+    def _unbounded(self, name: str, weight: Array, x: Float32, start: Float32 | float) -> npt.NDArray[np.intp]:
+        """Tokens (n,) of x (t, channels) whose products with the weight's rows may be beyond float16, with `start`."""
+        if name not in self._row_norms:
+            blocks = (weight[rows].astype(np.float32) for rows in _row_blocks(weight))
+            self._row_norms[name] = max(float(_norms(block).max()) for block in blocks)
+        return np.flatnonzero(~(_norms(x) * self._row_norms[name] + start <= FLOAT16_MAX))
+
+    def _products(self, name: str, x: Float32) -> Iterator[tuple[slice, Float32]]:
+        """A linear's outputs for x (n, channels), a block of rows at a time."""
+        weight, bias = self._tensors[name], self._tensors.get(_bias_of(name))
+        for rows in _row_blocks(weight):
+            made = x @ weight[rows].astype(np.float32).T
+            yield rows, made if bias is None else made + bias[rows].astype(np.float32)
 
     def _scores(self, captured: Mapping[str, Array], mask: npt.NDArray[np.bool_] | None) -> float:
         """The largest product of a query and a key that it sees, before it is divided by sqrt(d)."""
@@ -228,8 +272,23 @@ class Float16Watch:
         weight = np.abs(self._final_norm.astype(np.float32))
         if np.sqrt(weight.size) * weight.max() <= FLOAT16_MAX:  # no channel of a normed token is above sqrt(h)
             return 0.0
+        return _largest(self._normed(states, weight))
+
+    def _logits(self, states: Float32) -> float:
+        """The largest logit in magnitude where norms cannot rule it out, else 0."""
+        if self._final_norm is None or self._head is None:
+            return 0.0
+        x = self._normed(states, self._final_norm.astype(np.float32))
+        tokens = self._unbounded("head", self._head, x, 0.0)
+        if not tokens.size:
+            return 0.0
+        blocks = (self._head[rows].astype(np.float32) for rows in _row_blocks(self._head))
+        return max(_largest(x[tokens] @ block.T) for block in blocks)
+
+    def _normed(self, states: Float32, weight: Float32) -> Float32:
+        """RMSNorm of (t, h)."""
         mean = np.square(states.astype(np.float64)).mean(axis=-1, keepdims=True)
-        return _largest(states / np.sqrt(mean + self._epsilon) * weight)
+        return np.asarray(states / np.sqrt(mean + self._epsilon) * weight, dtype=np.float32)
 
 
 def _largest(values: Array) -> float:
@@ -237,6 +296,10 @@ def _largest(values: Array) -> float:
     if not values.size:
         return 0.0
     return float(np.maximum(values.max(), -values.min()))
+
+
+def _bias_of(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.bias"
 
 
 def _token_max(values: Float32) -> Float32:

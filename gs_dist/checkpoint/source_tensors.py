@@ -17,7 +17,7 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
 
-__all__ = ["SourceTensors", "settle_tensors"]
+__all__ = ["HEAD", "SourceTensors", "settle_tensors"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

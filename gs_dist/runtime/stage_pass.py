@@ -18,6 +18,7 @@ from gs_dist.calibration.observers import CardObserver, HostObserver
 from gs_dist.checkpoint.lineage import EMBEDDING, Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.solved_layer import read_solved
+from gs_dist.checkpoint.source_tensors import HEAD
 from gs_dist.data.dataset import TokenBatch, open_dataset, samples_fingerprint
 from gs_dist.errors import CheckpointError, DatasetError, LayerError
 from gs_dist.recipe.config import base_name
@@ -161,13 +162,15 @@ class StagePass:
         if index not in self._float16_watches:
             architecture = self._reader.architecture
             last = index == architecture.num_layers - 1
-            norm = "model.norm.weight"
+            norm, head = "model.norm.weight", EMBEDDING if architecture.tie_word_embeddings else HEAD
+            behind = self._reader.read([norm, head]) if last else {}
             self._float16_watches[index] = Float16Watch(
                 architecture.layer_prefix(index),
                 architecture.layers[index],
                 self._reader.read_layer(index),
                 epsilon=architecture.rms_norm_eps,
-                final_norm=self._reader.read([norm])[norm] if last else None,
+                final_norm=behind.get(norm),
+                head=behind.get(head),
             )
         return self._float16_watches[index]
 

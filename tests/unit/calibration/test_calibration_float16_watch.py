@@ -12,9 +12,9 @@ from checkpoints import random_tensors, tiny_config
 from gs_dist.calibration import float16_watch
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.float16_watch import Float16Watch
-from gs_dist.calibration.network import DecoderNetwork
+from gs_dist.calibration.network import DecoderNetwork, RoutedActivation
 from gs_dist.errors import LayerError
-from gs_dist.model.families import read_architecture
+from gs_dist.model.families import FAMILIES, read_architecture
 
 Arrays = dict[str, Any]
 TOKENS = 24
@@ -35,20 +35,22 @@ class Model:
         network = DecoderNetwork(self.architecture, open_device("cpu"))
         weights = network.layer_weights(0, self.tensors)
         after, captured = network.forward_layer(weights, network.device.to_tensor(self.hidden))
-        return after.asnumpy(), {name: array.asnumpy() for name, array in captured.items()}
+        whole = {name: array for name, array in captured.items() if not isinstance(array, RoutedActivation)}
+        return after.asnumpy(), {name: array.asnumpy() for name, array in whole.items()}
 
-    def watch(self, final_norm: Any = None) -> Float16Watch:
+    def watch(self, final_norm: Any = None, head: Any = None) -> Float16Watch:
         return Float16Watch(
             "model.layers.0.",
             self.architecture.layers[0],
             self.tensors,
             epsilon=self.architecture.rms_norm_eps,
             final_norm=final_norm,
+            head=head,
         )
 
-    def look(self, mask: Any = None, final_norm: Any = None) -> None:
+    def look(self, mask: Any = None, final_norm: Any = None, head: Any = None) -> None:
         after, captured = self.run()
-        self.watch(final_norm).look(3, self.hidden, after, captured, mask)
+        self.watch(final_norm, head).look(3, self.hidden, after, captured, mask)
 
 
 def told(refused: pytest.ExceptionInfo[LayerError]) -> float:
@@ -58,7 +60,7 @@ def told(refused: pytest.ExceptionInfo[LayerError]) -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "olmo2"])
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_an_ordinary_model_is_let_through(model_type: str) -> None:
     """Of every family, with and without padding."""
     model = Model(model_type)
@@ -181,6 +183,67 @@ def test_the_last_norm_is_looked_at_behind_the_last_layer() -> None:
     model.hidden[0, 0, 7] = 30.0
     with pytest.raises(LayerError, match="the output of the model's last norm reaches"):
         model.look(final_norm=norm)
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj"])
+def test_what_a_linear_puts_out_is_looked_at_though_the_next_step_makes_it_small(name: str) -> None:
+    """A gate of -7e4 is 0 behind the silu, and in float16 -inf, which is NaN behind it; so with norms."""
+    model = Model("qwen3")
+    weight = model.tensors[f"{name}.weight"]
+    _, captured = model.run()
+    x = captured["mlp_input" if name.startswith("mlp") else "attention_input"].reshape(-1, 64)
+    loudest = x[np.argmax(np.square(x).sum(axis=1))]
+    weight[3] = (-7e4 / np.square(loudest).sum() * loudest).astype(np.float16)
+    captured["mlp_activation"][:] = 0  # of what else the loud row would be told
+    with pytest.raises(LayerError, match=f"the output of {re.escape(name)} reaches") as refused:
+        model.watch().look(3, model.hidden, model.hidden, captured)
+    true = np.abs(x.astype(np.float64) @ weight.astype(np.float64).T).max()
+    assert true > float16_watch.FLOAT16_MAX
+    assert told(refused) == pytest.approx(true, rel=0.01)
+
+
+def test_what_stands_before_a_norm_behind_a_block_is_looked_at() -> None:
+    """The norm makes it small again, but not infinity."""
+    model = Model("olmo2")
+    model.tensors["mlp.down_proj.weight"][7] = np.float16(300.0)
+    after, captured = model.run()
+    captured["mlp_activation"] = np.full_like(captured["mlp_activation"], 5.0)
+    with pytest.raises(LayerError, match=r"the output of mlp\.down_proj reaches") as refused:
+        model.watch().look(3, model.hidden, after, captured)
+    assert told(refused) == pytest.approx(300 * 5 * captured["mlp_activation"].shape[-1], rel=0.01)
+
+
+def test_the_sum_between_blocks_whose_norms_come_after_is_looked_at() -> None:
+    """What a norm with a loud weight makes of the attention's output, added to hidden states that are well within."""
+    model = Model("olmo2")
+    model.hidden[0, 3, 7] = 6e4
+    after, captured = model.run()
+    model.tensors["post_attention_layernorm.weight"][7] = np.float16(6e4)
+    output = captured["attention_output"].reshape(-1, captured["attention_output"].shape[-1]).astype(np.float64)
+    added = output @ model.tensors["self_attn.o_proj.weight"].astype(np.float64).T
+    added /= np.sqrt(np.square(added).mean(axis=1, keepdims=True) + model.architecture.rms_norm_eps)
+    between = model.hidden.reshape(-1, 64) + added * model.tensors["post_attention_layernorm.weight"].astype(np.float64)
+    true = np.abs(between).max()
+    assert true > float16_watch.FLOAT16_MAX
+    with pytest.raises(LayerError, match="what a block adds to the hidden states, or their sum, reaches") as refused:
+        model.watch().look(3, model.hidden, np.zeros_like(after), captured)
+    assert told(refused) == pytest.approx(true, rel=0.01)
+
+
+def test_logits_are_looked_at_behind_the_last_layer() -> None:
+    """Of a head with one loud row, by the formula in float64."""
+    model = Model()
+    norm, head = np.ones(64, np.float16), np.zeros((128, 64), np.float16)
+    model.look(final_norm=norm, head=head)
+    head[100] = 20000
+    after, _ = model.run()
+    states = after.reshape(-1, 64).astype(np.float64)
+    normed = states / np.sqrt(np.square(states).mean(axis=1, keepdims=True) + model.architecture.rms_norm_eps)
+    true = np.abs(normed @ head.astype(np.float64).T).max()
+    assert true > float16_watch.FLOAT16_MAX
+    with pytest.raises(LayerError, match="the largest logit reaches") as refused:
+        model.look(final_norm=norm, head=head)
+    assert told(refused) == pytest.approx(true, rel=0.01)
 
 
 def test_infinity_and_nan_are_beyond_float16() -> None:
