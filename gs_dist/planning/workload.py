@@ -359,9 +359,9 @@ def make_workload(
         layer_nbytes=nbytes,
         layer_elements=tuple(sum(math.prod(h.shape) for h in headers) for headers in layer_headers),
         layer_output_nbytes=tuple(
-            # Which linears stay in float is not known before they are judged.
+            # Which linears stay in float is not known before they are judged, or solved.
             nbytes[layer]
-            if config.bits == "auto"
+            if config.bits == "auto" or config.on_bad_layer == "keep_float"
             else _output_nbytes(architecture, layer, policies[layer], nbytes[layer])
             for layer in range(architecture.num_layers)
         ),

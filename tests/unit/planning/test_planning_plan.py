@@ -212,6 +212,16 @@ def test_the_cpu_holds_weights_in_float32(tiny: CheckpointReader) -> None:
     assert plan.stages[1].memory.items["weights"] == 4 * 3 * layer
 
 
+def test_layers_that_may_stay_in_float_are_written_in_float(tiny: CheckpointReader) -> None:
+    """Which linears fail is known once they are solved: a shard may be as large as the source's."""
+    failing, keeping = (
+        make_workload(recipe().model_copy(update={"on_bad_layer": how}), tiny.architecture, tiny.tensors)
+        for how in ("fail", "keep_float")
+    )
+    assert keeping.layer_output_nbytes == keeping.layer_nbytes
+    assert all(a < b for a, b in zip(failing.layer_output_nbytes, keeping.layer_output_nbytes, strict=True))
+
+
 def test_hidden_states_are_kept_only_between_waves(tiny: CheckpointReader) -> None:
     """One wave keeps none; several keep those of the replica's share of the samples."""
     sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 2}

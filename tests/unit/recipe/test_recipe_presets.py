@@ -30,3 +30,10 @@ def test_a_scheme_is_found_however_it_is_joined_and_a_wrong_one_names_the_neares
     assert find_preset("W8A8_DYNAMIC").name == "w8a8-dynamic"
     with pytest.raises(RecipeError, match=r"--scheme: 'w4a61' is not a scheme; do you mean w4a16\? Schemes are"):
         find_preset("w4a61")
+
+
+def test_static_activations_by_name_do_not_end_a_job_at_a_linear_that_cannot_take_them() -> None:
+    """One step for all tokens destroys a linear of SmolLM2; it stays in float, where a recipe's default is to fail."""
+    document = {"model": "m", "output": "o", "calibration": {"data": "d"}}
+    assert config_of(document | PRESETS["w8a8"].document({64}), source="w8a8").on_bad_layer == "keep_float"
+    assert config_of(document, source="none").on_bad_layer == "fail"
