@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import DialectLayout, Layout
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.stored_linear import code_tensors
 from gs_dist.model.decoder import LayerInput
 
 __all__ = ["LIMITS", "compare_with_source", "judge_weight"]
@@ -26,7 +27,6 @@ Array = npt.NDArray[Any]
 # Share of the weight's energy that may be lost: of a linear as a whole, and of any of its rows and columns. Rounding to
 # 8 bits loses (absmax / rms / 127)^2 / 12, and to 4 bits up to a half where outliers set the ranges.
 LIMITS: Mapping[str, tuple[float, float]] = {"FLOAT": (1e-3, 1e-2), "W8": (0.1, 0.5), "W4": (0.5, 0.99)}
-_WEIGHTS = ("weight", "weight_packed", "qweight")  # last names under which dialects keep codes
 _ODD = 16  # times the median column's loss from which a column that lost its own energy is another
 
 
@@ -181,7 +181,8 @@ def judge_weight(
         if wrong.any()
     ]
     if told:
-        held = next(n for n in (f"{name}.{leaf}" for leaf in _WEIGHTS) if n in inventory.tensors)
+        others = (tensor for tensor in inventory.tensors if tensor.startswith(f"{name}."))  # of dialects of others
+        held = next((n for n in code_tensors(name) if n in inventory.tensors), None) or next(others)
         wanted = f"a rounding of {source}'s, which loses at most {limit:g}"
         inventory.report_tensor(held, "source-weight", "; ".join(told), wanted)
     return share

@@ -21,9 +21,9 @@ Float32 = npt.NDArray[np.float32]
 _E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
 
-def code_tensors(name: str) -> tuple[str, str]:
-    """Names under which the codes of a linear may lie."""
-    return f"{name}.weight_packed", f"{name}.weight"
+def code_tensors(name: str) -> tuple[str, ...]:
+    """Names under which dialects keep the codes of a linear, or its floats."""
+    return f"{name}.weight", f"{name}.weight_packed", f"{name}.qweight"
 
 
 def has_shape(inventory: Inventory, name: str, rows: int, columns: int) -> bool:

@@ -24,6 +24,7 @@ from gs_dist.checkpoint.provenance import (
     read_provenance,
 )
 from gs_dist.checkpoint.sealed_json import read_sealed_json
+from gs_dist.checkpoint.stored_linear import code_tensors
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.results.summary import read_summary, table_sha256
 from gs_dist.seal import unsealed_text
@@ -145,7 +146,7 @@ def _compare_rows(inventory: Inventory, layout: Layout, provenance: Provenance, 
 
 
 def _file_of(inventory: Inventory, name: str) -> str:
-    held = (inventory.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_packed", "qweight"))
+    held = map(inventory.tensors.get, code_tensors(name))
     return next((info.file for info in held if info is not None), PROVENANCE_FILE)
 
 

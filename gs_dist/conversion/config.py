@@ -91,7 +91,7 @@ class ConversionConfig(BaseModel):
     def _refuse_uri(cls, value: str) -> str:
         fault = fault_of_directory(value)
         if fault is not None:
-            raise ValueError(f"found {without_secrets(value)!r}; write {fault}")
+            raise ValueError(f"{without_secrets(value)!r}: write {fault}")
         return value
 
     @field_validator("layer_policies", mode="after")

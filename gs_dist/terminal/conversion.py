@@ -73,8 +73,9 @@ def published_texts(recipe: Path, architecture: DecoderArchitecture) -> CardText
         OutputError: it does not hold what was written.
     """
     document: Any = parse_document(unsealed_text(_text(recipe), recipe.name), recipe.name)
-    # It names no output, and a model by the last part of its path.
-    config = _validated({**document, "model": os.sep, "output": os.curdir}, recipe.name, [])
+    # It names no output, and a model by the last part of its path. These places do not hold each other.
+    places = {"model": f"{os.sep}.gs-dist-no-model", "output": f"{os.sep}.gs-dist-no-output"}
+    config = _validated({**document, **places}, recipe.name, [])
     config = config.model_copy(update={"model": str(document["model"])})
     return conversion_texts(config, architecture.model_type, architecture.dtype)
 

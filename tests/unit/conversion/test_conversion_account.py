@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.provenance import read_provenance
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import LayerError
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import read_summary
 from gs_dist.terminal.cli import app
+from gs_dist.terminal.conversion import published_texts
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -167,3 +169,15 @@ def test_what_a_job_publishes_a_conversion_does(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "made without data" in shown.output
     assert CliRunner().invoke(app, ["check", str(tmp_path / "out"), "--for", "vllm"]).exit_code == 0
+
+
+@pytest.mark.parametrize("where", ["/", "."])
+def test_a_published_recipe_gives_the_cards_words_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """`gs-dist evaluate` writes the card anew; the recipe names neither the model's place nor the output's."""
+    made = run_conversion(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", scheme="W4A16", group_size=64)
+    monkeypatch.chdir(tmp_path if where == "." else where)
+    architecture = CheckpointReader(made["compressed-tensors"], quantized=True).architecture
+    texts = published_texts(tmp_path / "out" / "recipe.yaml", architecture)
+    assert dict(texts.settings)["`group_size`"] == 64

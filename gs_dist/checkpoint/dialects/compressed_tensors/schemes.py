@@ -201,5 +201,5 @@ def policy_of(name: str, group: Mapping[str, Any]) -> QuantPolicy:
     try:
         return QuantPolicy(**fields)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"config.json: the scheme of {name} is not served: {reason}") from error
