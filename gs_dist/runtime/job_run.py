@@ -7,10 +7,12 @@ a worker, the coordinator or the whole job comes to the same thing: what is unfi
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from gs_dist.checkpoint.job_log import JobLog
+from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -78,6 +80,7 @@ def run_locked_job(
         # The coordinator has nothing to do while workers start and compute, and embedding and head are gigabytes.
         with ThreadPoolExecutor(1, thread_name_prefix="outer") as pool:
             outer = pool.submit(run.outer, reader)
+            outer.add_done_callback(partial(_tell_failure, watch))
             solved = solve_layers(job, reader, finished, make_group, watch, times)
         return publish(
             solved,
@@ -91,6 +94,13 @@ def run_locked_job(
             seconds=time.monotonic() - began,
             progress=watch,
         )
+
+
+def _tell_failure(watch: JobWatch, outer: Future[LayerManifest]) -> None:
+    """At once: it ends the job only when all layers are solved, which may be hours later."""
+    error = outer.exception()
+    if error is not None:
+        watch.message(f"what stands outside the layers is not carried over, for which the job will fail: {error}")
 
 
 def _watch(job: Job, progress: Progress, layers_done: int) -> JobWatch:

@@ -9,7 +9,8 @@ import pytest
 from runs import run_inline, small_recipe
 
 from gs_dist.checkpoint.job_log import LOG, JobLog, read_status
-from gs_dist.errors import JobFailure
+from gs_dist.checkpoint.run_directory import RunDirectory
+from gs_dist.errors import JobFailure, OutputError
 from gs_dist.progress import JobStatus, SilentProgress, StageLeft, WorkLeft
 from gs_dist.runtime.job_watch import JobWatch, watched
 from gs_dist.runtime.pace import Pace
@@ -89,3 +90,21 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", '{"version": 9}', '{"version": 1, "stages": [{"stage": 0}]}'):
         (tmp_path / "progress.json").write_text(text)
         assert read_status(tmp_path) is None
+
+
+def test_outer_tensors_that_cannot_be_carried_over_are_told_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written beside the workers; the job fails for it behind its last layer, and says so long before."""
+
+    def full(self: RunDirectory, reader: object) -> None:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(RunDirectory, "outer", full)
+    config = small_recipe(tmp_path, "job", num_layers=2)
+    with pytest.raises(OutputError, match="no space left"):
+        run_inline(config)
+    lines = (Path(config.output) / LOG).read_text().splitlines()
+    told = next(number for number, line in enumerate(lines) if "the job will fail: no space left" in line)
+    assert told < next(number for number, line in enumerate(lines) if "layer 1 is published" in line)
+    assert not (Path(config.output) / "done").exists()
