@@ -17,10 +17,15 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
 
-__all__ = ["HEAD", "SourceTensors", "settle_tensors"]
+__all__ = ["HEAD", "HEAD_KEPT", "SourceTensors", "settle_tensors", "stands_apart"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_KEPT = (
+    f"{HEAD} holds other values than {EMBEDDING}, though config.json ties the two (tie_word_embeddings: true): "
+    "the head is kept as one of its own, as in transformers, and the published config.json says so"
+)
+"""What people are told of such a head."""
 
 _CHUNK = 1 << 22  # values compared at a time
 # Buffers that older transformers saved; rotary frequencies follow from config.json.
@@ -63,12 +68,9 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
             f"{HEAD} is stored and {EMBEDDING} is not, and config.json ties the two (tie_word_embeddings): it is both, "
             "as in transformers, and is published as the embedding"
         )
-    elif tied and HEAD in found and EMBEDDING in found and not _same_values(files, found[EMBEDDING], found[HEAD]):
+    elif tied and stands_apart(files, found):
         tied = False
-        notes.append(
-            f"{HEAD} holds other values than {EMBEDDING}, though config.json ties the two (tie_word_embeddings: true): "
-            "the head is kept as one of its own, as in transformers, and the published config.json says so"
-        )
+        notes.append(HEAD_KEPT)
     settled = dataclasses.replace(architecture, tie_word_embeddings=tied)
     tensors, ignored = _checked(found, settled)
     further = [name for name in ignored if _is_further(name, settled)]
@@ -83,6 +85,11 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
         ignored=ignored,
         notes=(*notes, *_notes_on(tuple(name for name in ignored if name not in further))),
     )
+
+
+def stands_apart(files: WeightFiles, found: Mapping[str, TensorInfo]) -> bool:
+    """Whether a head is stored beside the embedding and holds other values."""
+    return HEAD in found and EMBEDDING in found and not _same_values(files, found[EMBEDDING], found[HEAD])
 
 
 def _notes_on(ignored: tuple[str, ...]) -> list[str]:

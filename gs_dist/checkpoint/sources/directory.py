@@ -20,6 +20,7 @@ from gs_dist.checkpoint.companions import Companions, find_companions
 from gs_dist.checkpoint.header import TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
 from gs_dist.checkpoint.source_kind import refuse_adapter
+from gs_dist.checkpoint.source_tensors import HEAD_KEPT, stands_apart
 from gs_dist.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, WeightFiles, fingerprint_of, some
 from gs_dist.errors import CheckpointError
 
@@ -44,7 +45,7 @@ class SourceDirectory:
 
     Attributes:
         directory: where it lies.
-        config: content of config.json.
+        config: content of config.json; with `tie_word_embeddings` false where a head of other values is stored.
         tensors: name to `TensorInfo`, in the order in which they lie on storage: by file, then by offset.
         stamps: each file as it was when its header was read.
         notes: where index and files disagree, and no loader minds.
@@ -69,6 +70,10 @@ class SourceDirectory:
         self.stamps = {file: FileStamp.of(path.stat()) for file, path in self._files.paths.items()}
         self.notes = self._files.notes
         self._refuse_absent()
+        # Engines that go by the flag alone would leave the head out.
+        if self.config.get("tie_word_embeddings") is True and stands_apart(self._files, self._files.tensors):
+            self.config["tie_word_embeddings"] = False
+            self.notes = (*self.notes, HEAD_KEPT)
 
     def _refuse_absent(self) -> None:
         """No network says which tensors there must be; the index does."""

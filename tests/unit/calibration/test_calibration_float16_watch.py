@@ -14,7 +14,7 @@ from gs_dist.calibration.device import open_device
 from gs_dist.calibration.float16_watch import Float16Watch
 from gs_dist.calibration.network import DecoderNetwork, RoutedActivation
 from gs_dist.errors import LayerError
-from gs_dist.model.families import FAMILIES, read_architecture
+from gs_dist.model.families import read_architecture
 
 Arrays = dict[str, Any]
 TOKENS = 24
@@ -60,9 +60,11 @@ def told(refused: pytest.ExceptionInfo[LayerError]) -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "mistral", "olmo2", "deepseek_v3", "glm4_moe", "qwen2_moe"]
+)
 def test_an_ordinary_model_is_let_through(model_type: str) -> None:
-    """Of every family, with and without padding."""
+    """Of every kind of layer, with and without padding."""
     model = Model(model_type)
     model.look()
     model.look(np.arange(TOKENS)[None, :] < np.array([[20], [24]]))

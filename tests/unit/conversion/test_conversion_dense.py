@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import tiny_checkpoint
+from checkpoints import random_tensors, save_checkpoint, tiny_checkpoint, tiny_config
 from conversions import read_tensors, run_conversion, unpacked_int32, within_half_a_step
 
 from gs_dist.checkpoint.check import check
@@ -63,6 +63,18 @@ def test_the_checker_finds_nothing(tmp_path: Path, dialect: str, scheme: str, en
     report = check(made[dialect], engine)
     assert not report.problems, report.render(20)
     assert report.facts["linears"].startswith("14 ")
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "ascend"])
+def test_a_head_of_its_own_is_kept_and_the_config_says_so(tmp_path: Path, dialect: str) -> None:
+    """VLLM goes by the flag alone, and would serve the embedding in its place."""
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = random_tensors({**config, "tie_word_embeddings": False})
+    model = save_checkpoint(tmp_path / "model", config, tensors)
+    published = run_conversion(model, tmp_path / "out", format=dialect, scheme="W8A8_DYNAMIC")[dialect]
+    assert json.loads((published / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(read_tensors(published)["lm_head.weight"], tensors["lm_head.weight"])
+    assert check(published).clean
 
 
 def test_groups_of_four_bits_are_within_half_a_step(tmp_path: Path) -> None:
