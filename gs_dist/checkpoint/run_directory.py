@@ -297,6 +297,15 @@ class RunDirectory:
                 return outer
         return publish_outer(self.path, reader, self._dialects, self._fingerprints, self._made_with or MadeWith())
 
+    def withdraw_outer(self) -> None:
+        """Takes the outer part back: of a job that came to nothing, nothing is left."""
+        stem = part_stem(None)
+        (self.path / MANIFESTS / f"{stem}.json").unlink(missing_ok=True)
+        for name in self._dialects:
+            (self.path / name / f"{stem}.safetensors").unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in there, or it was never made
+                (self.path / name).rmdir()
+
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Puts the models into their places and writes `done`: what the job published was checked."""
         for name in self._dialects:

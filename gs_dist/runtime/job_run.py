@@ -16,6 +16,7 @@ from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.results.summary import CalibrationSummary
@@ -77,23 +78,44 @@ def run_locked_job(
     with watched(_watch(job, progress, len(finished))) as watch:
         if finished:
             watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
-        # The coordinator has nothing to do while workers start and compute, and embedding and head are gigabytes.
-        with ThreadPoolExecutor(1, thread_name_prefix="outer") as pool:
-            outer = pool.submit(run.outer, reader)
-            outer.add_done_callback(partial(_tell_failure, watch))
-            solved = solve_layers(job, reader, finished, make_group, watch, times)
+        solved, outer = _solve_beside_outer(job, run, reader, finished, make_group, watch, times)
         return publish(
             solved,
             run,
             reader,
             finished,
-            outer.result(),
+            outer,
             times,
             probe,
             make_evaluation_group=make_evaluation_group,
             seconds=time.monotonic() - began,
             progress=watch,
         )
+
+
+def _solve_beside_outer(
+    job: Job,
+    run: RunDirectory,
+    reader: CheckpointReader,
+    finished: dict[int, LayerManifest],
+    make_group: MakeGroup,
+    watch: JobWatch,
+    times: StageTimes,
+) -> tuple[Job, LayerManifest]:
+    """Solves layers, fills `finished`, and carries over what stands outside them meanwhile.
+
+    The coordinator has nothing to do while workers start and compute, and embedding and head are gigabytes.
+    """
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="outer") as pool:
+            outer = pool.submit(run.outer, reader)
+            outer.add_done_callback(partial(_tell_failure, watch))
+            solved = solve_layers(job, reader, finished, make_group, watch, times)
+        return solved, outer.result()
+    except BaseException:
+        if not finished:
+            run.withdraw_outer()
+        raise
 
 
 def _tell_failure(watch: JobWatch, outer: Future[LayerManifest]) -> None:

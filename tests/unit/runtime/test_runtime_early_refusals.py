@@ -94,7 +94,7 @@ def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
 
 def test_what_calibration_has_no_room_for_may_still_be_solved(tmp_path: Path) -> None:
     """Hidden states that do not fit do not exist where nothing runs; with a probe the model runs after all."""
-    parallel = {"device": "cpu", "pipeline_parallel_size": 1, "data_parallel_size": 1, "memory_per_worker": "684MiB"}
+    parallel = {"device": "cpu", "pipeline_parallel_size": 1, "data_parallel_size": 1, "memory_per_worker": "748MiB"}
     config, reader = solving(tmp_path, parallel=parallel)
     with pytest.raises(PlanError):
         plan_job(config, reader, HERE, solves_only=False)
