@@ -27,15 +27,19 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 class Killer(SilentProgress):
-    """Kills a worker of Ray once, when the first part is there."""
+    """Kills a worker of Ray once: one that converts, or from the second half on one that waits for its next part.
+
+    Small parts take so little that none may be at work in the moment that a part is finished.
+    """
 
     def __init__(self) -> None:
         self.killed = 0
 
     def part_finished(self, part: int, done: int, total: int) -> None:
-        """Looks for a process of Ray that converts."""
+        """Looks for a process of Ray."""
         if self.killed:
             return
+        titles = (b"ray::convert_part", b"ray::IDLE") if 2 * done >= total else (b"ray::convert_part",)
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal():
                 continue
@@ -44,7 +48,7 @@ class Killer(SilentProgress):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if command.startswith(b"ray::convert_part") and is_descendant(parent):
+            if command.startswith(titles) and is_descendant(parent):
                 os.kill(int(entry.name), signal.SIGKILL)
                 self.killed = int(entry.name)
                 return
