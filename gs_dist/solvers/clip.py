@@ -25,6 +25,8 @@ __all__ = ["ClipResult", "clip_weight"]
 # Times the least error so far, beyond which narrower ranges are not tried. Rounding costs less in a narrower range, and
 # less than the least error soon; the rest is what was cut off, which doubles within a step or two.
 _HOPELESS = 1.5
+# Weights of a range from which its error follows the ratio smoothly; that of a small one goes up and down.
+_SMOOTH = 1024
 
 # Weights of a tile of rows, 4 MiB: three such arrays are live.
 _TILE_ELEMENTS = 1 << 20
@@ -50,7 +52,8 @@ def clip_weight(
     """Chooses each range's ratio from `algo_args.weight_clip_ratio`, the largest of equals.
 
     A list is searched, together with the whole range where the list leaves it out; a float is used as it is. The search
-    of a row goes from wide to narrow, and ends where all of its ranges lose too much: what a range cuts off only grows.
+    of a row goes from wide to narrow, and of ranges of many weights ends where it loses too much: what a range cuts off
+    only grows.
 
     Args:
         weight: (out, in) float32.
@@ -91,7 +94,8 @@ def clip_weight(
             better = errors < before
             least[:, searched] = np.where(better, errors, before)
             best[:, searched] = np.where(better, single, best[:, searched])
-            searched = searched[(errors <= _HOPELESS * least[:, searched]).any(axis=0)]
+            if size >= _SMOOTH:
+                searched = searched[(errors <= _HOPELESS * least[:, searched]).any(axis=0)]
             if not len(searched):
                 break
         kept[rows] = best.T
