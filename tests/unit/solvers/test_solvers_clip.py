@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.solvers import clip
 from gs_dist.solvers.clip import clip_weight
-from gs_dist.solvers.objective import GramObjective
+from gs_dist.solvers.objective import DiagonalObjective, GramObjective
 
 Array = npt.NDArray[Any]
 
@@ -70,6 +71,22 @@ def test_every_range_takes_the_ratio_of_least_output_error(symmetric: bool, grou
     assert result.loss_after == pytest.approx(after, rel=1e-3)
     if bits == 4:
         assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_search_of_wide_ranges_ends_early_with_the_ratios_of_a_whole_one(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 2048 weights, normal and with long tails: what is left out would not have been chosen."""
+    rng = np.random.default_rng(5)
+    weight = np.concatenate([rng.standard_normal((24, 2048)), rng.standard_t(4, (24, 2048))]).astype(np.float32)
+    objective = DiagonalObjective(np.exp(rng.standard_normal(2048)))
+    used = policy(group_size=0, bits=bits)
+    ended = clip_weight(weight, objective, used, scale_dtype="float32")
+    monkeypatch.setattr(clip, "_HOPELESS", np.inf)
+    whole = clip_weight(weight, objective, used, scale_dtype="float32")
+    np.testing.assert_array_equal(ended.ratio, whole.ratio)
+    assert len(np.unique(whole.ratio)) > 1
 
 
 def test_a_single_ratio_is_used_as_it_is() -> None:
