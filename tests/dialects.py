@@ -74,7 +74,7 @@ def round_layer(
     for number, layer_input in enumerate(architecture.inputs(0)):
         for name in layer_input.linears:
             policy = policies.get(prefix + name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             weight, bias = rest.pop(name + ".weight"), rest.pop(name + ".bias", None)
             scale = 0.013 * (1 + number + layer)

@@ -52,7 +52,7 @@ class NumpyNetwork:
         """A number a tensor."""
         present = dict(tensors) if quantized is None else dict(quantized.tensors)
         if quantized is not None:
-            present |= {f"{name}.weight": linear.dequantised() for name, linear in quantized.linears.items()}
+            present |= {f"{name}.weight": linear.dequantized() for name, linear in quantized.linears.items()}
         return layer, {name: float(np.abs(array.astype(np.float64)).sum()) for name, array in sorted(present.items())}
 
     def forward_layer(

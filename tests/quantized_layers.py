@@ -63,7 +63,7 @@ def round_linear(
     )
 
 
-def quantise(reader: CheckpointReader, layer: int, policies: dict[str, QuantPolicy | None]) -> QuantizedLayer:
+def quantize(reader: CheckpointReader, layer: int, policies: dict[str, QuantPolicy | None]) -> QuantizedLayer:
     """A layer of the checkpoint with the linears of `policies` (names within the layer) rounded."""
     tensors = reader.read_layer(layer)
     linears = {}

@@ -30,7 +30,7 @@ class RoutingForm(NamedTuple):
 
     top_k: int
     scoring: str
-    normalised: bool
+    normalized: bool
     scale: float
     num_groups: int
     top_groups: int
@@ -61,7 +61,7 @@ def _route(logits: Tensor, correction: Any, form: Any) -> Any:
         choice = ops.reshape(grouped - left_out, scores.shape)
     chosen = ops.topk(choice, static.top_k)[1]
     weights = ops.gather_elements(scores, 1, chosen)
-    if static.normalised:
+    if static.normalized:
         total = ops.ReduceSum(True)(weights, -1) + (1e-20 if static.scoring == "sigmoid" else 0.0)
         weights = weights / columns(total, static.top_k)
     return choice, weights * static.scale, chosen

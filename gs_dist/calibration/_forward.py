@@ -12,7 +12,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from gs_dist.calibration._attention import attention_block
-from gs_dist.calibration._operations import linear, norm_of, normalise, round_input
+from gs_dist.calibration._operations import linear, norm_of, normalize, round_input
 
 __all__ = ["dense_forward", "divergence", "head_logits", "negative_log_likelihood"]
 
@@ -66,13 +66,13 @@ def dense_forward(
 @ms.jit
 def head_logits(hidden: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
     """Logits (n, vocabulary) of hidden states (n, h) behind the last layer."""
-    return ops.MatMul(transpose_b=True)(normalise(hidden, norm, epsilon), head)
+    return ops.MatMul(transpose_b=True)(normalize(hidden, norm, epsilon), head)
 
 
 @ms.jit
 def negative_log_likelihood(hidden: Tensor, norm: Tensor, head: Tensor, targets: Tensor, epsilon: float) -> Tensor:
     """-log p(target) (n, 1) float32 of hidden states (n, h) behind the last layer; targets (n, 1) int32."""
-    logits = ops.MatMul(transpose_b=True)(normalise(hidden, norm, epsilon), head)
+    logits = ops.MatMul(transpose_b=True)(normalize(hidden, norm, epsilon), head)
     return -ops.gather_elements(ops.LogSoftmax(-1)(ops.cast(logits, ms.float32)), 1, targets)
 
 

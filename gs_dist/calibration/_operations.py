@@ -17,7 +17,7 @@ __all__ = [
     "interleaved_to_halves",
     "linear",
     "norm_of",
-    "normalise",
+    "normalize",
     "rotate",
     "round_cache",
     "round_input",
@@ -37,11 +37,11 @@ def rows_of(factor: Tensor, height: int) -> Tensor:
 
 def norm_of(x: Tensor, norm: tuple[Tensor, ...], epsilon: float) -> Tensor:
     """RMSNorm of the rows of x (n, c) by norm[0] (c,), plus the bias norm[1] (c,) if there is one."""
-    normed = normalise(x, norm[0], epsilon)
+    normed = normalize(x, norm[0], epsilon)
     return normed if len(norm) == 1 else normed + rows_of(norm[1], x.shape[0])
 
 
-def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def normalize(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of the rows of x (n, c), in float32 as transformers does it."""
     wide = ops.cast(x, ms.float32)
     mean = ops.ReduceMean(True)(ops.square(wide), -1)

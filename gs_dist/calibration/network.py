@@ -354,7 +354,7 @@ class DecoderNetwork:
         linear = quantized.get(name)
         if linear is None:
             return self._with_bias(name, tensors)
-        weight, bias = linear.dequantised(), linear.bias
+        weight, bias = linear.dequantized(), linear.bias
         return (self._tensor(weight),) if bias is None else (self._tensor(weight), self._tensor(bias))
 
     def _gated_weights(

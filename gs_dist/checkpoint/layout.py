@@ -65,7 +65,7 @@ Leaves = dict[str, Expectation]
 class DialectLayout(Protocol):
     """A dialect's rules on a directory."""
 
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
         """Full name of every quantised linear to its tensors; puts the kind of every linear and the KV cache's tensors
         into `layout`, and reports faults of the description.
         """
@@ -73,7 +73,7 @@ class DialectLayout(Protocol):
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """Reports tensors that contradict each other; `sound` names those whose form and values are right."""
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         """The weight (out, in) that an engine computes with, of a quantised linear whose tensors are sound."""
 
 
@@ -110,13 +110,13 @@ def build_layout(inventory: Inventory, name: str, dialect: DialectLayout, archit
         prefix = architecture.layer_prefix(layer)
         for name, shape in architecture.layer_tensors(layer).items():
             floats[prefix + name] = (shape, "float")
-    quantised = dialect.quantised(inventory, layout, architecture)
-    for name in quantised:
+    quantized = dialect.quantized(inventory, layout, architecture)
+    for name in quantized:
         floats.pop(name + ".weight", None)
         if floats.pop(name + ".bias", None):
-            shape = (quantised[name]["weight_rows"].shape[0],)
+            shape = (quantized[name]["weight_rows"].shape[0],)
             layout.tensors[name + ".bias"] = Expectation(dtypes=FLOAT_NAMES, shape=shape, values="float")
-        for leaf, expectation in quantised[name].items():
+        for leaf, expectation in quantized[name].items():
             if leaf != "weight_rows":
                 layout.tensors[f"{name}.{leaf}"] = expectation
     for name, (shape, values) in floats.items():
@@ -144,7 +144,7 @@ def described_linears(
 ) -> dict[str, Linear]:
     """Linears that a description file calls quantised; a missing or unknown label is reported."""
     description = inventory.descriptions[file]
-    quantised = {}
+    quantized = {}
     for name, linear in all_linears(architecture):
         label = description.get(name + ".weight")
         if label is None:
@@ -158,10 +158,10 @@ def described_linears(
             label = _guess(inventory, name)
         layout.kinds[name] = str(label)
         if label != "FLOAT":
-            quantised[name] = linear
+            quantized[name] = linear
     _compare_entries(inventory, description, file)
     _check_labels(inventory, description, file, ("FLOAT", _CACHE, *labels))
-    return quantised
+    return quantized
 
 
 def _guess(inventory: Inventory, name: str) -> str:

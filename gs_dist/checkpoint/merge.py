@@ -115,7 +115,7 @@ def _by_layer(manifests: Iterable[LayerManifest], num_layers: int, dialect: str)
 def _check_planned(planned: Policies, actual: Policies, layers: Mapping[int, LayerManifest]) -> None:
     noted = {row.name for part in layers.values() for row in part.rows if row.notes}
     for name, policy in planned.items():
-        wanted = policy is not None and policy.quantises_linear and name != "lm_head"
+        wanted = policy is not None and policy.quantizes_linear and name != "lm_head"
         if wanted and name not in actual and name not in noted:
             raise JobFailure(f"{name}: the recipe quantises it, it stayed in float, and nothing says why")
         if name in actual and not wanted:

@@ -18,7 +18,7 @@ from gs_dist.checkpoint.companions import Companions, find_companions
 from gs_dist.checkpoint.finite import refuse_not_finite
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
-from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantised
+from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantized
 from gs_dist.checkpoint.source_tensors import settle_tensors
 from gs_dist.checkpoint.source_views import LazyTensors, decode, decodes, view_tensors
 from gs_dist.checkpoint.sources.matrix import StoredMatrix
@@ -84,7 +84,7 @@ class CheckpointReader:
         self.notes = files.notes
         if not quantized:
             if not decodes(self.config):
-                refuse_quantised(self.directory, self.config, files.tensors)
+                refuse_quantized(self.directory, self.config, files.tensors)
             self._settle(files)
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding and all(config.get(key) is None for key in _DTYPE_KEYS):

@@ -120,7 +120,7 @@ class _Layer:
             return None
         if kind == "FLOAT":
             return self.inventory.read(f"{name}.weight").astype(np.float32)
-        return self.dialect.dequantised(self.inventory, name, kind)
+        return self.dialect.dequantized(self.inventory, name, kind)
 
     def _columns(self, layer_input: LayerInput) -> Array:
         """What the published weight's columns are multiplied by against the source, (channels,) float32."""

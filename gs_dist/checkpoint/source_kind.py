@@ -15,7 +15,7 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantised"]
+__all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantized"]
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -26,7 +26,7 @@ _MARKERS: dict[str, str] = {
     "quant_config.json": "AutoAWQ",
 }
 # Leaf of a tensor's name to what writes it.
-_QUANTISED_LEAVES: Mapping[str, str] = {
+_QUANTIZED_LEAVES: Mapping[str, str] = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
     "g_idx": "GPTQ",
@@ -88,13 +88,13 @@ def refuse_adapter(directory: Path) -> None:
     )
 
 
-def refuse_quantised(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+def refuse_quantized(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Refuses weights that are quantised, and files that say so of weights which are not.
 
     Raises:
         CheckpointError: either; the message names the file or key, the method, and what to change.
     """
-    found = _quantised_tensor(tensors)
+    found = _quantized_tensor(tensors)
     marker = _marker(directory, config)
     if found is None and marker is None:
         return
@@ -133,10 +133,10 @@ def _marker(directory: Path, config: Mapping[str, Any]) -> tuple[str, str, str] 
     return None
 
 
-def _quantised_tensor(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+def _quantized_tensor(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
     """The name of a tensor that belongs to quantised weights, and what writes such; the most telling one."""
     leaves = {name: name.rpartition(".")[2] for name in tensors}
-    for leaf, kind in _QUANTISED_LEAVES.items():
+    for leaf, kind in _QUANTIZED_LEAVES.items():
         for name, own in leaves.items():
             if own == leaf:
                 return name, kind

@@ -19,7 +19,7 @@ from gs_dist.model.families import read_architecture
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import CalibrationSummary, read_summary
 
-__all__ = ["conversion_texts", "rows_of", "summarise", "write_cards"]
+__all__ = ["conversion_texts", "rows_of", "summarize", "write_cards"]
 
 _ERROR = (
     "No data was seen: the relative error is the lost share of the weight's energy, or of its median input channel's, "
@@ -37,7 +37,7 @@ def rows_of(plan: ConversionPlan, finished: Iterable[PartManifest]) -> tuple[Lin
     )
 
 
-def summarise(plan: ConversionPlan, finished: Mapping[int, PartManifest], seconds: float) -> CalibrationSummary:
+def summarize(plan: ConversionPlan, finished: Mapping[int, PartManifest], seconds: float) -> CalibrationSummary:
     """The summary of a conversion whose parts are all finished.
 
     Perplexities that were measured of the same result before are kept.

@@ -14,7 +14,7 @@ from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.output_lock import DONE, locked
 from gs_dist.checkpoint.part_manifest import PartManifest
 from gs_dist.checkpoint.writer import make_directory, remove_leftovers, write_bytes, write_json
-from gs_dist.conversion.account import summarise, write_cards
+from gs_dist.conversion.account import summarize, write_cards
 from gs_dist.conversion.parts import Part
 from gs_dist.conversion.plan import ConversionPlan
 from gs_dist.conversion.pool import convert_here
@@ -71,7 +71,7 @@ def convert(plan: ConversionPlan, progress: Progress, pool: Pool = convert_here)
             finished[manifest.number] = manifest
             progress.part_finished(manifest.number, len(finished), len(plan.parts))
         made = {name: publish_model(plan, task, finished, name) for name in plan.config.format}
-        summary = summarise(plan, finished, time.perf_counter() - began)
+        summary = summarize(plan, finished, time.perf_counter() - began)
         write_bytes(task.output / PUBLISHED_RECIPE, sealed_text(plan.config.published()).encode())
         write_summary(task.output, summary)
         write_cards(plan, summary, made.values())

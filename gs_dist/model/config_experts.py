@@ -49,7 +49,7 @@ def sigmoid_routing(keys: ConfigKeys, *, num_experts: int, groups: int, top_grou
     return Routing(
         top_k=keys.size("num_experts_per_tok", default=8, maximum=num_experts),
         scoring="sigmoid",
-        normalised=keys.values.get("norm_topk_prob", True) is not False,
+        normalized=keys.values.get("norm_topk_prob", True) is not False,
         scale=keys.positive("routed_scaling_factor", default=scale),
         num_groups=groups,
         top_groups=keys.size("topk_group", default=min(top_groups, groups), maximum=groups),
@@ -66,7 +66,7 @@ def softmax_routing(keys: ConfigKeys, *, num_experts: int, in_groups: bool) -> R
     _refuse_uneven(num_experts, groups, least=1)
     return Routing(
         top_k=keys.size("num_experts_per_tok", maximum=num_experts),
-        normalised=False,
+        normalized=False,
         scale=keys.positive("routed_scaling_factor", default=1.0),
         num_groups=groups,
         top_groups=keys.size("topk_group", default=1, maximum=groups) if in_groups else 1,

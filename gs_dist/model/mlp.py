@@ -86,12 +86,12 @@ class Routing:
     where `wide`. The `top_k` best are chosen; with `num_groups` above 1 only among the experts of the `top_groups`
     best groups, where a group counts as much as its best expert or, with `pairs`, its two best. `correction` names a
     tensor that is added to the scores for choosing alone. The scores of the chosen, brought to a sum of 1 where
-    `normalised`, times `scale`, weight their outputs.
+    `normalized`, times `scale`, weight their outputs.
     """
 
     top_k: int
     scoring: str = "softmax"
-    normalised: bool = True
+    normalized: bool = True
     scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1

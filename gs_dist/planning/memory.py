@@ -213,7 +213,7 @@ def solver_bytes(
         taken, shared, own, large = settings[layer_input.name], 0, [0], 0
         for name in layer_input.linears:
             policy, (rows, channels) = policies.get(name), shapes[name]
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             work = Work(rows=rows, channels=channels, taken=taken)
             added = [method.workspace(policy, work) for method in policy.methods]

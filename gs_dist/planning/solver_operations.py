@@ -50,7 +50,7 @@ def solver_operations(
             judged = (schemes or {}).get(name)
             if judged is not None:
                 total += (1 + len(judged)) * error_operations(rows, channels, taken)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             searched = policy if policy.is_static else searched
             total += 2 * error_operations(rows, channels, taken)  # of the weight, and of its change

@@ -206,7 +206,7 @@ def _resolve(
     kept = [name for name in _staying(architecture) if resolved[name] is not None]
     resolved |= dict.fromkeys(kept)
     notes = (*notes, *_kept_notes(kept))
-    if not any(p and (p.quantises_linear or p.kvcache_quant_dtype) for p in resolved.values()):
+    if not any(p and (p.quantizes_linear or p.kvcache_quant_dtype) for p in resolved.values()):
         raise UserError(
             "the policies leave every linear of the decoder layers unquantised: change ptq or layer_policies"
         )
@@ -231,7 +231,7 @@ def _check_groups(architecture: DecoderArchitecture, resolved: Mapping[str, Quan
         for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = resolved[name]
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             try:
                 num_groups(linear.in_features, policy.group_size, policy.weight_format.group_sizes)
@@ -282,7 +282,7 @@ def _output_nbytes(
     total = nbytes
     for name, entries in weights.items():
         policy = policies.get(name)
-        if policy and policy.quantises_linear:
+        if policy and policy.quantizes_linear:
             scales = entries // policy.group_size * 8 if policy.group_size else 0
             total += entries * policy.weight_format.bits // 8 + scales - entries * source_bytes
     return max(total, 0)

@@ -92,7 +92,7 @@ class PTQ:
             ValueError: DEPLOY without helper; another `propagation`; no data; QUANTIZE outside PyNative mode; a setting
                 that affects no layer, or nothing is quantised.
         """
-        self._require_initialised()
+        self._require_initialized()
         _require_cell("network", network)
         layer_types = tuple(kwargs.pop("decoder_layer_types", self.decoder_layer_types))
         propagation = kwargs.pop("propagation", "original")
@@ -158,7 +158,7 @@ class PTQ:
         if table:
             print(printable(table))
 
-    def _require_initialised(self) -> None:
+    def _require_initialized(self) -> None:
         if not isinstance(getattr(self, "_config", None), PTQConfig):
             raise RuntimeError(
                 f"{type(self).__name__} is not initialised: call PTQ.__init__ in the subclass's own before apply"

@@ -63,7 +63,7 @@ def linear_form(name: str, cell: Any) -> LinearForm:
     )
 
 
-class _QuantisedLinear(nn.Cell):
+class _QuantizedLinear(nn.Cell):
     """Everything but the weight: the activation's way in, and the bias and activation function behind."""
 
     def __init__(self, form: LinearForm, policy: QuantPolicy, strategy: str) -> None:
@@ -95,20 +95,20 @@ class _QuantisedLinear(nn.Cell):
         tensor = ms.Tensor(value) if dtype is None else ms.Tensor(value).astype(dtype)
         return ms.Parameter(tensor, name=full_name, requires_grad=False)
 
-    def _fill(self, quantised: QuantizedLinear) -> None:
+    def _fill(self, quantized: QuantizedLinear) -> None:
         form = self.form
         if self.smooth_scale is not None:
-            scale = quantised.smooth_scale
+            scale = quantized.smooth_scale
             self.smooth_scale.set_data(ms.Tensor(np.ones(form.in_features, np.float32) if scale is None else scale))
-        if self.smooth_shift is not None and quantised.smooth_shift is not None:
-            self.smooth_shift.set_data(ms.Tensor(quantised.smooth_shift))
+        if self.smooth_shift is not None and quantized.smooth_shift is not None:
+            self.smooth_shift.set_data(ms.Tensor(quantized.smooth_shift))
         if self.input_scale is not None:
-            assert quantised.input_scale is not None, f"{form.name}: solved without a scale for its static input"
-            self.input_scale.set_data(ms.Tensor(np.array([quantised.input_scale], np.float32)))
+            assert quantized.input_scale is not None, f"{form.name}: solved without a scale for its static input"
+            self.input_scale.set_data(ms.Tensor(np.array([quantized.input_scale], np.float32)))
         if self.input_offset is not None:
-            self.input_offset.set_data(ms.Tensor(np.array([quantised.input_zero_point or 0], np.int8)))
-        if self.bias is not None and quantised.bias is not None:
-            self.bias.set_data(ms.Tensor(quantised.bias.astype(np.float32)).astype(form.dtype))
+            self.input_offset.set_data(ms.Tensor(np.array([quantized.input_zero_point or 0], np.int8)))
+        if self.bias is not None and quantized.bias is not None:
+            self.bias.set_data(ms.Tensor(quantized.bias.astype(np.float32)).astype(form.dtype))
 
     def smoothed_input(self, x: Any) -> Any:
         """The activation (..., in) after the outlier suppression that nothing before the linear does."""
@@ -162,7 +162,7 @@ class _QuantisedLinear(nn.Cell):
         return f"in_features={self.form.in_features}, out_features={self.form.out_features}, {self.strategy}"
 
 
-class FakeQuantDense(_QuantisedLinear):
+class FakeQuantDense(_QuantizedLinear):
     """A linear with rounded weights kept in floating point.
 
     Args:
@@ -171,11 +171,11 @@ class FakeQuantDense(_QuantisedLinear):
         quantised: what the solver found.
     """
 
-    def __init__(self, form: LinearForm, strategy: str, quantised: QuantizedLinear) -> None:
-        super().__init__(form, quantised.policy, strategy)
-        self.quantised = quantised
-        self._fill(quantised)
-        self.weight = self._parameter("weight", quantised.dequantised(), form.dtype)
+    def __init__(self, form: LinearForm, strategy: str, quantized: QuantizedLinear) -> None:
+        super().__init__(form, quantized.policy, strategy)
+        self.quantized = quantized
+        self._fill(quantized)
+        self.weight = self._parameter("weight", quantized.dequantized(), form.dtype)
 
     def float_weight(self) -> Any:
         """The rounded weight (out, in) in the linear's dtype."""
@@ -183,12 +183,12 @@ class FakeQuantDense(_QuantisedLinear):
 
     def converted(self) -> QuantDense:
         """The same linear holding integers."""
-        cell = QuantDense(self.form, self.quantised.policy, self.strategy)
-        cell.fill(self.quantised)
+        cell = QuantDense(self.form, self.quantized.policy, self.strategy)
+        cell.fill(self.quantized)
         return cell
 
 
-class QuantDense(_QuantisedLinear):
+class QuantDense(_QuantizedLinear):
     """A linear that holds integer codes and scales.
 
     Parameters, by name within the cell:
@@ -225,20 +225,20 @@ class QuantDense(_QuantisedLinear):
         nan = scale_bits(np.full(rows, np.nan, np.float32))
         self.deq_scale = self._parameter("deq_scale", nan) if has_bits else None
 
-    def fill(self, quantised: QuantizedLinear) -> None:
+    def fill(self, quantized: QuantizedLinear) -> None:
         """Takes over what a solver found."""
-        self._fill(quantised)
-        codes = pack_int4(quantised.codes) if self.packed else quantised.codes
+        self._fill(quantized)
+        codes = pack_int4(quantized.codes) if self.packed else quantized.codes
         self.weight.set_data(ms.Tensor(codes))
-        self.weight_scale.set_data(ms.Tensor(quantised.scale))
+        self.weight_scale.set_data(ms.Tensor(quantized.scale))
         if self.deq_scale is not None:
-            product = np.float32(quantised.input_scale) * quantised.scale.reshape(-1)
+            product = np.float32(quantized.input_scale) * quantized.scale.reshape(-1)
             self.deq_scale.set_data(ms.Tensor(scale_bits(product)))
-        if self.weight_offset is not None and quantised.zero_point is not None:
-            self.weight_offset.set_data(ms.Tensor(quantised.zero_point))
+        if self.weight_offset is not None and quantized.zero_point is not None:
+            self.weight_offset.set_data(ms.Tensor(quantized.zero_point))
         if self.group_index is not None:
-            index = quantised.group_index
-            groups = quantised.scale.shape[1]
+            index = quantized.group_index
+            groups = quantized.scale.shape[1]
             if index is None:
                 index = np.repeat(np.arange(groups, dtype=np.int32), self.form.in_features // groups)
             self.group_index.set_data(ms.Tensor(index))

@@ -106,7 +106,7 @@ def resolve_cells(
 def _changes(policy: QuantPolicy | None, is_cache: bool) -> bool:
     if policy is None:
         return False
-    return policy.kvcache_quant_dtype is not None if is_cache else policy.quantises_linear
+    return policy.kvcache_quant_dtype is not None if is_cache else policy.quantizes_linear
 
 
 def _require_effect(

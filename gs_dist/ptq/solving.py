@@ -198,8 +198,8 @@ def _solve_linears(
         with one_thread():  # on several BLAS sums in another order
             layer = solve_layer(problem)
         for form in alike:
-            quantised = layer.linears[form.name]
-            solved[form.name] = FakeQuantDense(form, strategy(quantised.policy), quantised)
+            quantized = layer.linears[form.name]
+            solved[form.name] = FakeQuantDense(form, strategy(quantized.policy), quantized)
     return solved
 
 

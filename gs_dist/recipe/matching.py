@@ -82,7 +82,7 @@ def resolve_policies(
             f"opname_blacklist: {sorted(unused_blacklist)[0]!r} is part of no linear's name (names look like "
             f"{examples}): correct the entry or remove it"
         )
-    changes = [p for p in resolved.values() if p and (p.quantises_linear or p.kvcache_quant_dtype)]
+    changes = [p for p in resolved.values() if p and (p.quantizes_linear or p.kvcache_quant_dtype)]
     if not changes:
         raise UserError(
             "the policies leave every linear unquantised: set ptq.weight_quant_dtype, or shorten opname_blacklist "

@@ -86,7 +86,7 @@ class QuantPolicy(BaseModel):
         return WEIGHT_FORMATS[self.weight_quant_dtype]
 
     @property
-    def quantises_linear(self) -> bool:
+    def quantizes_linear(self) -> bool:
         """Whether weights or activations of the linear change at all."""
         return self.weight_quant_dtype is not None
 
@@ -145,7 +145,7 @@ class QuantPolicy(BaseModel):
     def clip_ratios(self) -> tuple[float, ...]:
         """Shares of a range that clipping, or a rounding method that searches ranges, chooses among."""
         given = self.algo_args.weight_clip_ratio
-        if given is None and self.quantises_linear and self.weight_format.range_ratios:
+        if given is None and self.quantizes_linear and self.weight_format.range_ratios:
             return self.weight_format.range_ratios
         if given is None:
             return self.rounding.clip_ratios(self) if self.searches_ranges_on_the_way else CLIP_RATIOS
@@ -162,7 +162,7 @@ class QuantPolicy(BaseModel):
 
         As golden-stick's reference page spells it.
         """
-        if not self.quantises_linear:
+        if not self.quantizes_linear:
             return "NA"
         parts = [method.label for method in self.methods if method.label]
         parts.append(f"{self.weight_format.label}-{self.weight_quant_granularity.replace('_', '')}")
@@ -286,7 +286,7 @@ def required_statistics(
     """
     settings = {}
     for layer_input in inputs:
-        readers = [p for p in (policies.get(name) for name in layer_input.linears) if p and p.quantises_linear]
+        readers = [p for p in (policies.get(name) for name in layer_input.linears) if p and p.quantizes_linear]
         needed = [method.statistics(p) for p in readers for method in p.methods]
         settings[layer_input.name] = StatisticsSettings(
             gram=bool(readers) and (gram or any(taken.gram for taken in needed)),

@@ -44,7 +44,7 @@ def format_bytes(size: int) -> str:
 def stored_bytes(policy: QuantPolicy | None, shape: tuple[int, int], scale_dtype: str) -> int:
     """Bytes of a weight (out, in) with its scales and zero points; `None` is the weight in `scale_dtype`."""
     rows, columns = shape
-    if policy is None or not policy.quantises_linear:
+    if policy is None or not policy.quantizes_linear:
         return rows * columns * FLOATS[scale_dtype].itemsize
     groups = columns // policy.group_size if policy.group_size else 1
     form = policy.weight_format

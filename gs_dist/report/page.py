@@ -30,8 +30,8 @@ def render_report(summary: CalibrationSummary, config: CalibrationConfig | None 
         summary: of a job.
         config: its recipe; None where it was not kept, and then limits and recipe are not shown.
     """
-    quantised = [row for row in summary.rows if row.relative_error is not None]
-    errors = heat_map(quantised, lambda row: row.largest_error)
+    quantized = [row for row in summary.rows if row.relative_error is not None]
+    errors = heat_map(quantized, lambda row: row.largest_error)
     outliers = heat_map(summary.rows, lambda row: row.outlier_ratio)
     sensitivities = _sensitivities(summary.rows)
     advice = advise if summary.has_data else advise_converted

@@ -12,7 +12,7 @@ from gs_dist.errors import UserError
 __all__ = [
     "Float32",
     "Int8",
-    "dequantise",
+    "dequantize",
     "pack_int4",
     "pair_outputs",
     "row_blocks",
@@ -34,7 +34,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def dequantise(
+def dequantize(
     codes: Int8, scale: Float32, zero_point: Int8 | None = None, group_index: npt.NDArray[np.int32] | None = None
 ) -> Float32:
     """(codes - zero_point) * scale, (out, in) float32; `group_index` (in,) names each column's group if irregular."""

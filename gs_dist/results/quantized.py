@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.results.integers import Float32, Int8, dequantise
+from gs_dist.results.integers import Float32, Int8, dequantize
 
 __all__ = [
     "OUTLIER_FACTOR",
@@ -116,9 +116,9 @@ class QuantizedLinear:
     smooth_scale: Float32 | None = None
     smooth_shift: Float32 | None = None
 
-    def dequantised(self) -> Float32:
+    def dequantized(self) -> Float32:
         """The weight (out, in) float32 that the integers stand for."""
-        return dequantise(self.codes, self.scale, self.zero_point, self.group_index)
+        return dequantize(self.codes, self.scale, self.zero_point, self.group_index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import mixture_note, package_version
 from gs_dist.runtime.stage_times import StageTimes
 
-__all__ = ["as_told_before", "summarise", "versions"]
+__all__ = ["as_told_before", "summarize", "versions"]
 
 _MOST_LAYERS = 8  # named in a note
 _VERSIONED = ("mindspore", "numpy", "pyarrow", "ray", "scipy")
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
     return {"gs-dist": __version__} | {name: package_version(name) for name in _VERSIONED}
 
 
-def summarise(
+def summarize(
     job: Job,
     reader: CheckpointReader,
     finished: Mapping[int, LayerManifest],

@@ -150,8 +150,8 @@ def _work(job: Job, plan: CalibrationPlan, finished: Collection[int]) -> tuple[l
     """Streams, and the micro-batches of each replica."""
     if job.statistics_from is not None:
         return plan_solves(plan.stages, set(finished)), [range(0)] * plan.data_parallel_size
-    quantised = job.config.propagation == "quantized"
-    streams = plan_streams(plan.stages, set(finished), propagate_quantised=quantised)
+    quantized = job.config.propagation == "quantized"
+    streams = plan_streams(plan.stages, set(finished), propagate_quantized=quantized)
     return streams, [plan.micro_batches_of(replica) for replica in range(plan.data_parallel_size)]
 
 

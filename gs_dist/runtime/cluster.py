@@ -178,7 +178,7 @@ def cluster(
         return
     if address is not None:
         _refuse_silence(address)
-        with _initialised(address, {**options, "address": address}):
+        with _initialized(address, {**options, "address": address}):
             yield _wait_for_nodes(device, patience, tell)
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -188,13 +188,13 @@ def cluster(
         )
     options |= {"address": "local", "include_dashboard": False}
     options |= {"num_cpus": max(num_cpus or 1, ClusterFacts.of_this_machine().num_cpus)}
-    with _own_environment(), _initialised(None, options):
+    with _own_environment(), _initialized(None, options):
         facts = _wait_for_nodes(None, 0.0, tell)
         yield dataclasses.replace(facts, memory_bytes=ClusterFacts.of_this_machine().memory_bytes)
 
 
 @contextmanager
-def _initialised(address: str | None, options: dict[str, Any]) -> Iterator[None]:
+def _initialized(address: str | None, options: dict[str, Any]) -> Iterator[None]:
     try:
         ray.init(**options)
     except Exception as error:

@@ -20,7 +20,7 @@ from gs_dist.recipe.config import CalibrationConfig, published_recipe
 from gs_dist.recipe.text import PUBLISHED_RECIPE
 from gs_dist.report.page import render_report
 from gs_dist.results.summary import CalibrationSummary, write_summary
-from gs_dist.runtime.account import as_told_before, summarise, versions
+from gs_dist.runtime.account import as_told_before, summarize, versions
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.software import Software
@@ -95,7 +95,7 @@ def _judged(
     progress.phase("merging")
     run.merge(reader, finished, outer, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
     _check_published(run, config.dialects)
-    summary, recipe = summarise(job, reader, finished, times, seconds), config
+    summary, recipe = summarize(job, reader, finished, times, seconds), config
     if times:
         for note in summary.notes:
             progress.message(note)

@@ -40,7 +40,7 @@ class StageWave:
     from_store: bool = False
     keep_at: int | None = None
     emits: bool = False
-    quantised: bool = False
+    quantized: bool = False
     frees_layers: bool = False
 
 
@@ -52,7 +52,7 @@ class Stream:
 
 
 def plan_streams(
-    stages: Sequence[StagePlan], finished: Collection[int], *, propagate_quantised: bool = False
+    stages: Sequence[StagePlan], finished: Collection[int], *, propagate_quantized: bool = False
 ) -> list[Stream]:
     """Streams that observe every layer not in `finished`, in an order in which they can start.
 
@@ -60,7 +60,7 @@ def plan_streams(
     stages are that stage's first. Stages after the last unfinished layer have nothing to do.
     """
     last = max((s.stage for s in stages if any(i not in finished for w in s.waves for i in w)), default=-1)
-    waves_of = _quantised_waves if propagate_quantised else _waves
+    waves_of = _quantized_waves if propagate_quantized else _waves
     per_stage = [waves_of(stage, finished, emits=stage.stage < last) for stage in stages if stage.stage <= last]
     streams: list[Stream] = []
     for waves in per_stage:
@@ -147,7 +147,7 @@ def _resident_waves(stage: StagePlan, unfinished: Sequence[tuple[int, ...]], *, 
     return waves
 
 
-def _quantised_waves(stage: StagePlan, finished: Collection[int], *, emits: bool) -> list[StageWave]:
+def _quantized_waves(stage: StagePlan, finished: Collection[int], *, emits: bool) -> list[StageWave]:
     """Waves of a stage where each layer sees what the quantised layers before it give.
 
     A layer is observed in one wave and run in its published form in the next; finished layers run in
@@ -168,7 +168,7 @@ def _quantised_waves(stage: StagePlan, finished: Collection[int], *, emits: bool
                 from_store=bool(waves),
                 keep_at=keep_at,
                 emits=sends,
-                quantised=not observed,
+                quantized=not observed,
                 frees_layers=True,
             )
         )

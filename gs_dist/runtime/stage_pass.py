@@ -73,8 +73,8 @@ class StagePass:
         boundaries = [wave.first_layer, *([] if wave.keep_at is None else [wave.keep_at]), wave.end_layer]
         self._loops = [self._make_loop(wave, range(*bounds)) for bounds in itertools.pairwise(boundaries)]
         for index in range(wave.first_layer, wave.end_layer):
-            self._layer(index, quantised=wave.quantised).load()
-            if not wave.quantised:
+            self._layer(index, quantized=wave.quantized).load()
+            if not wave.quantized:
                 self._checksums[index] = checksums(self._reader.read_layer(index))  # now, while it is read
         if wave.stage == 0 and not wave.from_store:
             self._batches = self._open_batches(start, stop)
@@ -83,13 +83,13 @@ class StagePass:
                 self._embedding = checksums(embedding)[EMBEDDING]
                 self._outer = self._network.outer_weights(embedding)
 
-    def _layer(self, index: int, *, quantised: bool) -> DecoderLayer:
-        layer = self._layers.get((index, quantised))
+    def _layer(self, index: int, *, quantized: bool) -> DecoderLayer:
+        layer = self._layers.get((index, quantized))
         if layer is None:
             published = None
-            if quantised:
+            if quantized:
                 published, self._solved[index] = read_solved(Path(self._job.config.output), index)
-            layer = self._layers[(index, quantised)] = DecoderLayer(self._network, self._reader, index, published)
+            layer = self._layers[(index, quantized)] = DecoderLayer(self._network, self._reader, index, published)
         return layer
 
     def _lineage(self, layer: int, behind: str) -> Lineage:
@@ -101,7 +101,7 @@ class StagePass:
         wave = self._wave
         assert wave is not None
         for index in range(wave.first_layer, layer + 1):
-            if wave.quantised:
+            if wave.quantized:
                 lineage = self._solved[index]
                 if lineage.behind != behind:
                     raise CheckpointError(
@@ -134,7 +134,7 @@ class StagePass:
     def _make_loop(self, wave: StageWave, layers: range) -> LayerLoop:
         plan = self._job.plan
         return LayerLoop(
-            [self._layer(index, quantised=wave.quantised) for index in layers],
+            [self._layer(index, quantized=wave.quantized) for index in layers],
             settings={index: plan.layer_settings(index) for index in wave.observed if index in layers},
             channels={index: self._reader.architecture.layers[index].channels for index in wave.observed},
             blocks=plan.blocks,

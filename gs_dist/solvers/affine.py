@@ -15,22 +15,22 @@ import numpy.typing as npt
 from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.numbers.scales import EPSILON
-from gs_dist.results.integers import Float32, Int8, dequantise, row_blocks
+from gs_dist.results.integers import Float32, Int8, dequantize, row_blocks
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = [
-    "dequantise",
-    "fake_quantise_per_token",
-    "fake_quantise_static",
-    "quantise_weight",
-    "quantise_with",
+    "dequantize",
+    "fake_quantize_per_token",
+    "fake_quantize_static",
+    "quantize_weight",
+    "quantize_with",
     "row_blocks",
 ]
 
 Float = npt.NDArray[np.floating[Any]]
 
 
-def quantise_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, form: NumberFormat) -> Int8:
+def quantize_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, form: NumberFormat) -> Int8:
     """Codes of `grouped` for given parameters that broadcast against it: the nearest to w / scale + zero_point."""
     values = grouped / scale
     if zero_point is not None:
@@ -39,7 +39,7 @@ def quantise_with(grouped: Float32, scale: Float32, zero_point: Int8 | None, *, 
     return values.astype(np.int8)
 
 
-def quantise_weight(
+def quantize_weight(
     weight: Float32,
     *,
     form: NumberFormat,
@@ -72,7 +72,7 @@ def quantise_weight(
     scale = np.empty((rows, groups), dtype=np.float32)
     zero_point = None if symmetric else np.empty((rows, groups), dtype=np.int8)
 
-    def quantise(block: slice) -> None:
+    def quantize(block: slice) -> None:
         grouped = np.asarray(weight[block], dtype=np.float32).reshape(-1, groups, columns // groups)
         low, high = grouped.min(axis=2), grouped.max(axis=2)
         if clip_ratio is not None:
@@ -82,20 +82,20 @@ def quantise_weight(
         if zero_point is not None and zero is not None:
             zero_point[block] = zero
         wide_zero = None if zero is None else zero[:, :, None]
-        codes[block] = quantise_with(grouped, part[:, :, None], wide_zero, form=form).reshape(-1, columns)
+        codes[block] = quantize_with(grouped, part[:, :, None], wide_zero, form=form).reshape(-1, columns)
 
-    threads.map(quantise, row_blocks(rows, columns))
+    threads.map(quantize, row_blocks(rows, columns))
     return codes, scale, zero_point
 
 
-def fake_quantise_static(x: Float32, scale: float, zero_point: int | None = None) -> Float32:
+def fake_quantize_static(x: Float32, scale: float, zero_point: int | None = None) -> Float32:
     """Activations rounded to int8 with one scale and back, float32, shape kept."""
     zero = np.float32(zero_point or 0)
     codes = np.clip(np.rint(x / np.float32(scale) + zero), -128, 127)
     return np.asarray((codes - zero) * np.float32(scale), dtype=np.float32)
 
 
-def fake_quantise_per_token(x: Float32) -> Float32:
+def fake_quantize_per_token(x: Float32) -> Float32:
     """Activations (..., channels) rounded to int8 with the scale absmax/127.5 of each token, and back."""
     wide = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
     scale = np.where(wide > 0, wide / 127.5, EPSILON).astype(np.float32)

@@ -18,7 +18,7 @@ from gs_dist.methods.coordinate_descent import BLOCK, TILE_ROWS
 from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.results.quantized import Float32, Int8
 from gs_dist.solvers import gptq
-from gs_dist.solvers.affine import dequantise
+from gs_dist.solvers.affine import dequantize
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.solvers.weight_task import Rounded, WeightTask
 
@@ -77,7 +77,7 @@ def descend(
     def improve(start: int) -> None:
         rows = slice(start, start + TILE_ROWS)
         zero = None if zero_point is None else zero_point[rows]
-        change = dequantise(found[rows], scale[rows], zero, group_index)
+        change = dequantize(found[rows], scale[rows], zero, group_index)
         change -= weight[rows]
         tile = _Tile(found[rows], change, scale[rows], zero, index)
         for _ in range(sweeps):

@@ -28,12 +28,12 @@ from gs_dist.numbers.groups import num_groups
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8, QuantizedLinear
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
-from gs_dist.solvers.affine import dequantise, quantise_weight
+from gs_dist.solvers.affine import dequantize, quantize_weight
 from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.solvers.weight_task import Rounded, WeightTask
 
-__all__ = ["GPTQResult", "quantise", "round_weight"]
+__all__ = ["GPTQResult", "quantize", "round_weight"]
 
 Float = npt.NDArray[np.floating[Any]]
 
@@ -61,7 +61,7 @@ class GPTQResult:
     notes: tuple[str, ...]
 
 
-def quantise(
+def quantize(
     weight: Float32,
     gram: Float32,
     policy: QuantPolicy,
@@ -116,7 +116,7 @@ def quantise(
 def round_weight(task: WeightTask, objective: Float32, ratio: Float32 | None) -> Rounded:
     """GPTQ as a policy asks for it; `ratio` (out, groups) shrinks ranges that are not searched on the way."""
     policy = task.policy
-    result = quantise(
+    result = quantize(
         task.weight,
         objective,
         policy,
@@ -137,7 +137,7 @@ def round_weight(task: WeightTask, objective: Float32, ratio: Float32 | None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """The arguments of `quantise` that every pass over the weight shares."""
+    """The arguments of `quantize` that every pass over the weight shares."""
 
     weight: Float32
     gram: Float32
@@ -147,7 +147,7 @@ class _Task:
 
     def plain(self, clip_ratio: Float | None) -> tuple[Int8, Float32, Int8 | None]:
         """Codes, scales and zero points of rounding to nearest."""
-        return quantise_weight(
+        return quantize_weight(
             self.weight,
             form=self.policy.weight_format,
             group_size=self.policy.group_size,
@@ -175,7 +175,7 @@ def _solve(
     place = np.empty_like(position)
     place[position] = np.arange(columns)
     notes: list[str] = []
-    factor, damping = _factorise(task.gram, position, policy.algo_args.damp_percent, notes)
+    factor, damping = _factorize(task.gram, position, policy.algo_args.damp_percent, notes)
     if factor is None:
         return _rounded_to_nearest(task, clip_ratio, notes)
     ranges = Ranges(
@@ -237,7 +237,7 @@ def _at_places(rows: Float32, place: npt.NDArray[np.intp]) -> Float32:
     return tile
 
 
-def _factorise(
+def _factorize(
     gram: Float32, position: npt.NDArray[np.intp], percent: float, notes: list[str]
 ) -> tuple[Float32 | None, Damping]:
     """Lower L with L LT = G (rows and columns at their places) + damping; None where none can be had.
@@ -279,7 +279,7 @@ def _factorise(
 def _rounded_to_nearest(task: _Task, clip_ratio: Float | None, notes: Sequence[str]) -> GPTQResult:
     codes, scale, zero_point = task.plain(clip_ratio)
     with np.errstate(invalid="ignore"):  # a Gram matrix that is not finite gives a loss of NaN, and a note says so
-        loss = GramObjective(task.gram).error(dequantise(codes, scale, zero_point) - task.weight)
+        loss = GramObjective(task.gram).error(dequantize(codes, scale, zero_point) - task.weight)
     return GPTQResult(
         codes=codes,
         scale=scale,

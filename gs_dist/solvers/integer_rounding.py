@@ -1,6 +1,6 @@
 """int8 and int4 with a scale an output channel or group: `affine`'s rule, a block of rows at a time.
 
-The codes and scales are those of `affine.quantise_weight`, bit for bit, in a third of the passes over memory.
+The codes and scales are those of `affine.quantize_weight`, bit for bit, in a third of the passes over memory.
 
 Symmetric ranges can be searched, each by itself and the same however rows are cut into blocks:
 

@@ -68,10 +68,10 @@ class LayerProblem:
     divides_inputs: bool = True
     dialects: tuple[Dialect, ...] = ()
 
-    def quantised(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
+    def quantized(self, layer_input: LayerInput) -> dict[str, QuantPolicy]:
         """Policies of those readers of an input that are quantised."""
         policies = {name: self.policies.get(name) for name in layer_input.linears}
-        return {name: policy for name, policy in policies.items() if policy and policy.quantises_linear}
+        return {name: policy for name, policy in policies.items() if policy and policy.quantizes_linear}
 
 
 def solve_layer(
@@ -108,8 +108,8 @@ def solve_layer(
                 solved = _solve(current, threads)
         except UserError as error:
             raise type(error)(f"layer {problem.layer}: {error}") from error
-        quantised = {problem.prefix + name for name in solved.linears}
-        bad = _above([row for row in solved.rows if row.name in quantised], max_relative_error, max_token_error)
+        quantized = {problem.prefix + name for name in solved.linears}
+        bad = _above([row for row in solved.rows if row.name in quantized], max_relative_error, max_token_error)
         if not bad:
             rows = tuple(replace(row, notes=row.notes + notes.get(row.name, ())) for row in solved.rows)
             return replace(solved, rows=rows)
@@ -146,7 +146,7 @@ def _without_overflow(
     kept, notes = dict(problem.policies), dict[str, tuple[str, ...]]()
     fused = {name: readers for readers in _fused(problem.inputs) for name in readers}
     for layer_input in problem.inputs:
-        readers, seen = problem.quantised(layer_input), problem.statistics.get(layer_input.name)
+        readers, seen = problem.quantized(layer_input), problem.statistics.get(layer_input.name)
         overflow = overflow_notes(seen, problem.scale_dtype) if readers and seen is not None else ()
         if overflow and on_bad_layer == "fail":
             raise LayerError(
@@ -232,7 +232,7 @@ def _new_biases(problem: LayerProblem) -> frozenset[str]:
 
 def _check_statistics(problem: LayerProblem) -> None:
     for layer_input in problem.inputs:
-        readers = problem.quantised(layer_input)
+        readers = problem.quantized(layer_input)
         if readers:
             reader = problem.prefix + next(iter(readers))
             _check_input(problem, layer_input.name, f"which {reader} reads", layer_input.channels)
@@ -268,7 +268,7 @@ def _solve_group(
 
     A large one is worked on alone, by all threads: two would take twice the memory and end no sooner.
     """
-    policies = problem.quantised(layer_input)
+    policies = problem.quantized(layer_input)
     if not policies:
         return []
     statistics = problem.statistics[layer_input.name]
@@ -310,7 +310,7 @@ def _solve_linear(
         raise LayerError(f"layer {problem.layer}: {problem.prefix}{name}: a weight scale is not finite and positive")
     bias, restored = folded.bias(name), None
     if rescaling.means is not None:  # only then is the rounded weight wanted whole
-        restored = affine.dequantise(solved.codes, solved.scale, solved.zero_point, solved.group_index)
+        restored = affine.dequantize(solved.codes, solved.scale, solved.zero_point, solved.group_index)
     solved = replace(
         solved,
         bias=bias if restored is None else rescaling.bias_of(restored, weight, bias),

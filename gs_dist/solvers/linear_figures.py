@@ -84,7 +84,7 @@ def linear_figures(
 
     def of_block(rows: slice) -> LinearFigures:
         block, zero = weight[rows], None if solved.zero_point is None else solved.zero_point[rows]
-        restored = affine.dequantise(solved.codes[rows], solved.scale[rows], zero, solved.group_index)
+        restored = affine.dequantize(solved.codes[rows], solved.scale[rows], zero, solved.group_index)
         tokens = None
         if sample is not None:
             tokens = token_errors(block, restored, *sample, None if moved is None else moved[rows])

@@ -109,14 +109,14 @@ def _loss(
     def of_rows(part: tuple[Float32, slice]) -> tuple[npt.NDArray[np.float64], dict[bool, tuple[float, float]]]:
         weight, rows = part
         scaled = weight[rows] if rescaling.scale is None else weight[rows] * rescaling.scale
-        codes, step, zero_point = affine.quantise_weight(
+        codes, step, zero_point = affine.quantize_weight(
             scaled,
             form=policy.weight_format,
             group_size=policy.group_size,
             symmetric=policy.weight_symmetric,
             scale_dtype=scale_dtype,
         )
-        change = affine.dequantise(codes, step, zero_point)
+        change = affine.dequantize(codes, step, zero_point)
         columns = output_error.column_energy(change)
         change -= scaled
         taken = {by_token: rescaling.taken_out(change, by_token=by_token) for by_token in energies}

@@ -94,14 +94,14 @@ def _costs(
 
 
 def _plainly_rounded(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> Float32:
-    codes, scale, zero_point = affine.quantise_weight(
+    codes, scale, zero_point = affine.quantize_weight(
         weight,
         form=policy.weight_format,
         group_size=policy.group_size,
         symmetric=policy.weight_symmetric,
         scale_dtype=scale_dtype,
     )
-    return affine.dequantise(codes, scale, zero_point)
+    return affine.dequantize(codes, scale, zero_point)
 
 
 def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure = "relative") -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedLinear
-from gs_dist.solvers.affine import quantise_weight
+from gs_dist.solvers.affine import quantize_weight
 from gs_dist.solvers.threads import Threads
 
 __all__ = ["Rounded", "WeightTask", "round_to_nearest"]
@@ -28,7 +28,7 @@ class WeightTask:
 def round_to_nearest(task: WeightTask, objective: Float32 | None, ratio: Float32 | None) -> Rounded:
     """Each weight by itself, in ranges shrunk by `ratio` (out, groups); the objective is not looked at."""
     policy = task.policy
-    codes, scale, zero_point = quantise_weight(
+    codes, scale, zero_point = quantize_weight(
         task.weight,
         form=policy.weight_format,
         group_size=policy.group_size,

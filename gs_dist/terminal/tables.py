@@ -116,10 +116,10 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
     if not plan.device.on_host:
         console.print(_table("Memory of a worker's host", columns, _stage_rows(plan, host=True), left=3))
     a, data, operations = plan.architecture, plan.config.calibration, plan.operations
-    quantised = sum(policy is not None for policy in plan.policies.values())
+    quantized = sum(policy is not None for policy in plan.policies.values())
     lines = [
         f"model {model}: {a.model_type}, {a.num_layers} layers, {a.dtype}; "
-        f"{quantised} of {len(plan.policies)} linears are quantised",
+        f"{quantized} of {len(plan.policies)} linears are quantised",
         f"workers: {counted(plan.pipeline_parallel_size, 'stage')} x {counted(plan.data_parallel_size, 'replica')} "
         f"on {plan.device}, " + _share(plan),
         f"samples: {data.num_samples} x {data.sequence_length} tokens in "
@@ -154,7 +154,7 @@ def print_policies(console: Console, plan: CalibrationPlan) -> None:
     kinds: dict[str, dict[str, list[int]]] = {}
     for layer in range(plan.architecture.num_layers):
         for name, policy in plan.layer_policies(layer).items():
-            kept = policy is None or not (policy.quantises_linear or policy.kvcache_quant_dtype)
+            kept = policy is None or not (policy.quantizes_linear or policy.kvcache_quant_dtype)
             written = "as they are" if policy is None or kept else _policy_text(policy)
             kinds.setdefault(written, {}).setdefault(name, []).append(layer)
     for written, linears in kinds.items():

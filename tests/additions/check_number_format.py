@@ -31,7 +31,7 @@ for recovery in ("none", "gptq", "coordinate-descent"):
         solved, _ = round_weight(weight, used, GramObjective(x.T @ x), "float32")
         assert -32 <= solved.codes.min() < -20
         assert 20 < solved.codes.max() <= 31
-        assert np.abs(solved.dequantised() - weight).max() < 0.6
+        assert np.abs(solved.dequantized() - weight).max() < 0.6
         assert "W6-" in used.label
 
 # A dialect that has no place for them says so.

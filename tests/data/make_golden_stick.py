@@ -292,7 +292,7 @@ def summary_rows(ptq: PTQ, network: Network) -> np.ndarray:
     return np.array([[cell.strip() for cell in row] for row in cells])
 
 
-def quantise(network_name: str, scheme: str, recorder: Recorder) -> dict[str, np.ndarray]:
+def quantize(network_name: str, scheme: str, recorder: Recorder) -> dict[str, np.ndarray]:
     weights, norms, samples = problem(network_name)
     layer_type = DecoderLayer if network_name == "layer" else SoloLayer
     network = Network(layer_type(weights, norms, {}))
@@ -343,7 +343,7 @@ def main() -> None:
         seen.pop("on")
         arrays.update({f"{network_name}/input/{name}": np.stack(values) for name, values in seen.items()})
         for scheme in schemes:
-            arrays.update(quantise(network_name, scheme, recorder))
+            arrays.update(quantize(network_name, scheme, recorder))
             print(network_name, scheme, flush=True)
     # Of `positive` only the input and its range are of interest.
     arrays = {name: array for name, array in arrays.items() if not name.startswith("positive/") or "/input" in name}

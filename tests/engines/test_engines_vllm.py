@@ -71,9 +71,9 @@ def served(engines: Path, root: Path, rows: npt.NDArray[np.int32]) -> dict[tuple
     return found
 
 
-def log_probabilities(directory: Path, ids: npt.NDArray[np.int32], *, quantised: bool = True) -> Logs:
+def log_probabilities(directory: Path, ids: npt.NDArray[np.int32], *, quantized: bool = True) -> Logs:
     """Of every token after each, (b, t, vocabulary), as `gs-dist evaluate --as vllm` computes them."""
-    reader = CheckpointReader(directory, quantized=quantised)
+    reader = CheckpointReader(directory, quantized=quantized)
     device = open_device(DeviceKind.CPU, threads=1)
     network = DecoderNetwork(reader.architecture, device, engine_named("vllm").token_step)
     outer = network.outer_weights(reader.read_outer())
@@ -81,7 +81,7 @@ def log_probabilities(directory: Path, ids: npt.NDArray[np.int32], *, quantised:
     for layer in range(reader.architecture.num_layers):
         weights = (
             network.layer_weights(layer, {}, quantized=codec_of(FORMAT).decode_layer(reader, layer))
-            if quantised
+            if quantized
             else network.layer_weights(layer, reader.read_layer(layer))
         )
         hidden, _ = network.forward_layer(weights, hidden, capture=False)
@@ -137,7 +137,7 @@ def test_it_predicts_what_evaluate_says(
     limit = 0.2 if model == MIXTURE else 0.15  # in a mixture another expert is chosen for some tokens
     theirs = np.array(line["log_probabilities"])
     ours = of_tokens(log_probabilities(directory, rows), rows)
-    floats = of_tokens(log_probabilities(root / model / "model", rows, quantised=False), rows)
+    floats = of_tokens(log_probabilities(root / model / "model", rows, quantized=False), rows)
     assert abs(theirs.mean() - ours.mean()) < 0.02
     assert rms(theirs - ours) < limit
     if scheme.startswith("w4"):

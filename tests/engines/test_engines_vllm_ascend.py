@@ -128,7 +128,7 @@ def test_it_computes_what_the_integers_stand_for(loaded: dict[str, Loaded]) -> N
             x = found.outputs[key].astype(np.float64)
             expected = np.concatenate(
                 [
-                    rounded(x, linear, dtype) @ linear.dequantised().astype(np.float64).T
+                    rounded(x, linear, dtype) @ linear.dequantized().astype(np.float64).T
                     + (0 if linear.bias is None else linear.bias)
                     for linear in members
                 ],

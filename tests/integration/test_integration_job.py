@@ -77,9 +77,9 @@ def test_a_finished_job_leaves_what_it_promises(job: tuple[Path, CalibrationConf
     summary = read_summary(output)
     assert len(summary.stages) == 4
     assert all(stage.peak_memory_measured for stage in summary.stages)
-    quantised = [row for row in summary.rows if row.strategy != "NA"]
-    assert len(quantised) == 28
-    assert all(row.relative_error is not None and 0 < row.relative_error < 0.01 for row in quantised)
+    quantized = [row for row in summary.rows if row.strategy != "NA"]
+    assert len(quantized) == 28
+    assert all(row.relative_error is not None and 0 < row.relative_error < 0.01 for row in quantized)
     assert summary.rows[-1].name == "lm_head"
     provenance = json.loads((output / "compressed-tensors" / "provenance.json").read_text())
     assert provenance["fingerprints"] == summary.fingerprints

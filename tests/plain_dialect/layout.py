@@ -11,7 +11,7 @@ from gs_dist.model.decoder import DecoderArchitecture
 
 
 class PlainLayout:
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
         named = inventory.descriptions["plain_description.json"].get("linears", [])
         found = {}
         for name, linear in all_linears(architecture):
@@ -28,7 +28,7 @@ class PlainLayout:
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         pass
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         codes = inventory.read(f"{name}.weight").astype(np.float32)
         return codes * inventory.read(f"{name}.weight_scale")[:, None]
 

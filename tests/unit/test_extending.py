@@ -17,7 +17,7 @@ import pytest
 from checkpoints import tiny_checkpoint
 from plain_dialect.codec import DESCRIPTION
 from pydantic import ValidationError
-from quantized_layers import LINEARS, quantise
+from quantized_layers import LINEARS, quantize
 from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check, check_all
@@ -70,7 +70,7 @@ def test_a_registered_dialect_is_recipe_written_merged_checked_read_back_and_tol
     with pytest.raises(RecipeError, match="plain holds weights alone"):
         codec_of("plain").check_policies({"model.layers.0.mlp.up_proj": refused}, architecture)
 
-    layers = [quantise(reader, n, dict.fromkeys(LINEARS, policy)) for n in range(architecture.num_layers)]
+    layers = [quantize(reader, n, dict.fromkeys(LINEARS, policy)) for n in range(architecture.num_layers)]
     output.mkdir()
     manifests = [publish_layer(output, layer, architecture, config.dialects, PRINTS) for layer in layers]
     outer = publish_outer(output, reader, config.dialects, PRINTS)
@@ -85,7 +85,7 @@ def test_a_registered_dialect_is_recipe_written_merged_checked_read_back_and_tol
         CheckpointReader(directory)
     decoded = codec_of("plain").decode_layer(CheckpointReader(directory, quantized=True), 1)
     for name, linear in decoded.linears.items():
-        np.testing.assert_array_equal(linear.dequantised(), layers[1].linears[name].dequantised())
+        np.testing.assert_array_equal(linear.dequantized(), layers[1].linears[name].dequantized())
 
     write_model_card(directory, config, _summary(source), architecture)
     card = (directory / "README.md").read_text()

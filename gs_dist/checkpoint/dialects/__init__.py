@@ -30,7 +30,7 @@ def check_policies(name: str, policies: Policies, architecture: DecoderArchitect
     """
     codec = codec_of(name)
     for linear, policy in policies.items():
-        if policy is not None and policy.quantises_linear and policy.weight_format not in codec.number_formats:
+        if policy is not None and policy.quantizes_linear and policy.weight_format not in codec.number_formats:
             held = ", ".join(form.name for form in codec.number_formats)
             others = [other for other in DIALECTS if policy.weight_format in codec_of(other).number_formats]
             instead = f", or format: [{', '.join(others)}]" if others else ""

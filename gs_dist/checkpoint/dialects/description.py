@@ -67,7 +67,7 @@ _POLICIES: Mapping[str, Mapping[str, Any]] = {
 
 def label_of(policy: QuantPolicy | None) -> str:
     """The word that description files use: FLOAT, W8A8 (static), W8A8_DYNAMIC (per token), W8A16, W4A16 ..."""
-    if policy is None or not policy.quantises_linear:
+    if policy is None or not policy.quantizes_linear:
         return FLOAT
     weights = policy.weight_format.label
     if policy.act_quant_dtype is None:

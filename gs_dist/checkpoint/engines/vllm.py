@@ -45,24 +45,24 @@ def _check(inventory: Inventory, layout: Layout, version: str) -> None:
     for group in groups:
         _check_scheme(inventory, group, architecture.dtype)
     _check_cache(inventory)
-    quantised = {
+    quantized = {
         name: next((group for group in groups if group.takes(name)), None) if kind != "FLOAT" else None
         for name, kind in layout.kinds.items()
     }
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
-        _check_experts(inventory, layout, quantised, architecture, layer)
+        _check_experts(inventory, layout, quantized, architecture, layer)
         for members in _FUSED:
             names = [prefix + member for member in members]
             if names[0] not in layout.kinds:
                 continue
-            kinds = [_summary(layout.kinds[name], quantised[name]) for name in names]
+            kinds = [_summary(layout.kinds[name], quantized[name]) for name in names]
             if len(set(kinds)) > 1:
                 expected = "one scheme: they are fused into one linear (get_scheme, should_ignore_layer)"
                 inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, names[0])
             elif layout.kinds[names[0]] == "W8A8":
                 _check_shared_input(inventory, names)
-    packed = {name: _packed(group) for name, group in quantised.items() if group is not None}
+    packed = {name: _packed(group) for name, group in quantized.items() if group is not None}
     limit = describe_tensor_parallel({name: found for name, found in packed.items() if found}, architecture)
     if limit is not None:
         inventory.note("tensor-parallel", limit)
@@ -95,7 +95,7 @@ def _check_gptq(inventory: Inventory, layout: Layout) -> None:
 def _check_experts(
     inventory: Inventory,
     layout: Layout,
-    quantised: Mapping[str, SchemeGroup | None],
+    quantized: Mapping[str, SchemeGroup | None],
     architecture: DecoderArchitecture,
     layer: int,
 ) -> None:
@@ -106,7 +106,7 @@ def _check_experts(
     """
     prefix = architecture.layer_prefix(layer)
     names = [prefix + linear.name for expert in architecture.layers[layer].mlp.experts for linear in expert]
-    kinds = sorted({_summary(layout.kinds[name], quantised[name]) for name in names})
+    kinds = sorted({_summary(layout.kinds[name], quantized[name]) for name in names})
     if len(kinds) > 1:
         expected = "one scheme: all experts of a layer are run as one (get_moe_method)"
         inventory.report(CONFIG_FILE, "fused-label", ", ".join(kinds), expected, names[0])

@@ -53,7 +53,7 @@ def read(keys: ConfigKeys) -> DecoderArchitecture:
         intermediate_size=keys.size("moe_intermediate_size", default=1408),
         routing=Routing(
             top_k=keys.size("num_experts_per_tok", default=4, maximum=num_experts),
-            normalised=keys.flag("norm_topk_prob"),
+            normalized=keys.flag("norm_topk_prob"),
         ),
         shared_size=keys.size("shared_expert_intermediate_size", default=5632),
         shared_gate="mlp.shared_expert_gate",

@@ -50,7 +50,7 @@ def read(keys: ConfigKeys) -> DecoderArchitecture:
         intermediate_size=keys.size("moe_intermediate_size", default=768),
         routing=Routing(
             top_k=keys.size("num_experts_per_tok", default=8, maximum=num_experts),
-            normalised=keys.flag("norm_topk_prob"),
+            normalized=keys.flag("norm_topk_prob"),
         ),
     )
     # Unlike Qwen3, a window that is switched on holds for every layer.

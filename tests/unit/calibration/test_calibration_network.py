@@ -132,7 +132,7 @@ STATIC = {"act_quant_dtype": "int8"}
 DYNAMIC = {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"}
 
 
-def quantise(tiny: Tiny, policies: Mapping[str, dict[str, Any]], kv_cache: QuantizedKVCache | None) -> QuantizedLayer:
+def quantize(tiny: Tiny, policies: Mapping[str, dict[str, Any]], kv_cache: QuantizedKVCache | None) -> QuantizedLayer:
     """int8 weights per channel, static inputs on a grid that clips a few values, all other tensors as they are."""
     linears = {}
     for number, (name, fields) in enumerate(policies.items()):
@@ -230,7 +230,7 @@ def reference_layer(
     return computed
 
 
-QUANTISED: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, str] | None]] = {
+QUANTIZED: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, str] | None]] = {
     "weights alone": ({"self_attn.q_proj": {}, "mlp.down_proj": {}}, None),
     "one scheme a linear": (
         {
@@ -248,16 +248,16 @@ QUANTISED: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, str] | None]] =
 }
 
 
-@pytest.mark.parametrize("case", QUANTISED)
-def test_a_quantised_layer_computes_what_its_integers_would(case: str, tiny: Tiny, device: Device) -> None:
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_layer_computes_what_its_integers_would(case: str, tiny: Tiny, device: Device) -> None:
     """Weights, inputs, keys and values are rounded as each linear's policy and the cache say, and nothing else is."""
-    policies, granularities = QUANTISED[case]
+    policies, granularities = QUANTIZED[case]
     scales = np.linspace(0.01, 0.03, 32, dtype=np.float32)
     kv_cache = None
     if granularities is not None:
         key_scale, value_scale = (scales if granularity == "per_channel" else None for granularity in granularities)
         kv_cache = QuantizedKVCache(key_scale=key_scale, value_scale=value_scale)
-    quantized = quantise(tiny, policies, kv_cache)
+    quantized = quantize(tiny, policies, kv_cache)
     weights = tiny.network.layer_weights(0, {}, quantized)
     output, captured = tiny.network.forward_layer(weights, device.to_tensor(tiny.hidden))
     seen = {"output": output, **captured}
@@ -270,7 +270,7 @@ def test_a_quantised_layer_computes_what_its_integers_would(case: str, tiny: Tin
 
 def test_a_row_of_zeros_survives_rounding_per_token(tiny: Tiny, device: Device) -> None:
     """A token whose activation is zero keeps finite outputs under dynamic rounding."""
-    quantized = quantise(tiny, {"self_attn.q_proj": DYNAMIC}, QuantizedKVCache(key_scale=None, value_scale=None))
+    quantized = quantize(tiny, {"self_attn.q_proj": DYNAMIC}, QuantizedKVCache(key_scale=None, value_scale=None))
     output, _ = tiny.network.forward_layer(
         tiny.network.layer_weights(0, {}, quantized), device.to_tensor(np.zeros_like(tiny.hidden)), capture=False
     )

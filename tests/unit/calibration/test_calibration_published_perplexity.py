@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import tiny_checkpoint
-from quantized_layers import GROUP, LINEARS, SCHEMES, quantise, round_linear
+from quantized_layers import GROUP, LINEARS, SCHEMES, quantize, round_linear
 from safetensors import safe_open
 
 from gs_dist.calibration.device import open_device
@@ -275,7 +275,7 @@ def reference_perplexity(logits: Array, ids: Array) -> float:
 
 def solved(reader: CheckpointReader, layer: int, policy: QuantPolicy) -> QuantizedLayer:
     """A layer rounded plainly, with input scales of its own, group index and KV cache scales as the policy says."""
-    rough = quantise(reader, layer, dict.fromkeys(LINEARS, policy))
+    rough = quantize(reader, layer, dict.fromkeys(LINEARS, policy))
     dtype = DTYPES[SPELLINGS[reader.architecture.dtype]]
     rng = np.random.default_rng(layer)
     linears: dict[str, QuantizedLinear] = {}

@@ -47,9 +47,9 @@ def engine_static(tensors: dict[str, Any], p: str, x: np.ndarray) -> np.ndarray:
     integer matmul; quant_bias added before the scale; the float bias is not used.
     """
     scale = np.float64(tensors[p + ".input_scale"].astype(np.float32)[0])
-    quantised = np.clip(np.rint(x / scale) + tensors[p + ".input_offset"].astype(np.int64), -128, 127)
+    quantized = np.clip(np.rint(x / scale) + tensors[p + ".input_offset"].astype(np.int64), -128, 127)
     deq = engine_deq_scale(tensors[p + ".deq_scale"])
-    accumulated = quantised @ tensors[p + ".weight"].astype(np.int64).T
+    accumulated = quantized @ tensors[p + ".weight"].astype(np.int64).T
     return (accumulated + tensors[p + ".quant_bias"].astype(np.int64)) * deq
 
 
@@ -130,7 +130,7 @@ def test_weights_decode_to_the_same_values(tmp_path: Path, policy: QuantPolicy) 
     for name, linear in layer.linears.items():
         p = f"model.layers.1.{name}."
         weight = encoded[p + "weight"].astype(np.float32) * encoded[p + "weight_scale"].astype(np.float32)
-        np.testing.assert_array_equal(weight, linear.dequantised())
+        np.testing.assert_array_equal(weight, linear.dequantized())
 
 
 def test_every_linear_is_found_by_the_engines_look_ups(tmp_path: Path) -> None:

@@ -667,7 +667,7 @@ def test_an_unknown_engine_or_directory_is_the_users_mistake(pristine: dict[str,
     assert set(ENGINES) == {"vllm-ascend", "vllm-mindspore", "mindformers", "vllm", "transformers"}
 
 
-def test_a_float_checkpoint_is_not_a_quantised_one(tmp_path: Path) -> None:
+def test_a_float_checkpoint_is_not_a_quantized_one(tmp_path: Path) -> None:
     """A source model has no description of a quantisation, and the report says which would be known."""
     config = tiny_config()
     save_checkpoint(tmp_path / "float", config, random_tensors(config))

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import DTYPES, tiny_checkpoint, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from quantized_layers import LINEARS, SCHEMES, quantise
+from quantized_layers import LINEARS, SCHEMES, quantize
 
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_int32, packed_size, unpack_int32
@@ -113,7 +113,7 @@ def test_tensors_of_a_linear(scheme: str, tmp_path: Path) -> None:
     """Names, dtypes and shapes are those that the schemes' loaders register."""
     source = tiny_checkpoint(tmp_path / "m", dtype="bfloat16", hidden_size=128, intermediate_size=192)
     reader = CheckpointReader(source)
-    layer = quantise(reader, 0, {"mlp.down_proj": QuantPolicy(**SCHEMES[scheme])})
+    layer = quantize(reader, 0, {"mlp.down_proj": QuantPolicy(**SCHEMES[scheme])})
     tensors = FORMAT.encode_layer(layer, reader.architecture)
     prefix = PREFIX + "mlp.down_proj."
     found = {n.removeprefix(prefix): (a.dtype.name, a.shape) for n, a in tensors.items() if n.startswith(prefix)}
@@ -129,7 +129,7 @@ def test_expected_tensors_are_what_is_encoded(scheme: str, model_type: str, tmp_
     """The merge's expectation and the encoder agree for every scheme, biases included."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", model_type, "float16", hidden_size=128))
     policy = QuantPolicy(**SCHEMES[scheme])
-    layer = quantise(reader, 1, dict.fromkeys(LINEARS[:5], policy))
+    layer = quantize(reader, 1, dict.fromkeys(LINEARS[:5], policy))
     encoded = FORMAT.encode_layer(layer, reader.architecture)
     policies = {f"model.layers.1.{name}": policy for name in LINEARS[:5]}
     expected = FORMAT.expected_tensors(1, policies, None, reader.architecture)
@@ -155,7 +155,7 @@ def same(left: QuantizedLayer, right: QuantizedLayer) -> None:
         assert array.tobytes() == right.tensors[name].tobytes()
     for name, linear in left.linears.items():
         other = right.linears[name]
-        np.testing.assert_array_equal(linear.dequantised(), other.dequantised())
+        np.testing.assert_array_equal(linear.dequantized(), other.dequantized())
         for field in ("codes", "scale", "zero_point", "group_index", "bias", "input_scale"):
             np.testing.assert_array_equal(getattr(linear, field), getattr(other, field), err_msg=field)
         assert (linear.input_zero_point or 0) == (other.input_zero_point or 0)
@@ -170,7 +170,7 @@ def test_what_is_published_reads_back(scheme: str, dtype: str, tmp_path: Path) -
     """Decoding a published directory gives the solvers' integers, scales, biases and float tensors, bit for bit."""
     source = tiny_checkpoint(tmp_path / "m", "qwen2", dtype, hidden_size=128)
     reader = CheckpointReader(source)
-    layers = [quantise(reader, layer, dict.fromkeys(LINEARS, QuantPolicy(**SCHEMES[scheme]))) for layer in range(2)]
+    layers = [quantize(reader, layer, dict.fromkeys(LINEARS, QuantPolicy(**SCHEMES[scheme]))) for layer in range(2)]
     published = CheckpointReader(publish(source, tmp_path / "run", layers), quantized=True)
     for layer in layers:
         same(layer, FORMAT.decode_layer(published, layer.layer))
@@ -182,8 +182,8 @@ def test_mixed_policies_read_back(tmp_path: Path) -> None:
     reader = CheckpointReader(source)
     static, packed = QuantPolicy(**SCHEMES["W8A8 static"]), QuantPolicy(**SCHEMES["W4A16 per group"])
     layers = [
-        quantise(reader, 0, {**dict.fromkeys(LINEARS, static), "mlp.down_proj": None}),
-        quantise(reader, 1, {**dict.fromkeys(LINEARS, None), "mlp.down_proj": packed, "mlp.up_proj": static}),
+        quantize(reader, 0, {**dict.fromkeys(LINEARS, static), "mlp.down_proj": None}),
+        quantize(reader, 1, {**dict.fromkeys(LINEARS, None), "mlp.down_proj": packed, "mlp.up_proj": static}),
     ]
     directory = publish(source, tmp_path / "run", layers)
     published = CheckpointReader(directory, quantized=True)
@@ -199,7 +199,7 @@ def test_a_group_index_is_stored_and_read_back(tmp_path: Path) -> None:
     reader = CheckpointReader(source)
     args = AlgoArgs(desc_act=True)
     policy = QuantPolicy(**{**SCHEMES["W4A16 per group"], "precision_recovery": "gptq", "algo_args": args})
-    layers = [quantise(reader, layer, {"mlp.up_proj": policy}) for layer in range(2)]
+    layers = [quantize(reader, layer, {"mlp.up_proj": policy}) for layer in range(2)]
     order = np.random.default_rng(0).permutation(128)
     index = (np.argsort(order) // 64).astype(np.int32)
     for layer in layers:
@@ -401,7 +401,7 @@ def test_a_cache_with_a_scale_a_token_is_refused_alike_by_every_format(name: str
 def test_a_result_that_cannot_be_held_is_refused(tmp_path: Path) -> None:
     """Scales that the model's dtype would round, and biases without a place, are never written."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", dtype="bfloat16"))
-    layer = quantise(reader, 0, {"mlp.up_proj": QuantPolicy()})
+    layer = quantize(reader, 0, {"mlp.up_proj": QuantPolicy()})
     linear = layer.linears["mlp.up_proj"]
     unrounded = dataclasses.replace(linear, scale=linear.scale + np.float32(1e-5))
     biased = dataclasses.replace(linear, bias=np.ones(128, np.float32))
@@ -434,7 +434,7 @@ def test_a_damaged_layer_is_refused(change: dict[str, npt.NDArray[Any] | None], 
     source = tiny_checkpoint(tmp_path / "m")
     reader = CheckpointReader(source)
     policies: dict[str, QuantPolicy | None] = {"mlp.up_proj": QuantPolicy(**SCHEMES["W8A8 static"])}
-    directory = publish(source, tmp_path / "run", [quantise(reader, layer, policies) for layer in range(2)])
+    directory = publish(source, tmp_path / "run", [quantize(reader, layer, policies) for layer in range(2)])
     published = CheckpointReader(directory, quantized=True)
     tensors: dict[str, Any] = {name: np.array(a) for name, a in published.read(published.tensors).items()}
     for name, array in change.items():
@@ -461,7 +461,7 @@ def test_schemes_of_others_are_refused(weights: dict[str, Any], message: str, tm
     """A checkpoint of a scheme that is not served is refused by its linear."""
     source = tiny_checkpoint(tmp_path / "m")
     reader = CheckpointReader(source)
-    layers = [quantise(reader, layer, dict.fromkeys(LINEARS, QuantPolicy())) for layer in range(2)]
+    layers = [quantize(reader, layer, dict.fromkeys(LINEARS, QuantPolicy())) for layer in range(2)]
     directory = publish(source, tmp_path / "run", layers)
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
@@ -473,7 +473,7 @@ def test_schemes_of_others_are_refused(weights: dict[str, Any], message: str, tm
 def test_scales_are_stored_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     """float16 models have float16 scales and biases."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", "qwen2", "float16"))
-    tensors = FORMAT.encode_layer(quantise(reader, 0, {"self_attn.q_proj": QuantPolicy()}), reader.architecture)
+    tensors = FORMAT.encode_layer(quantize(reader, 0, {"self_attn.q_proj": QuantPolicy()}), reader.architecture)
     assert tensors[PREFIX + "self_attn.q_proj.weight_scale"].dtype == DTYPES["float16"]
     assert tensors[PREFIX + "self_attn.q_proj.bias"].dtype == DTYPES["float16"]
 

@@ -68,8 +68,8 @@ def reference_weight(tensors: dict[str, Any], p: str, label: str) -> np.ndarray:
 def reader_static(tensors: dict[str, Any], p: str, x: np.ndarray) -> np.ndarray:
     """`A8W8LinearMethod.apply` (golden_stick/a8w8.py): per-channel quantisation, matmul, scale, then the bias."""
     scale = tensors[p + ".input_scale"].astype(np.float64)
-    quantised = np.clip(np.rint(x / scale) + tensors[p + ".input_offset"].astype(np.int64), -128, 127)
-    accumulated = quantised @ tensors[p + ".weight"].astype(np.int64).T + tensors[p + ".quant_bias"].astype(np.int64)
+    quantized = np.clip(np.rint(x / scale) + tensors[p + ".input_offset"].astype(np.int64), -128, 127)
+    accumulated = quantized @ tensors[p + ".weight"].astype(np.int64).T + tensors[p + ".quant_bias"].astype(np.int64)
     out = accumulated * tensors[p + ".deq_scale"].astype(np.float64)
     return out + tensors[p + ".bias"].astype(np.float64) if p + ".bias" in tensors else out
 
@@ -95,8 +95,8 @@ def test_weights_read_from_the_files_are_the_solvers(
     for name, linear in layer.linears.items():
         assert description[f"model.layers.1.{name}.weight"] == label
         reference = reference_weight(encoded, f"model.layers.1.{name}", label)
-        np.testing.assert_array_equal(reference, linear.dequantised())
-        np.testing.assert_array_equal(decoded.linears[name].dequantised(), linear.dequantised())
+        np.testing.assert_array_equal(reference, linear.dequantized())
+        np.testing.assert_array_equal(decoded.linears[name].dequantized(), linear.dequantized())
         np.testing.assert_array_equal(decoded.linears[name].bias, linear.bias)
         assert decoded.linears[name].input_scale == linear.input_scale
     assert decoded.tensors.keys() == layer.tensors.keys()
@@ -113,7 +113,7 @@ def test_static_linear_computes_what_the_integers_mean(tmp_path: Path, zero_poin
             continue
         assert linear.input_scale is not None
         fake = (np.clip(np.rint(x / linear.input_scale) + zero_point, -128, 127) - zero_point) * linear.input_scale
-        expected = fake @ linear.dequantised().astype(np.float64).T + (0 if linear.bias is None else linear.bias)
+        expected = fake @ linear.dequantized().astype(np.float64).T + (0 if linear.bias is None else linear.bias)
         np.testing.assert_allclose(reader_static(encoded, f"model.layers.1.{name}", x), expected, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import tiny_checkpoint
-from quantized_layers import LINEARS, quantise
+from quantized_layers import LINEARS, quantize
 from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check
@@ -35,7 +35,7 @@ def publish(tmp_path: Path, **fields: Any) -> tuple[Path, list[QuantizedLayer]]:
     layers = []
     for n in range(reader.architecture.num_layers):
         kept = {name: policy for name in LINEARS if f"model.layers.{n}.{name}" != FLOAT}
-        layer = quantise(reader, n, kept)
+        layer = quantize(reader, n, kept)
         for linear in layer.linears.values():
             if policy.column_order == "group":
                 columns = linear.codes.shape[1]
@@ -75,14 +75,14 @@ def test_words_are_those_that_autogptq_unpacks(tmp_path: Path, fields: dict[str,
     tensors = load_file(directory / "layer-00001.safetensors")
     for short in ("self_attn.k_proj", "mlp.down_proj"):
         found = forward_weight(tensors, f"model.layers.1.{short}", bits)
-        np.testing.assert_allclose(found.T, layers[1].linears[short].dequantised(), rtol=1e-6)
+        np.testing.assert_allclose(found.T, layers[1].linears[short].dequantized(), rtol=1e-6)
     assert "model.layers.1.self_attn.q_proj.bias" in tensors
     decoded = codec_of("gptq").decode_layer(CheckpointReader(directory, quantized=True), 1)
     for short, linear in decoded.linears.items():
-        np.testing.assert_array_equal(linear.dequantised(), layers[1].linears[short].dequantised())
+        np.testing.assert_array_equal(linear.dequantized(), layers[1].linears[short].dequantized())
         assert linear.policy.column_order == layers[1].linears[short].policy.column_order
-    values = layout_of("gptq").dequantised(take_inventory(directory), "model.layers.1.mlp.up_proj", f"W{bits}A16")
-    np.testing.assert_array_equal(values, layers[1].linears["mlp.up_proj"].dequantised())
+    values = layout_of("gptq").dequantized(take_inventory(directory), "model.layers.1.mlp.up_proj", f"W{bits}A16")
+    np.testing.assert_array_equal(values, layers[1].linears["mlp.up_proj"].dequantized())
 
 
 def test_config_says_what_a_loader_asks_for(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import tiny_checkpoint
-from quantized_layers import LINEARS, SCHEMES, quantise
+from quantized_layers import LINEARS, SCHEMES, quantize
 
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.manifest import Fingerprints, publish_layer, publish_outer
@@ -29,7 +29,7 @@ def publish(source: Path, output: Path, policies: list[dict[str, QuantPolicy | N
     reader = CheckpointReader(source)
     output.mkdir()
     prints = Fingerprints(recipe="r", source="s", data="d")
-    layers = [quantise(reader, layer, part) for layer, part in enumerate(policies)]
+    layers = [quantize(reader, layer, part) for layer, part in enumerate(policies)]
     formats = ["compressed-tensors"]
     manifests = [publish_layer(output, layer, reader.architecture, formats, prints) for layer in layers]
     outer = publish_outer(output, reader, formats, prints)
@@ -45,7 +45,7 @@ def load(directory: Path, *, dequantize: bool = False) -> Any:
     return model.eval()
 
 
-def fake_quantise(x: Any, linear: QuantizedLinear) -> Any:
+def fake_quantize(x: Any, linear: QuantizedLinear) -> Any:
     if linear.policy.act_quant_dtype is None:
         return x
     if linear.policy.is_static:
@@ -61,8 +61,8 @@ def reference(source: Path, layers: list[QuantizedLayer]) -> Any:
     for layer in layers:
         for name, linear in layer.linears.items():
             module = model.get_submodule(f"model.layers.{layer.layer}.{name}")
-            module.weight.data = torch.from_numpy(linear.dequantised()).to(module.weight.dtype)
-            module.register_forward_pre_hook(lambda _, args, q=linear: (fake_quantise(args[0], q),))
+            module.weight.data = torch.from_numpy(linear.dequantized()).to(module.weight.dtype)
+            module.register_forward_pre_hook(lambda _, args, q=linear: (fake_quantize(args[0], q),))
     return model
 
 
@@ -140,7 +140,7 @@ def test_bfloat16_weights_load_exactly(tmp_path: Path) -> None:
         for name, linear in layer.linears.items():
             weight = model.get_submodule(f"model.layers.{layer.layer}.{name}").weight
             assert weight.dtype == torch.bfloat16
-            assert torch.equal(weight, torch.from_numpy(linear.dequantised()).to(torch.bfloat16))
+            assert torch.equal(weight, torch.from_numpy(linear.dequantized()).to(torch.bfloat16))
 
 
 def test_key_value_scales_load(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_key_value_scales_load(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     manifests = []
     for layer in range(2):
-        quantized = quantise(reader, layer, dict.fromkeys(LINEARS, QuantPolicy()))
+        quantized = quantize(reader, layer, dict.fromkeys(LINEARS, QuantPolicy()))
         scales = np.full(reader.architecture.kv_size, 0.25, dtype=np.float32)
         cache = QuantizedKVCache(key_scale=scales, value_scale=scales * 0.5)
         quantized = QuantizedLayer(layer=layer, linears=quantized.linears, tensors=quantized.tensors, kv_cache=cache)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import tiny_checkpoint
-from quantized_layers import LINEARS, SCHEMES, quantise
+from quantized_layers import LINEARS, SCHEMES, quantize
 
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.manifest import (
@@ -45,7 +45,7 @@ ROW = LinearSummary(
 
 def publish_one(tmp_path: Path, **policy: Any) -> tuple[Path, LayerManifest]:
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m"))
-    layer = quantise(reader, 1, {**dict.fromkeys(LINEARS, QuantPolicy(**policy)), "mlp.down_proj": None})
+    layer = quantize(reader, 1, {**dict.fromkeys(LINEARS, QuantPolicy(**policy)), "mlp.down_proj": None})
     scales = np.ones(reader.architecture.kv_size, np.float32)
     layer = dataclasses.replace(layer, rows=(ROW,), kv_cache=QuantizedKVCache(key_scale=scales, value_scale=scales))
     (tmp_path / "run").mkdir()
@@ -74,7 +74,7 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
 def test_a_manifest_tells_the_software_and_the_shard_does_not(tmp_path: Path) -> None:
     """Versions and CPU kernel stand in the manifest alone."""
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m"))
-    layer = quantise(reader, 1, dict.fromkeys(LINEARS, QuantPolicy()))
+    layer = quantize(reader, 1, dict.fromkeys(LINEARS, QuantPolicy()))
     shards = []
     for name, made_with in (("a", MadeWith(versions={"numpy": "1.26.4"}, kernel="x86_64 Zen")), ("b", MadeWith())):
         (tmp_path / name).mkdir()
@@ -181,6 +181,6 @@ def test_every_scheme_can_be_recorded(tmp_path: Path) -> None:
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m", hidden_size=128))
     (tmp_path / "run").mkdir()
     for fields in SCHEMES.values():
-        layer = quantise(reader, 0, dict.fromkeys(LINEARS, QuantPolicy(**fields)))
+        layer = quantize(reader, 0, dict.fromkeys(LINEARS, QuantPolicy(**fields)))
         manifest = publish_layer(tmp_path / "run", layer, reader.architecture, DIALECTS, PRINTS)
         assert read_manifest(tmp_path / "run", 0) == manifest

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import random_tensors, save_checkpoint, tiny_checkpoint, tiny_config
-from quantized_layers import LINEARS, SCHEMES, quantise
+from quantized_layers import LINEARS, SCHEMES, quantize
 from safetensors.numpy import load_file
 
 from gs_dist.checkpoint.manifest import Fingerprints, LayerManifest, publish_layer, publish_outer
@@ -46,7 +46,7 @@ def prepare(source: Path, output: Path, linears: tuple[str, ...] = LINEARS) -> R
     reader = CheckpointReader(source)
     output.mkdir()
     layers = [
-        publish_layer(output, quantise(reader, n, dict.fromkeys(linears, POLICY)), reader.architecture, [NAME], PRINTS)
+        publish_layer(output, quantize(reader, n, dict.fromkeys(linears, POLICY)), reader.architecture, [NAME], PRINTS)
         for n in range(reader.architecture.num_layers)
     ]
     return Run(output, reader, layers, publish_outer(output, reader, [NAME], PRINTS))
@@ -91,7 +91,7 @@ def test_what_serving_needs_goes_along(run: Run) -> None:
         assert (run.directory / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_config_is_the_source_and_its_quantisation(tmp_path: Path) -> None:
+def test_config_is_the_source_and_its_quantization(tmp_path: Path) -> None:
     """Every key of the source stays, except one that names code; a dtype is stated where none was."""
     source = tiny_checkpoint(tmp_path / "m", dtype="bfloat16", rope_theta=5e5)
     content = json.loads((source / "config.json").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import tiny_checkpoint
 from pydantic import ValidationError
-from quantized_layers import LINEARS, quantise
+from quantized_layers import LINEARS, quantize
 from safetensors.numpy import load_file, save_file
 
 from gs_dist.checkpoint.check import check
@@ -33,7 +33,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 def rounded_layer(reader: CheckpointReader, layer: int, policy: QuantPolicy) -> QuantizedLayer:
     """A layer of the source rounded as the policy says, against inputs that depend on each other."""
-    plain = quantise(reader, layer, dict.fromkeys(LINEARS, QuantPolicy()))
+    plain = quantize(reader, layer, dict.fromkeys(LINEARS, QuantPolicy()))
     linears = {}
     for name, linear in plain.linears.items():
         weight = reader.read_layer(layer)[f"{name}.weight"].astype(np.float32)
@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_formats_page(tmp_path: Path) -> None:
             values = np.array(E2M1 + [-value for value in E2M1])
             nibbles = np.stack([packed % 16, packed // 16], axis=2).reshape(rows, columns)
             expected = values[nibbles] * np.repeat(2.0 ** (exponents.astype(int) - 127), 32, axis=1)
-            np.testing.assert_array_equal(linear.dequantised(), expected)
+            np.testing.assert_array_equal(linear.dequantized(), expected)
 
 
 def test_a_directory_is_described_checked_and_read_back(tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_a_directory_is_described_checked_and_read_back(tmp_path: Path) -> None:
     decoded = codec_of("compressed-tensors").decode_layer(CheckpointReader(directory, quantized=True), 1)
     name = "model.layers.1.mlp.down_proj"
     for short, linear in decoded.linears.items():
-        np.testing.assert_array_equal(linear.dequantised(), layers[1].linears[short].dequantised())
+        np.testing.assert_array_equal(linear.dequantized(), layers[1].linears[short].dequantized())
         assert linear.policy.weight_quant_dtype == "mxfp4"
-    values = layout_of("compressed-tensors").dequantised(take_inventory(directory), name, "MXFP4A16")
-    np.testing.assert_array_equal(values, layers[1].linears["mlp.down_proj"].dequantised())
+    values = layout_of("compressed-tensors").dequantized(take_inventory(directory), name, "MXFP4A16")
+    np.testing.assert_array_equal(values, layers[1].linears["mlp.down_proj"].dequantized())
 
     shard = directory / "layer-00001.safetensors"
     tensors = load_file(shard)
@@ -120,7 +120,7 @@ def test_searches_choose_among_powers_of_two() -> None:
             {"precision_recovery": "coordinate-descent", "weight_clip": True},
         )
     ]
-    losses = [objective.error(solved.dequantised() - weight) for solved in results]
+    losses = [objective.error(solved.dequantized() - weight) for solved in results]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
     assert results[-1].policy.label == "wclip-CD-WMXFP4-pergroup"
@@ -183,4 +183,4 @@ def test_compressed_tensors_reads_the_same_values(tmp_path: Path) -> None:
             prefix = f"model.layers.{layer.layer}.{name}."
             stored = {part: torch.from_numpy(tensors[prefix + part]) for part in ("weight_packed", "weight_scale")}
             found = compressor.decompress(stored, scheme)["weight"]
-            np.testing.assert_array_equal(found.float().numpy(), linear.dequantised())
+            np.testing.assert_array_equal(found.float().numpy(), linear.dequantized())

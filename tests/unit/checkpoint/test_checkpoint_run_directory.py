@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import tiny_checkpoint
-from quantized_layers import LINEARS, quantise
+from quantized_layers import LINEARS, quantize
 
 from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.lineage import Lineage
@@ -53,7 +53,7 @@ def output(tmp_path: Path) -> Path:
     path.mkdir()
     assert run(path).prepare(2) == {}
     reader = CheckpointReader(tiny_checkpoint(tmp_path / "m"))
-    layer = quantise(reader, 0, dict.fromkeys(LINEARS, QuantPolicy()))
+    layer = quantize(reader, 0, dict.fromkeys(LINEARS, QuantPolicy()))
     publish_layer(path, layer, reader.architecture, DIALECTS, PRINTS, SOFTWARE, LINEAGE)
     return path
 

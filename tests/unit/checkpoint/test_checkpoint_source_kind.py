@@ -147,12 +147,12 @@ def test_fp8_is_told_with_and_without_its_scales(leaf: str, kind: str, tmp_path:
         ("quant_model_description.json", "ModelSlim's layout"),
     ],
 )
-def test_a_file_that_tells_of_quantised_weights_is_named(file: str, method: str, tmp_path: Path) -> None:
+def test_a_file_that_tells_of_quantized_weights_is_named(file: str, method: str, tmp_path: Path) -> None:
     """With such weights the float model is asked for; with float weights, that the file be moved away."""
-    quantised = save_fp8(tmp_path / "quantised", "weight_scale")
-    (quantised / file).write_text("{}")
+    quantized = save_fp8(tmp_path / "quantised", "weight_scale")
+    (quantized / file).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"^{file} describes quantised weights \({method}\), and .*set model to"):
-        CheckpointReader(quantised)
+        CheckpointReader(quantized)
     merged = tiny_checkpoint(tmp_path / "merged")
     (merged / file).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"^{file} speaks .* every tensor is in float, .*; move the file away"):

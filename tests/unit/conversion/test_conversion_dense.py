@@ -17,7 +17,7 @@ from gs_dist.errors import PolicyConflictError, UserError
 from gs_dist.numbers.integer import INT8
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
-from gs_dist.solvers.affine import quantise_weight
+from gs_dist.solvers.affine import quantize_weight
 
 
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "ascend"])
@@ -34,7 +34,7 @@ def test_tensors_have_the_bytes_of_a_job_without_smoothing(tmp_path: Path, diale
         linears = {}
         for linear in reader.architecture.linears(layer):
             weight = tensors.pop(f"{linear.name}.weight").astype(np.float32)
-            codes, scale, _ = quantise_weight(weight, form=INT8, group_size=0, symmetric=True, scale_dtype=dtype)
+            codes, scale, _ = quantize_weight(weight, form=INT8, group_size=0, symmetric=True, scale_dtype=dtype)
             linears[linear.name] = QuantizedLinear(policy=policy, codes=codes, scale=scale)
         expected |= codec_of(dialect).encode_layer(
             QuantizedLayer(layer=layer, linears=linears, tensors=tensors), reader.architecture

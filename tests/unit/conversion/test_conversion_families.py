@@ -22,7 +22,7 @@ from conversions import (
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.plan import plan_conversion
 
-QUANTISED = {
+QUANTIZED = {
     "qwen3_moe": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "qwen3_next": {
         "q_proj",
@@ -57,7 +57,7 @@ def weights_of(family: str, tensors: dict[str, Array]) -> dict[str, Array]:
 
 @pytest.mark.parametrize("dialect", ["ascend", "compressed-tensors"])
 @pytest.mark.parametrize("family", family_names())
-def test_every_dequantised_weight_is_within_half_a_step_and_everything_else_is_as_it_was(
+def test_every_dequantized_weight_is_within_half_a_step_and_everything_else_is_as_it_was(
     tmp_path: Path, family: str, dialect: str
 ) -> None:
     """Experts are published one by one; routers, gates, embeddings, convolutions and towers keep their bytes."""
@@ -69,14 +69,14 @@ def test_every_dequantised_weight_is_within_half_a_step_and_everything_else_is_a
         if f"{name}.weight_scale" not in found:
             assert left.pop(f"{name}.weight").tobytes() == weight.tobytes(), name
             continue
-        assert name.rpartition(".")[2] in QUANTISED[family], name
+        assert name.rpartition(".")[2] in QUANTIZED[family], name
         step = left.pop(f"{name}.weight_scale").astype(np.float64)
         codes = left.pop(f"{name}.weight").astype(np.float64)
         if dialect == "ascend":
             assert not left.pop(f"{name}.weight_offset").astype(np.float64).any()
         assert within_half_a_step(codes * step, weight.astype(np.float64), step), name
-    quantised = {name.removesuffix(".weight_scale").rpartition(".")[2] for name in found if name.endswith("_scale")}
-    assert quantised == QUANTISED[family]
+    quantized = {name.removesuffix(".weight_scale").rpartition(".")[2] for name in found if name.endswith("_scale")}
+    assert quantized == QUANTIZED[family]
     others = {name: values for name, values in tensors.items() if name.removesuffix(".weight") not in weights}
     others = {name: values for name, values in others.items() if not (".experts." in name and values.ndim == 3)}
     biases = {name for name in others if name.endswith("_proj_bias")}

@@ -69,7 +69,7 @@ def test_every_e4m3_code_decodes_to_what_ml_dtypes_says() -> None:
     assert target.tobytes() == expected.tobytes()
 
 
-def test_fp8_blocks_are_decoded_and_quantised(tmp_path: Path) -> None:
+def test_fp8_blocks_are_decoded_and_quantized(tmp_path: Path) -> None:
     """What is quantised is within half a step of code x scale; what stays is that product in bfloat16, bit for bit."""
     model, values = fp8_checkpoint(tmp_path)
     made = run_conversion(model, tmp_path / "out", format="ascend")["ascend"]
@@ -170,7 +170,7 @@ def mxfp4_checkpoint(directory: Path) -> tuple[Path, dict[str, Array]]:
     return save_checkpoint(directory / "model", config, tensors, shards=2), values
 
 
-def test_mxfp4_experts_are_decoded_exactly_and_quantised(tmp_path: Path) -> None:
+def test_mxfp4_experts_are_decoded_exactly_and_quantized(tmp_path: Path) -> None:
     """Two E2M1 codes a byte, exponents plus 127, gate and up alternating along the outputs."""
     model, values = mxfp4_checkpoint(tmp_path)
     found = read_tensors(run_conversion(model, tmp_path / "out")["compressed-tensors"])
@@ -234,7 +234,7 @@ def test_packed_integers_are_decoded_and_rounded_anew(tmp_path: Path, symmetric:
         assert within_half_a_step(found[f"{name}.weight"].astype(np.float64) * step, weight, step), name
 
 
-def test_another_quantisation_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_quantization_is_refused_by_name(tmp_path: Path) -> None:
     """The message lists what is decoded."""
     model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
     config = json.loads((model / "config.json").read_text())

@@ -49,7 +49,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 
 @pytest.mark.parametrize(("name", "chat_name"), CASES)
-def test_chats_are_rendered_and_tokenised_as_transformers_does(tmp_path: Path, name: str, chat_name: str) -> None:
+def test_chats_are_rendered_and_tokenized_as_transformers_does(tmp_path: Path, name: str, chat_name: str) -> None:
     """Text and token ids are those of transformers, and what its template refuses is refused in its words."""
     model = MODELS[name]
     chat = next(entry for entry in model["chats"] if entry["name"] == chat_name)

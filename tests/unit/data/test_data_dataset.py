@@ -234,7 +234,7 @@ def test_seeded_order_is_the_smallest_hashes(monkeypatch: pytest.MonkeyPatch) ->
     assert [int(n) for i in range(0, 50, 5) for n in order.rows(i, i + 5)] == want
 
 
-def test_text_is_tokenised_and_ended(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_text_is_tokenized_and_ended(tmp_path: Path, tokenizer_file: Path) -> None:
     """Packed texts are joined as the tokenizer gives them, its own special tokens included, an end after each."""
     path = write_rows(tmp_path / "calib", ["a b c d e f", "", "g", "h i j k l m n o"], name="text")
     stream = [90, 1, 2, 3, 4, 5, 6, 99, 90, 99, 90, 7, 99, 90, 8, 9, 10, 11, 12, 13, 14, 15, 99]
@@ -253,7 +253,7 @@ def test_every_kind_of_text_is_read(tmp_path: Path, tokenizer_file: Path, kind: 
     assert rows == [[90, 1, 2], [90, 3, 4], [90, 1, 2], [90, 5]]
 
 
-def test_replica_tokenises_only_its_rows(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replica_tokenizes_only_its_rows(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that reads micro-batches 10 to 12 of unpacked texts tokenises those rows alone."""
     path = write_rows(tmp_path / "calib", [f"a {chr(98 + i % 25)}" for i in range(400)], name="text")
     seen: list[int] = []

@@ -71,7 +71,7 @@ def experts(mlp: MixtureOfExperts) -> dict[str, Any]:
         "shared_size": mlp.shared_size,
         "top_k": mlp.routing.top_k,
         "scale": mlp.routing.scale,
-        "normalised": mlp.routing.normalised,
+        "normalised": mlp.routing.normalized,
         "groups": [mlp.routing.num_groups, mlp.routing.top_groups],
     }
 

@@ -463,7 +463,7 @@ def test_a_host_too_small_for_its_cards_is_refused(large: CheckpointReader) -> N
         planned(large, recipe(gram="on", **cards), facts)
 
 
-def test_quantised_propagation_solves_layer_by_layer(tiny: CheckpointReader) -> None:
+def test_quantized_propagation_solves_layer_by_layer(tiny: CheckpointReader) -> None:
     """Each layer is a wave of its own."""
     plan = planned(tiny, recipe(propagation="quantized", pipeline_parallel_size=1, data_parallel_size=1))
     assert plan.stages[0].waves == ((0,), (1,), (2,), (3,), (4,))

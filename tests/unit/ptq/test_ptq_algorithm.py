@@ -163,7 +163,7 @@ def test_helper_of_another_type_is_a_type_error():
         PTQ().apply(Mlp(), network_helper=object(), datasets=batches(2))
 
 
-def test_uninitialised_algorithm_is_a_runtime_error():
+def test_uninitialized_algorithm_is_a_runtime_error():
     """A subclass that forgot PTQ.__init__ is told so by apply."""
 
     class Mine(PTQ):
@@ -355,7 +355,7 @@ def test_network_survives_data_that_fail():
     np.testing.assert_array_equal(network(x).asnumpy(), output)
 
 
-def test_convert_leaves_the_fake_quantised_network():
+def test_convert_leaves_the_fake_quantized_network():
     """What convert returns is another network; the fake-quantised one goes on working."""
     ptq = PTQ()
     fake = ptq.apply(Mlp(), datasets=batches(1))

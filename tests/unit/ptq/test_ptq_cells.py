@@ -13,12 +13,12 @@ from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
 from gs_dist.ptq.int8_matmul import written_out
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
-from gs_dist.solvers.affine import fake_quantise_per_token, fake_quantise_static
+from gs_dist.solvers.affine import fake_quantize_per_token, fake_quantize_static
 
 ROWS, COLUMNS = 6, 128
 
 
-def random_quantised(policy: QuantPolicy, rows: int = ROWS, seed: int = 0) -> QuantizedLinear:
+def random_quantized(policy: QuantPolicy, rows: int = ROWS, seed: int = 0) -> QuantizedLinear:
     """Codes over the whole range with scales that differ by group."""
     rng = np.random.default_rng(seed)
     groups = COLUMNS // policy.group_size if policy.group_size else 1
@@ -63,11 +63,11 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_integers_stand_for_the_solvers_weight(policy: QuantPolicy, rows: int):
     """Codes and scales in a cell turn back into exactly the weight the solver meant, odd output channels too."""
-    quantised = random_quantised(policy, rows)
+    quantized = random_quantized(policy, rows)
     form = linear_form("linear", nn.Dense(COLUMNS, rows))
-    fake = FakeQuantDense(form, "W", quantised)
+    fake = FakeQuantDense(form, "W", quantized)
     converted = fake.converted()
-    np.testing.assert_array_equal(converted.float_weight().asnumpy(), quantised.dequantised())
+    np.testing.assert_array_equal(converted.float_weight().asnumpy(), quantized.dequantized())
     x = ms.Tensor(np.random.default_rng(1).standard_normal((2, 3, COLUMNS)).astype(np.float32))
     np.testing.assert_array_equal(converted(x).asnumpy(), fake(x).asnumpy())
 
@@ -75,15 +75,15 @@ def test_integers_stand_for_the_solvers_weight(policy: QuantPolicy, rows: int):
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_output_against_numpy(policy: QuantPolicy):
     """A cell's output is the rounded input times the rounded weight plus the bias, computed here in NumPy."""
-    quantised = random_quantised(policy)
-    cell = FakeQuantDense(linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", quantised)
+    quantized = random_quantized(policy)
+    cell = FakeQuantDense(linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", quantized)
     x = np.random.default_rng(1).standard_normal((5, COLUMNS)).astype(np.float32)
     rounded = x
     if policy.is_static:
-        rounded = fake_quantise_static(x, quantised.input_scale or 0.0, quantised.input_zero_point)
+        rounded = fake_quantize_static(x, quantized.input_scale or 0.0, quantized.input_zero_point)
     elif policy.act_quant_dtype:
-        rounded = fake_quantise_per_token(x)
-    wanted = rounded.astype(np.float64) @ quantised.dequantised().T.astype(np.float64) + quantised.bias
+        rounded = fake_quantize_per_token(x)
+    wanted = rounded.astype(np.float64) @ quantized.dequantized().T.astype(np.float64) + quantized.bias
     np.testing.assert_allclose(cell(ms.Tensor(x)).asnumpy(), wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(cell.rounded_input(ms.Tensor(x)).asnumpy(), rounded)
 
@@ -93,7 +93,7 @@ def test_smoothing_comes_before_rounding():
     rng = np.random.default_rng(3)
     scale, shift = rng.uniform(0.5, 2, COLUMNS).astype(np.float32), rng.standard_normal(COLUMNS).astype(np.float32)
     policy = QuantPolicy(act_quant_dtype="int8", outliers_suppression="outlier-suppression+")
-    quantised = QuantizedLinear(
+    quantized = QuantizedLinear(
         policy=policy,
         codes=np.zeros((ROWS, COLUMNS), np.int8),
         scale=np.ones((ROWS, 1), np.float32),
@@ -101,9 +101,9 @@ def test_smoothing_comes_before_rounding():
         smooth_scale=scale,
         smooth_shift=shift,
     )
-    cell = FakeQuantDense(linear_form("linear", nn.Dense(COLUMNS, ROWS, has_bias=False)), "W", quantised)
+    cell = FakeQuantDense(linear_form("linear", nn.Dense(COLUMNS, ROWS, has_bias=False)), "W", quantized)
     x = rng.standard_normal((4, COLUMNS)).astype(np.float32)
-    wanted = fake_quantise_static((x - shift) / scale, 0.02)
+    wanted = fake_quantize_static((x - shift) / scale, 0.02)
     np.testing.assert_array_equal(cell.converted().rounded_input(ms.Tensor(x)).asnumpy(), wanted)
 
 
@@ -112,16 +112,16 @@ def test_tokens_of_zeros_stay_zero():
     x = np.zeros((2, COLUMNS), np.float32)
     x[1] = np.linspace(-2, 127.5, COLUMNS)
     cell = FakeQuantDense(
-        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantised(POLICIES["int8 dynamic"])
+        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantized(POLICIES["int8 dynamic"])
     )
-    np.testing.assert_array_equal(cell.rounded_input(ms.Tensor(x)).asnumpy(), fake_quantise_per_token(x))
+    np.testing.assert_array_equal(cell.rounded_input(ms.Tensor(x)).asnumpy(), fake_quantize_per_token(x))
 
 
 @pytest.mark.parametrize("kind", ["int8 static", "int8 static symmetric", "int8 dynamic"])
-def test_integer_products_equal_fake_quantisation(kind: str):
+def test_integer_products_equal_fake_quantization(kind: str):
     """Multiplying codes, as a card does it, gives the output of the rounded numbers but for float32's last digits."""
     cell = FakeQuantDense(
-        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantised(POLICIES[kind])
+        linear_form("linear", nn.Dense(COLUMNS, ROWS)), "W", random_quantized(POLICIES[kind])
     ).converted()
     x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32))
     wanted = cell.product(x).asnumpy()
@@ -143,7 +143,7 @@ def test_a_kernel_gets_what_it_reads(kind: str, dtype: Any, monkeypatch: pytest.
 
     monkeypatch.setattr("gs_dist.ptq.cells.int8_kernel", lambda dtype: kernel)
     form = linear_form("linear", nn.Dense(COLUMNS, ROWS, dtype=dtype))
-    fake = FakeQuantDense(form, "W", random_quantised(POLICIES[kind]))
+    fake = FakeQuantDense(form, "W", random_quantized(POLICIES[kind]))
     x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32)).astype(dtype)
     wanted = fake(x).asnumpy()
     tolerance = 1e-2 if dtype == ms.float16 else 1e-5
@@ -161,7 +161,7 @@ def test_card_multiplies_codes(kind: str, dtype: Any):
         pytest.skip("needs an Ascend card")
     ms.set_device("Ascend")
     form = linear_form("linear", nn.Dense(COLUMNS, ROWS, dtype=dtype))
-    fake = FakeQuantDense(form, "W", random_quantised(POLICIES[kind]))
+    fake = FakeQuantDense(form, "W", random_quantized(POLICIES[kind]))
     x = ms.Tensor(np.random.default_rng(4).standard_normal((9, COLUMNS)).astype(np.float32)).astype(dtype)
     wanted = fake(x).astype(ms.float32).asnumpy()
     found = fake.converted()(x).astype(ms.float32).asnumpy()
@@ -176,13 +176,13 @@ def test_activation_function_of_the_linear_stays(activation: Any):
     names = [parameter.name for parameter in network.get_parameters()]
     weight = dense.weight.asnumpy()
     scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127.5)
-    quantised = QuantizedLinear(
+    quantized = QuantizedLinear(
         policy=QuantPolicy(),
         codes=np.clip(np.rint(weight / scale), -128, 127).astype(np.int8),
         scale=scale.astype(np.float32),
         bias=dense.bias.asnumpy(),
     )
-    cell = FakeQuantDense(linear_form("linear", dense), "W", quantised).converted()
+    cell = FakeQuantDense(linear_form("linear", dense), "W", quantized).converted()
     x = ms.Tensor(np.random.default_rng(1).standard_normal((3, COLUMNS)).astype(np.float32))
     np.testing.assert_allclose(cell(x).asnumpy(), dense(x).asnumpy(), atol=0.05)
     assert [parameter.name for parameter in network.get_parameters()] == names
@@ -191,7 +191,7 @@ def test_activation_function_of_the_linear_stays(activation: Any):
 def test_outputs_have_the_linears_dtype():
     """A float16 linear becomes a cell that takes and gives float16."""
     form = linear_form("linear", nn.Dense(COLUMNS, ROWS, dtype=ms.float16))
-    cell = FakeQuantDense(form, "W", random_quantised(POLICIES["int8 static"])).converted()
+    cell = FakeQuantDense(form, "W", random_quantized(POLICIES["int8 static"])).converted()
     x = ms.Tensor(np.ones((2, COLUMNS), np.float16))
     assert cell(x).dtype == ms.float16
     assert cell.weight_scale.dtype == ms.float32

@@ -69,7 +69,7 @@ def test_parameters_have_the_checkpoints_names(kind: str, tmp_path: Path):
         np.testing.assert_array_equal(parameters[name], tensor)
 
 
-def test_helper_quantises_the_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_helper_quantizes_the_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """With the ready helper, weights, activations and KV cache of a checkpoint are quantised by their own names."""
     directory = tiny_checkpoint(tmp_path / "model")
     helper = DecoderHelper(directory)
@@ -109,13 +109,13 @@ def test_deployed_decoder_loads_a_checkpoint(tmp_path: Path):
     directory = tiny_checkpoint(tmp_path / "model")
     helper = DecoderHelper(directory)
     ptq = PTQ(PTQConfig(act_quant_dtype=ms.int8))
-    quantised = ptq.convert(ptq.apply(helper.create_network(), helper, token_ids()))
+    quantized = ptq.convert(ptq.apply(helper.create_network(), helper, token_ids()))
     path = str(tmp_path / "decoder.safetensors")
-    ms.save_checkpoint(quantised, path, format="safetensors")
+    ms.save_checkpoint(quantized, path, format="safetensors")
     deploy = PTQ(PTQConfig(mode=PTQMode.DEPLOY, act_quant_dtype=ms.int8))
     loaded = deploy.convert(deploy.apply(helper.create_network(), helper), path)
     x = ms.Tensor(token_ids(1)[0])
-    np.testing.assert_array_equal(loaded(x).asnumpy(), quantised(x).asnumpy())
+    np.testing.assert_array_equal(loaded(x).asnumpy(), quantized(x).asnumpy())
 
 
 def test_helper_generates_the_likeliest_tokens(tmp_path: Path):

@@ -89,7 +89,7 @@ def deployed(model: Path, fields: dict[str, Any]) -> Any:
     return ptq.convert(ptq.apply(helper.create_network(), network_helper=helper), ckpt_path=str(model / INDEX))
 
 
-def fake_quantised(model: Path, name: str) -> Any:
+def fake_quantized(model: Path, name: str) -> Any:
     """The same network with every linear dequantised into a float one."""
     reader = CheckpointReader(model, quantized=True)
     network = DecoderHelper(model).create_network()
@@ -136,7 +136,7 @@ def test_published_model_is_deployed(case: str, tmp_path: Path) -> None:
     ids = np.random.default_rng(5).integers(0, 128, (2, 20)).astype(np.int32)
     logits = network(ms.Tensor(ids)).asnumpy()
     assert np.isfinite(logits).all()
-    np.testing.assert_array_equal(logits, fake_quantised(model, name)(ms.Tensor(ids)).asnumpy())
+    np.testing.assert_array_equal(logits, fake_quantized(model, name)(ms.Tensor(ids)).asnumpy())
     difference = np.abs(logits - evaluated(model, name, ids))
     assert np.median(difference) < (5e-3 if "per_token" in recipe.values() else 1e-5) * np.abs(logits).max()
 

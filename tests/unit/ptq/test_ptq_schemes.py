@@ -105,7 +105,7 @@ def test_every_scheme_from_apply_to_summary(strategy: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("strategy", ["GPTQ-W4-pergroup", "SmoothQuant-W8-perchannel-A8-pertensor"])
-def test_quantised_propagation_shows_each_layer_the_quantised_ones_before_it(strategy: str):
+def test_quantized_propagation_shows_each_layer_the_quantized_ones_before_it(strategy: str):
     """Layer by layer is what quantising the second layer of a network whose first one is quantised already gives."""
     network, x = Decoder(), ms.Tensor(batches(1, seed=9)[0])
 

@@ -82,7 +82,7 @@ def test_every_reference_to_an_exchanged_cell_is_exchanged():
     assert type(network.first) is nn.Dense
 
 
-def test_linear_that_is_used_twice_is_quantised_once():
+def test_linear_that_is_used_twice_is_quantized_once():
     """A linear applied at two places gets one scale from what both places send it."""
 
     class Twice(nn.Cell):
@@ -110,7 +110,7 @@ def test_network_that_is_itself_a_linear():
     assert [form.name for form in find_linears(dense)] == [""]
 
 
-def test_mint_linear_is_quantised():
+def test_mint_linear_is_quantized():
     """mint.nn.Linear is replaced like nn.Dense."""
 
     class Modern(nn.Cell):

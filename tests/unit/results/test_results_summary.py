@@ -200,7 +200,7 @@ def test_a_summary_of_a_later_version_is_refused(tmp_path: Path) -> None:
         read_summary(tmp_path)
 
 
-def test_rows_sort_by_error_with_unquantised_linears_last() -> None:
+def test_rows_sort_by_error_with_unquantized_linears_last() -> None:
     """The worst linear comes first."""
     names = [r.name.removeprefix("model.layers.") for r in SMALL.sorted_rows("error")]
     assert names == ["0.mlp.down_proj", "1.self_attn.q_proj", "0.self_attn.q_proj", "lm_head"]

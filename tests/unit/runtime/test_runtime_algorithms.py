@@ -109,7 +109,7 @@ def test_every_algorithm_publishes_the_same_bytes_on_any_layout_and_after_a_loss
     assert strategies == {strategy: 7 * NUM_LAYERS, "NA": 1}
 
 
-def test_a_quantised_cache_has_the_same_scales_on_any_layout_and_after_a_loss(directory: Path) -> None:
+def test_a_quantized_cache_has_the_same_scales_on_any_layout_and_after_a_loss(directory: Path) -> None:
     """Scales of an int8 KV cache beside int8 weights do not depend on the layout either."""
     one = _hashes(directory, "cache", KV_CACHE, 1, 1)
     assert _hashes(directory, "cache", KV_CACHE, 2, 2) == one

@@ -102,7 +102,7 @@ def test_a_replica_that_finds_room_joins_from_the_next_wave_on(
     assert {(s.stage, s.replica) for s in summary.stages} == {(s, r) for s in range(stages) for r in range(2)}
 
 
-def test_a_replica_joins_a_quantised_propagation_too(tmp_path: Path) -> None:
+def test_a_replica_joins_a_quantized_propagation_too(tmp_path: Path) -> None:
     """Where layers run on what the published ones give, the next group goes on from those published."""
     config = small_recipe(tmp_path, num_layers=4, propagation="quantized")
     run_inline(config)

@@ -212,7 +212,7 @@ def test_latent_attention_is_the_same_bytes_at_any_layout(tmp_path: Path) -> Non
     assert "2 linears kv_b_proj (taken apart by engines, which absorb it into attention) stay in float" in notes
 
 
-def test_a_cache_of_latents_is_not_quantised(tmp_path: Path) -> None:
+def test_a_cache_of_latents_is_not_quantized(tmp_path: Path) -> None:
     """Its scales would be of keys and values, which are not what is cached."""
     config = small_recipe(prepared(tmp_path, "deepseek_v2"), ptq={**DYNAMIC, "kvcache_quant_dtype": "int8"})
     with pytest.raises(UserError, match="kvcache_quant_dtype: null"):
@@ -220,7 +220,7 @@ def test_a_cache_of_latents_is_not_quantised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ptq", [SMOOTH, GPTQ], ids=["smooth", "gptq"])
-def test_experts_that_no_token_reaches_are_quantised_and_named(ptq: dict[str, Any], tmp_path: Path) -> None:
+def test_experts_that_no_token_reaches_are_quantized_and_named(ptq: dict[str, Any], tmp_path: Path) -> None:
     """They take the tokens that came closest, the summary says so, and no scale is 0, infinite or NaN."""
     config = small_recipe(starving(tmp_path), ptq=ptq)
     summary = run_inline(config)

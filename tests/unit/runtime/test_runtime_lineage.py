@@ -154,7 +154,7 @@ def test_a_changed_embedding_is_noticed(copied: Path) -> None:
         run_inline(config)
 
 
-def test_a_model_that_changes_while_it_is_quantised_is_noticed(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_model_that_changes_while_it_is_quantized_is_noticed(undisturbed: Path, tmp_path: Path) -> None:
     """Between the pass and the solve."""
     shutil.copytree(undisturbed / "model", tmp_path / "model")
     config = recipe(undisturbed, str(tmp_path / "out")).model_copy(update={"model": str(tmp_path / "model")})

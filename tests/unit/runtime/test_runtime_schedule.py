@@ -45,7 +45,7 @@ def _run(streams: list[Stream], num_stages: int) -> tuple[list[int], list[tuple[
             for layer in range(wave.first_layer, wave.end_layer):
                 if wave.keep_at == layer:
                     stored[wave.stage] = list(state)
-                if wave.quantised:
+                if wave.quantized:
                     assert layer in solved, "a layer runs in its published form only after it was published"
                 if layer in wave.observed:
                     observed.append(layer)
@@ -77,12 +77,12 @@ def test_each_unfinished_layer_is_observed_once_on_the_output_of_all_before_it(
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sets(st.integers(0, 11)))
 @settings(max_examples=200, deadline=None)
-def test_quantised_propagation_runs_published_layers_before_each_observed_one(
+def test_quantized_propagation_runs_published_layers_before_each_observed_one(
     sizes: list[int], finished: set[int]
 ) -> None:
     """With quantised propagation each layer is observed on what the published layers before it give."""
     finished &= set(range(sum(sizes)))
-    streams = plan_streams(_stages(sizes, 1, resident=False), finished, propagate_quantised=True)
+    streams = plan_streams(_stages(sizes, 1, resident=False), finished, propagate_quantized=True)
     stored: dict[int, list[str]] = {}
     sent: dict[int, list[str]] = {}
     published = set(finished)
@@ -96,8 +96,8 @@ def test_quantised_propagation_runs_published_layers_before_each_observed_one(
                 if layer in wave.observed:
                     assert state == [f"quantised {i}" for i in range(layer)]
                     observed.append(layer)
-                assert not wave.quantised or layer in published
-                state.append(f"{'quantised' if wave.quantised else 'float'} {layer}")
+                assert not wave.quantized or layer in published
+                state.append(f"{'quantised' if wave.quantized else 'float'} {layer}")
             if wave.keep_at == wave.end_layer:
                 stored[wave.stage] = list(state)
             if wave.emits:

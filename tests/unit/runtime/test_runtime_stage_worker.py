@@ -52,7 +52,7 @@ def test_published_bytes_do_not_depend_on_micro_batches_in_flight(undisturbed: t
     assert published_hashes(config) == expected
 
 
-def test_quantised_propagation_gives_the_same_bytes_on_any_layout_and_after_a_loss(tmp_path: Path) -> None:
+def test_quantized_propagation_gives_the_same_bytes_on_any_layout_and_after_a_loss(tmp_path: Path) -> None:
     """With quantised propagation, too, bytes do not depend on the layout, nor on a loss on the way."""
     config = small_recipe(tmp_path, num_layers=4, propagation="quantized")
     run_inline(config)

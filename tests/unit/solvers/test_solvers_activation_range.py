@@ -18,7 +18,7 @@ from gs_dist.solvers.activation_range import (
     range_profile,
     shifted_counts,
 )
-from gs_dist.solvers.affine import fake_quantise_static
+from gs_dist.solvers.affine import fake_quantize_static
 
 statistics_of = partial(observed.statistics_of, gram=False, histogram=True)
 
@@ -33,7 +33,7 @@ def activations(rng, *, outliers=True, tokens=3000, channels=24):
 def exact_error(x, scale, columns, chosen):
     """Sum over tokens and channels of the true squared rounding error, in float64."""
     values = (x / scale).astype(np.float32)
-    rounded = fake_quantise_static(values, chosen.scale, chosen.zero_point)
+    rounded = fake_quantize_static(values, chosen.scale, chosen.zero_point)
     return float((((rounded - values).astype(np.float64) ** 2) * columns).sum())
 
 
@@ -219,7 +219,7 @@ def test_rounding_counted_by_token_agrees_with_the_tokens():
     scale = rng.lognormal(sigma=0.3, size=64)
     chosen = activation_range.ActivationRange(scale=float(np.abs(x[:17] / scale).max() / 127.5), zero_point=None)
     values = (x / scale).astype(np.float32)
-    error = (fake_quantise_static(values, chosen.scale) - values).astype(np.float64) ** 2
+    error = (fake_quantize_static(values, chosen.scale) - values).astype(np.float64) ** 2
     exact = (error / (x.astype(np.float64) ** 2).sum(axis=1, keepdims=True)).sum()
     found = channel_rounding(statistics_of(x), scale, chosen, by_token=True).sum()
     assert found == pytest.approx(exact, rel=0.25)

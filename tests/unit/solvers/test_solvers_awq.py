@@ -102,7 +102,7 @@ def brute_force(
 @pytest.mark.parametrize("duo", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("group_size", "bits"), [(64, 4), (0, 4), (0, 8)])
-def test_losses_and_choice_are_those_of_materialised_inputs(
+def test_losses_and_choice_are_those_of_materialized_inputs(
     duo: bool, symmetric: bool, group_size: int, bits: int
 ) -> None:
     """Every exponent's loss from the Gram matrix equals the error of real outputs; the least of them wins."""

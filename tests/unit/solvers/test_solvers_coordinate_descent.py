@@ -11,7 +11,7 @@ import pytest
 from gs_dist.numbers.integer import INT4
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
 from gs_dist.solvers import coordinate_descent
-from gs_dist.solvers.affine import quantise_weight
+from gs_dist.solvers.affine import quantize_weight
 from gs_dist.solvers.coordinate_descent import descend
 from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.rounding import round_weight
@@ -35,7 +35,7 @@ def values(codes: Any, scale: Any, zero: Any, size: int) -> np.ndarray:
 def test_a_sweep_is_that_of_a_float64_loop(symmetric: bool) -> None:
     """Each channel in turn takes the code nearest to the minimum of the loss, given all others as they stand."""
     weight, gram = problem()
-    codes, scale, zero = quantise_weight(weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
+    codes, scale, zero = quantize_weight(weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
     expected = codes.astype(np.float64)
     for channel in range(128):
         change = values(expected, scale, zero, 64) - weight
@@ -50,7 +50,7 @@ def test_a_sweep_is_that_of_a_float64_loop(symmetric: bool) -> None:
 def test_more_sweeps_never_cost_and_the_last_leaves_nothing_to_gain() -> None:
     """The loss falls from sweep to sweep, and in the end no single code is better one up or down."""
     weight, gram = problem()
-    codes, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    codes, scale, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     found = [descend(weight, codes, scale, None, None, gram, form=INT4, sweeps=sweeps) for sweeps in (1, 2, 4, 100)]
     losses = [
         GramObjective(gram).error(values(c, scale, None, 64).astype(np.float32) - weight) for c in (codes, *found)
@@ -88,7 +88,7 @@ def test_it_betters_gptq_with_gptqs_scales(given_args: dict[str, Any], group_siz
     before, after = results.values()
     for field in ("scale", "zero_point", "group_index"):
         np.testing.assert_array_equal(getattr(before, field), getattr(after, field))
-    losses = [GramObjective(gram).error(solved.dequantised() - weight) for solved in (before, after)]
+    losses = [GramObjective(gram).error(solved.dequantized() - weight) for solved in (before, after)]
     assert losses[1] < 0.99 * losses[0]
     assert after.policy.label.startswith("CD-W4-")
 
@@ -97,7 +97,7 @@ def test_tiles_and_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) 
     """Rows are independent; what is given is left alone, and a channel without input keeps its codes."""
     weight, gram = problem(rows=50)
     gram[5] = gram[:, 5] = 0
-    codes, scale, _ = quantise_weight(weight, form=INT4, group_size=0, symmetric=True, scale_dtype="float32")
+    codes, scale, _ = quantize_weight(weight, form=INT4, group_size=0, symmetric=True, scale_dtype="float32")
     given = codes.copy()
     whole = descend(weight, codes, scale, None, None, gram, form=INT4, sweeps=3)
     monkeypatch.setattr(coordinate_descent, "TILE_ROWS", 16)

@@ -139,7 +139,7 @@ class Golden:
                 weight = weight * (np.float32(1) / scale)[:, None]
         return weight
 
-    def expect_quantised(self, scheme: str, linear: str, weight: Array, network: str = "layer") -> None:
+    def expect_quantized(self, scheme: str, linear: str, weight: Array, network: str = "layer") -> None:
         """Asserts that plain rounding of `weight` gives the stored codes and scales, bit by bit."""
         codes, scale, zero_point = rounded(weight, scheme)
         np.testing.assert_array_equal(codes, self.get(network, scheme, linear, "codes"))
@@ -160,7 +160,7 @@ def golden() -> Golden:
 
 def rounded(weight: Array, scheme: str, clip_ratio: Array | None = None) -> Any:
     policy = POLICIES[scheme]
-    return affine.quantise_weight(
+    return affine.quantize_weight(
         weight,
         form=policy.weight_format,
         group_size=policy.group_size,
@@ -182,7 +182,7 @@ def test_plain_rounding_gives_golden_sticks_codes(
     golden: Golden, scheme: str, layer_input: LayerInput, linear: str
 ) -> None:
     """Codes and scales of int8 per channel and int4 per group are bit for bit Golden Stick's."""
-    golden.expect_quantised(scheme, linear, golden.weight(linear))
+    golden.expect_quantized(scheme, linear, golden.weight(linear))
 
 
 @each_linear
@@ -226,7 +226,7 @@ def test_smoothquant_scales_are_golden_sticks(golden: Golden, layer_input: Layer
 @each_linear
 def test_smoothed_weights_round_to_golden_sticks_codes(golden: Golden, layer_input: LayerInput, linear: str) -> None:
     """With Golden Stick's scales folded as it does, codes and scales are its own bit for bit."""
-    golden.expect_quantised("smoothquant", linear, golden.smoothed_weight("smoothquant", linear))
+    golden.expect_quantized("smoothquant", linear, golden.smoothed_weight("smoothquant", linear))
 
 
 def test_smoothquant_as_a_whole_differs_by_float32_rounding_alone(golden: Golden) -> None:
@@ -326,7 +326,7 @@ def test_awq_losses_from_the_gram_matrix_are_those_of_forward_passes(golden: Gol
 
     rescaling = Rescaling(scale=their_scale)
     codes, step, _ = rounded(weight * their_scale, "awq")
-    change = affine.dequantise(codes, step) - weight * their_scale
+    change = affine.dequantize(codes, step) - weight * their_scale
     np.testing.assert_allclose(rescaling.weight_error(change, statistics) / outputs, theirs.min(), rtol=1e-4)
 
 
@@ -334,7 +334,7 @@ def expected_osl_loss(weight: Array, scale: Array, statistics: InputStatistics) 
     """Mean squared output error of static W8A8, the activation's rounding by its expectation."""
     rescaling = Rescaling(scale=scale)
     codes, step, _ = rounded(weight * scale, "osl")
-    back = affine.dequantise(codes, step)
+    back = affine.dequantize(codes, step)
     static = activation_range.minmax_range(rescaling.ranges_of(statistics), symmetric=False, scale_dtype="float32")
     rounding = rescaling.rounding(POLICIES["osl"], statistics, static)
     assert rounding is not None
@@ -385,7 +385,7 @@ def test_awq_choice_is_no_worse_than_golden_sticks_at_the_linears(
         total = 0.0
         for weight in weights:
             codes, step, _ = rounded(weight * scale, "awq")
-            total += (((affine.dequantise(codes, step) / scale - weight) @ x.T) ** 2).sum()
+            total += (((affine.dequantize(codes, step) / scale - weight) @ x.T) ** 2).sum()
         return float(total)
 
     folded = FoldedTensors(golden.tensors(network))
@@ -412,7 +412,7 @@ def test_clipped_weights_round_to_golden_sticks_codes(
     """Its smoothed weights, cut to its ranges, round to Golden Stick's codes and scales bit for bit."""
     weight, _, limit = clip_problem(golden, scheme, network, layer_input, linear)
     cut = np.clip(grouped(weight, scheme), -limit[:, :, None], limit[:, :, None]).reshape(weight.shape)
-    golden.expect_quantised(scheme, linear, cut, network)
+    golden.expect_quantized(scheme, linear, cut, network)
 
 
 @each_clipped_linear
@@ -451,7 +451,7 @@ def test_clip_ranges_are_golden_sticks_or_better(
     errors = []
     for ratio in (found.ratio, limit / whole):
         codes, scale, _ = rounded(weight, scheme, clip_ratio=ratio)
-        change = grouped(affine.dequantise(codes, scale) - weight, scheme).astype(np.float64)
+        change = grouped(affine.dequantize(codes, scale) - weight, scheme).astype(np.float64)
         size = change.shape[2]
         blocks = [gram[i : i + size, i : i + size].astype(np.float64) for i in range(0, len(gram), size)]
         errors.append(np.einsum("rgk,gkl,rgl->rg", change, np.stack(blocks), change))

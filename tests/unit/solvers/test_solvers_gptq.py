@@ -13,7 +13,7 @@ from gs_dist.numbers.integer import INT4
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
 from gs_dist.solvers import gptq
-from gs_dist.solvers.affine import quantise_weight
+from gs_dist.solvers.affine import quantize_weight
 
 Float64 = npt.NDArray[np.float64]
 
@@ -85,14 +85,14 @@ def textbook(
     return result
 
 
-def dequantised(result: gptq.GPTQResult, used: QuantPolicy) -> npt.NDArray[np.float32]:
+def dequantized(result: gptq.GPTQResult, used: QuantPolicy) -> npt.NDArray[np.float32]:
     return QuantizedLinear(
         policy=used,
         codes=result.codes,
         scale=result.scale,
         zero_point=result.zero_point,
         group_index=result.group_index,
-    ).dequantised()
+    ).dequantized()
 
 
 def quadratic(delta: npt.NDArray[Any], gram: npt.NDArray[Any]) -> float:
@@ -119,7 +119,7 @@ def test_it_gives_the_textbook_weights(
         order=order,
         static=static_groups,
     )
-    got = dequantised(gptq.quantise(weight, gram, used, scale_dtype="float32"), used)
+    got = dequantized(gptq.quantize(weight, gram, used, scale_dtype="float32"), used)
     # One code on the edge of rounding may fall otherwise in float32 and shift later ones of its row.
     same = np.isclose(got, expected, rtol=1e-4, atol=1e-4).all(axis=1)
     assert same.mean() > 0.9
@@ -131,7 +131,7 @@ def test_int8_weights_are_served() -> None:
     weight, gram = problem()
     used = policy(group_size=0, bits=8)
     expected = textbook(weight, gram, group_size=0, symmetric=True, bits=8)
-    got = dequantised(gptq.quantise(weight, gram, used, scale_dtype="float32"), used)
+    got = dequantized(gptq.quantize(weight, gram, used, scale_dtype="float32"), used)
     assert quadratic(got - weight, gram) == pytest.approx(quadratic(expected - weight, gram), rel=0.02)
 
 
@@ -139,8 +139,8 @@ def test_int8_weights_are_served() -> None:
 def test_the_block_size_is_a_matter_of_speed(block_size: int) -> None:
     """Codes of another block size differ at most where rounding is a toss-up."""
     weight, gram = problem()
-    reference = gptq.quantise(weight, gram, policy(), scale_dtype="float32")
-    other = gptq.quantise(weight, gram, policy(block_size=block_size), scale_dtype="float32")
+    reference = gptq.quantize(weight, gram, policy(), scale_dtype="float32")
+    other = gptq.quantize(weight, gram, policy(block_size=block_size), scale_dtype="float32")
     assert (other.codes == reference.codes).mean() > 0.97
     assert other.loss == pytest.approx(reference.loss, rel=0.01)
 
@@ -151,8 +151,8 @@ def test_the_loss_is_the_output_error_of_what_is_returned(algo_args: dict[str, A
     """The loss says |Q(W)x - Wx|^2 over all tokens, damping taken out again."""
     weight, gram = problem()
     used = policy(damp_percent=damp_percent, **algo_args)
-    result = gptq.quantise(weight, gram, used, scale_dtype="float32")
-    assert result.loss == pytest.approx(quadratic(dequantised(result, used) - weight, gram), rel=1e-3)
+    result = gptq.quantize(weight, gram, used, scale_dtype="float32")
+    assert result.loss == pytest.approx(quadratic(dequantized(result, used) - weight, gram), rel=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -161,16 +161,16 @@ def test_the_output_error_falls_below_that_of_plain_rounding(symmetric: bool, al
     """GPTQ is worth its time: well under the loss of rounding to nearest."""
     weight, gram = problem()
     used = policy(symmetric=symmetric, **algo_args)
-    codes, scale, zero = quantise_weight(weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
-    plain = QuantizedLinear(policy=used, codes=codes, scale=scale, zero_point=zero).dequantised()
-    result = gptq.quantise(weight, gram, used, scale_dtype="float32")
+    codes, scale, zero = quantize_weight(weight, form=INT4, group_size=64, symmetric=symmetric, scale_dtype="float32")
+    plain = QuantizedLinear(policy=used, codes=codes, scale=scale, zero_point=zero).dequantized()
+    result = gptq.quantize(weight, gram, used, scale_dtype="float32")
     assert result.loss < 0.8 * quadratic(plain - weight, gram)
 
 
 def test_groups_in_activation_order_are_named_by_the_index() -> None:
     """The most active 64 channels form group 0, wherever they stand, and the index says so."""
     weight, gram = problem()
-    result = gptq.quantise(weight, gram, policy(desc_act=True), scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(desc_act=True), scale_dtype="float32")
     assert result.group_index is not None
     order = np.argsort(-np.diagonal(gram), kind="stable")
     np.testing.assert_array_equal(result.group_index[order], np.arange(192) // 64)
@@ -180,8 +180,8 @@ def test_groups_in_activation_order_are_named_by_the_index() -> None:
 def test_static_groups_keep_their_place_and_their_plain_scale() -> None:
     """With static groups the scales are those of plain rounding, and no index is needed in any order."""
     weight, gram = problem()
-    _, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
-    result = gptq.quantise(weight, gram, policy(desc_act=True, static_groups=True), scale_dtype="float32")
+    _, scale, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(desc_act=True, static_groups=True), scale_dtype="float32")
     assert result.group_index is None
     np.testing.assert_array_equal(result.scale, scale)
 
@@ -193,10 +193,10 @@ def test_scales_are_rounded_to_their_stored_dtype(scale_dtype: str) -> None:
 
     weight, gram = problem()
     used = policy()
-    result = gptq.quantise(weight, gram, used, scale_dtype=scale_dtype)
+    result = gptq.quantize(weight, gram, used, scale_dtype=scale_dtype)
     stored = result.scale.astype(ml_dtypes.bfloat16 if scale_dtype == "bfloat16" else np.float16)
     np.testing.assert_array_equal(stored.astype(np.float32), result.scale)
-    assert result.loss == pytest.approx(quadratic(dequantised(result, used) - weight, gram), rel=1e-3)
+    assert result.loss == pytest.approx(quadratic(dequantized(result, used) - weight, gram), rel=1e-3)
 
 
 def test_clip_ratios_shrink_the_ranges() -> None:
@@ -204,8 +204,8 @@ def test_clip_ratios_shrink_the_ranges() -> None:
     weight, gram = problem()
     ratio = np.ones((24, 3), dtype=np.float32)
     ratio[5, 1] = 0.5
-    whole = gptq.quantise(weight, gram, policy(static_groups=True), scale_dtype="float32")
-    shrunk = gptq.quantise(weight, gram, policy(static_groups=True), scale_dtype="float32", clip_ratio=ratio)
+    whole = gptq.quantize(weight, gram, policy(static_groups=True), scale_dtype="float32")
+    shrunk = gptq.quantize(weight, gram, policy(static_groups=True), scale_dtype="float32", clip_ratio=ratio)
     np.testing.assert_allclose(shrunk.scale, whole.scale * ratio, rtol=1e-6)
 
 
@@ -213,8 +213,8 @@ def test_clip_ratios_hold_for_scales_found_on_the_way() -> None:
     """The first group worked on sees original weights: its scale is the ratio times the plain one."""
     weight, gram = problem()
     ratio = np.full((24, 3), 0.75, dtype=np.float32)
-    _, plain, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
-    result = gptq.quantise(weight, gram, policy(), scale_dtype="float32", clip_ratio=ratio)
+    _, plain, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(), scale_dtype="float32", clip_ratio=ratio)
     np.testing.assert_allclose(result.scale[:, 0], 0.75 * plain[:, 0], rtol=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_clip_ratios_of_scattered_groups_are_refused() -> None:
     """Ratios per neighbouring group cannot serve groups in activation order; the setting is named."""
     weight, gram = problem()
     with pytest.raises(ValueError, match="static_groups"):
-        gptq.quantise(
+        gptq.quantize(
             weight, gram, policy(desc_act=True), scale_dtype="float32", clip_ratio=np.ones((24, 3), dtype=np.float32)
         )
 
@@ -234,8 +234,8 @@ def test_searched_ratios_take_the_best_of_each_group(symmetric: bool, desc_act: 
     weight, gram = problem()
     ratios = (1.0, 0.9, 0.8, 0.7)
     used = policy(symmetric=symmetric, desc_act=desc_act)
-    found = gptq.quantise(weight, gram, used, scale_dtype="float32", search_ratios=ratios)
-    single = [gptq.quantise(weight, gram, used, scale_dtype="float32", search_ratios=(r,)) for r in ratios]
+    found = gptq.quantize(weight, gram, used, scale_dtype="float32", search_ratios=ratios)
+    single = [gptq.quantize(weight, gram, used, scale_dtype="float32", search_ratios=(r,)) for r in ratios]
     scales = np.stack([s.scale[:, 0] for s in single])
     chosen = np.abs(scales - found.scale[:, 0]).argmin(axis=0)
     np.testing.assert_array_equal(np.take_along_axis(scales, chosen[None], axis=0)[0], found.scale[:, 0])
@@ -247,7 +247,7 @@ def test_searched_ratios_take_the_best_of_each_group(symmetric: bool, desc_act: 
     schur = hessian[np.ix_(first, first)] - cross @ np.linalg.solve(hessian[np.ix_(rest, rest)], cross.T)
 
     def errors(result: gptq.GPTQResult) -> Float64:
-        delta = (dequantised(result, used) - weight)[:, first].astype(np.float64)
+        delta = (dequantized(result, used) - weight)[:, first].astype(np.float64)
         return np.asarray(np.einsum("ij,jk,ik->i", delta, schur, delta))
 
     least = np.min([errors(s) for s in single], axis=0)
@@ -262,8 +262,8 @@ def test_static_groups_with_searched_ratios_take_two_passes(symmetric: bool) -> 
     weight, gram = problem()
     ratios = (1.0, 0.9, 0.8, 0.7)
     both = policy(symmetric=symmetric, desc_act=True, static_groups=True)
-    natural = gptq.quantise(weight, gram, policy(symmetric=symmetric), scale_dtype="float32", search_ratios=ratios)
-    found = gptq.quantise(weight, gram, both, scale_dtype="float32", search_ratios=ratios)
+    natural = gptq.quantize(weight, gram, policy(symmetric=symmetric), scale_dtype="float32", search_ratios=ratios)
+    found = gptq.quantize(weight, gram, both, scale_dtype="float32", search_ratios=ratios)
     np.testing.assert_array_equal(found.scale, natural.scale)
     if not symmetric:
         assert found.zero_point is not None
@@ -271,15 +271,15 @@ def test_static_groups_with_searched_ratios_take_two_passes(symmetric: bool) -> 
         np.testing.assert_array_equal(found.zero_point, natural.zero_point)
     assert found.group_index is None
     assert found.loss < natural.loss
-    assert found.loss == pytest.approx(quadratic(dequantised(found, both) - weight, gram), rel=1e-3)
+    assert found.loss == pytest.approx(quadratic(dequantized(found, both) - weight, gram), rel=1e-3)
 
 
 def test_static_groups_in_natural_order_need_no_second_pass() -> None:
     """The second pass would find the same codes: the first is the result."""
     weight, gram = problem()
     ratios = (1.0, 0.8)
-    static = gptq.quantise(weight, gram, policy(static_groups=True), scale_dtype="float32", search_ratios=ratios)
-    natural = gptq.quantise(weight, gram, policy(), scale_dtype="float32", search_ratios=ratios)
+    static = gptq.quantize(weight, gram, policy(static_groups=True), scale_dtype="float32", search_ratios=ratios)
+    natural = gptq.quantize(weight, gram, policy(), scale_dtype="float32", search_ratios=ratios)
     np.testing.assert_array_equal(static.codes, natural.codes)
     np.testing.assert_array_equal(static.scale, natural.scale)
 
@@ -290,21 +290,21 @@ def test_a_channel_that_was_never_active_is_rounded_to_nearest() -> None:
     gram[[7, 80], :] = 0.0
     gram[:, [7, 80]] = 0.0
     used = policy(static_groups=True, damp_percent=0.0)
-    result = gptq.quantise(weight, gram, used, scale_dtype="float32")
-    codes, _, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    result = gptq.quantize(weight, gram, used, scale_dtype="float32")
+    codes, _, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes[:, [7, 80]], codes[:, [7, 80]])
     assert "2 input channels were never active" in result.notes[0]
     assert result.damp_percent_used == 0.0
-    assert result.loss == pytest.approx(quadratic(dequantised(result, used) - weight, gram), rel=1e-3)
+    assert result.loss == pytest.approx(quadratic(dequantized(result, used) - weight, gram), rel=1e-3)
 
 
-def test_a_failed_factorisation_is_tried_again_with_more_damping() -> None:
+def test_a_failed_factorization_is_tried_again_with_more_damping() -> None:
     """A Gram matrix of fewer tokens than channels needs damping; how much was used is told."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((20, 128)).astype(np.float32)
     gram = x.T @ x
     used = policy(damp_percent=0.0)
-    result = gptq.quantise(rng.standard_normal((8, 128)).astype(np.float32), gram, used, scale_dtype="float32")
+    result = gptq.quantize(rng.standard_normal((8, 128)).astype(np.float32), gram, used, scale_dtype="float32")
     assert result.damp_percent_used == 0.01
     assert "damp_percent 0: tried again with 0.01" in result.notes[0]
 
@@ -315,8 +315,8 @@ def test_a_matrix_that_no_damping_mends_ends_in_plain_rounding() -> None:
     weight = rng.standard_normal((8, 128)).astype(np.float32)
     gram = (np.ones((128, 128)) - 40 * np.eye(128)[::-1]).astype(np.float32)
     np.fill_diagonal(gram, 1.0)
-    result = gptq.quantise(weight, gram, policy(damp_percent=0.05), scale_dtype="float32")
-    codes, scale, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(damp_percent=0.05), scale_dtype="float32")
+    codes, scale, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes, codes)
     np.testing.assert_array_equal(result.scale, scale)
     assert result.damp_percent_used is None
@@ -332,8 +332,8 @@ def test_a_gram_matrix_that_says_nothing_ends_in_plain_rounding(fill: float) -> 
     """All zero or not finite: plain codes, and the note gives the reason."""
     weight = np.random.default_rng(5).standard_normal((8, 128)).astype(np.float32)
     gram = np.full((128, 128), fill, dtype=np.float32)
-    result = gptq.quantise(weight, gram, policy(), scale_dtype="float32")
-    codes, _, _ = quantise_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(), scale_dtype="float32")
+    codes, _, _ = quantize_weight(weight, form=INT4, group_size=64, symmetric=True, scale_dtype="float32")
     np.testing.assert_array_equal(result.codes, codes)
     assert result.damp_percent_used is None
     assert "plain rounding" in result.notes[-1]
@@ -343,7 +343,7 @@ def test_one_number_that_is_not_finite_is_not_overlooked() -> None:
     """A NaN off the diagonal ends in plain rounding, not in NaN."""
     weight, gram = problem()
     gram[3, 150] = gram[150, 3] = np.nan
-    result = gptq.quantise(weight, gram, policy(), scale_dtype="float32")
+    result = gptq.quantize(weight, gram, policy(), scale_dtype="float32")
     assert result.damp_percent_used is None
     assert np.isfinite(result.scale).all()
 
@@ -353,13 +353,13 @@ def test_arguments_are_left_as_they_were() -> None:
     weight, gram = problem()
     weight.setflags(write=False)
     gram.setflags(write=False)
-    gptq.quantise(weight, gram, policy(), scale_dtype="float32")
+    gptq.quantize(weight, gram, policy(), scale_dtype="float32")
 
 
 def test_columns_that_do_not_divide_are_refused() -> None:
     """The message names channels and group size."""
     with pytest.raises(UserError, match="100 input channels"):
-        gptq.quantise(
+        gptq.quantize(
             np.zeros((4, 100), dtype=np.float32), np.eye(100, dtype=np.float32), policy(), scale_dtype="float32"
         )
 
@@ -368,6 +368,6 @@ def test_more_rows_than_a_tile_are_all_solved() -> None:
     """Rows do not meet: each comes out as it would alone, up to the order of float32 sums."""
     weight, gram = problem(out=2100, columns=64)
     used = policy()
-    all_rows = gptq.quantise(weight, gram, used, scale_dtype="float32")
-    last = gptq.quantise(weight[2040:], gram, used, scale_dtype="float32")
+    all_rows = gptq.quantize(weight, gram, used, scale_dtype="float32")
+    last = gptq.quantize(weight[2040:], gram, used, scale_dtype="float32")
     assert (all_rows.codes[2040:] == last.codes).mean() > 0.97

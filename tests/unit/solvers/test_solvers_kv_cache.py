@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from observed import statistics_of
 
-from gs_dist.solvers.affine import fake_quantise_static
+from gs_dist.solvers.affine import fake_quantize_static
 from gs_dist.solvers.kv_cache import cache_relative_error, cache_scale
 
 
@@ -22,7 +22,7 @@ def test_the_error_of_a_rounded_cache_is_predicted():
     x = (rng.normal(size=(3000, 8)) * rng.lognormal(size=8)).astype(np.float32)
     seen = statistics_of(x)
     scale = cache_scale(seen, scale_dtype="float32")
-    rounded = np.stack([fake_quantise_static(x[:, c], float(scale[c])) for c in range(8)], axis=1)
+    rounded = np.stack([fake_quantize_static(x[:, c], float(scale[c])) for c in range(8)], axis=1)
     exact = ((rounded - x).astype(float) ** 2).sum() / (x.astype(float) ** 2).sum()
     assert cache_relative_error(seen, scale) == pytest.approx(exact, rel=0.05)
 

@@ -125,7 +125,7 @@ def restored(solved):
     """All tensors of the solved layer with integers turned back into floats."""
     tensors = dict(solved.tensors)
     for name, linear in solved.linears.items():
-        tensors[f"{name}.weight"] = linear.dequantised()
+        tensors[f"{name}.weight"] = linear.dequantized()
         if linear.bias is not None:
             tensors[f"{name}.bias"] = linear.bias
     return tensors
@@ -159,7 +159,7 @@ def test_rows_hold_the_error_of_a_forward_pass():
         read = next(i.name for i in INPUTS if name in i.linears)
         weight = problem.tensors[f"{name}.weight"].astype(np.float64)
         exact = seen[read] @ weight.T
-        error = seen[read] @ solved.linears[name].dequantised().astype(np.float64).T - exact
+        error = seen[read] @ solved.linears[name].dequantized().astype(np.float64).T - exact
         assert row.relative_error == pytest.approx((error**2).sum() / (exact**2).sum(), rel=1e-3)
         assert row.error_source == "gram"
         assert row.strategy == "W4-perchannel"
@@ -208,7 +208,7 @@ def test_smoothquant_scales_are_those_of_the_formula(dtype):
     # v to o, one KV head and one channel at a time
     x = np.abs(seen["attention_output"]).max(axis=0)
     w = np.abs(weights["self_attn.o_proj"]).max(axis=0)
-    o = solved.linears["self_attn.o_proj"].dequantised().astype(float)
+    o = solved.linears["self_attn.o_proj"].dequantized().astype(float)
     for kv_head in range(KV_HEADS):
         for d in range(HEAD_DIM):
             columns = [h * HEAD_DIM + d for h in range(HEADS) if h // 2 == kv_head]
@@ -248,7 +248,7 @@ def test_a_bfloat16_norm_is_folded_with_the_ratio_that_was_stored():
     ].astype(np.float64)
     up = solved.linears["mlp.up_proj"]
     norm = solved.tensors["post_attention_layernorm.weight"].astype(np.float64)
-    assert np.all(np.abs(up.dequantised() * norm - expected) <= up.scale * norm * 1.03)
+    assert np.all(np.abs(up.dequantized() * norm - expected) <= up.scale * norm * 1.03)
 
 
 def test_static_scales_cover_the_rescaled_activation():
@@ -419,7 +419,7 @@ def test_a_linear_above_the_ceiling_fails_the_layer_or_stays_float_with_its_grou
     assert solved.tensors["mlp.up_proj.weight"] is problem.tensors["mlp.up_proj.weight"]
 
 
-def test_a_gated_attention_keeps_its_quantised_cache():
+def test_a_gated_attention_keeps_its_quantized_cache():
     """Keys and values that stay in float are still cached as int8 when the recipe says so."""
     policy = QuantPolicy(kvcache_quant_dtype="int8")
     problem, _, _ = make_problem(policy)
@@ -489,7 +489,7 @@ def test_a_network_without_a_source_reports_the_scale_to_divide_by():
         for name in layer_input.linears:
             linear = solved.linears[name]
             exact = seen[layer_input.name] @ problem.tensors[f"{name}.weight"].T
-            found = (seen[layer_input.name] / linear.smooth_scale) @ linear.dequantised().T
+            found = (seen[layer_input.name] / linear.smooth_scale) @ linear.dequantized().T
             assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
     assert solved.tensors["input_layernorm.weight"] is problem.tensors["input_layernorm.weight"]
 
@@ -514,7 +514,7 @@ def test_plus_shifts_where_the_caller_can_subtract():
     spread = x.max(axis=0) - x.min(axis=0)
     assert np.all(np.abs(linear.smooth_shift - (x.max(axis=0) + x.min(axis=0)) / 2) < 0.35 * spread)
     exact = x @ problem.tensors["mlp.up_proj.weight"].T
-    found = ((x - linear.smooth_shift) / linear.smooth_scale) @ linear.dequantised().T + linear.bias
+    found = ((x - linear.smooth_shift) / linear.smooth_scale) @ linear.dequantized().T + linear.bias
     assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from gs_dist.numbers.integer import INT4, INT8
 from gs_dist.numbers.number_format import NumberFormat
 from gs_dist.numbers.small_float import FP8, MXFP4, MXFP8, SmallFloat
-from gs_dist.solvers.affine import quantise_weight
+from gs_dist.solvers.affine import quantize_weight
 from gs_dist.solvers.float_rounding import Fp8BlockRounding, Fp8ChannelRounding, MicroscalingRounding, ScaleRule
 from gs_dist.solvers.integer_rounding import IntegerRounding
 from gs_dist.solvers.minifloat import MinifloatEncoder
@@ -43,7 +43,7 @@ def test_integers_have_the_bits_of_rounding_a_weight_whole(
     values = weight(23, 192)
     if not symmetric:
         values[4] = np.abs(values[4])
-    codes, scale, zero = quantise_weight(
+    codes, scale, zero = quantize_weight(
         values, form=form, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
     )
     rounding = IntegerRounding(bits=form.bits, group_size=group_size, symmetric=symmetric)

@@ -44,7 +44,7 @@ def true_errors(x: np.ndarray, weight: np.ndarray, solved: QuantizedLayer) -> np
     if linear.input_scale is not None:
         read = np.clip(np.rint(read / linear.input_scale), -128, 127) * linear.input_scale
     output = x @ weight.T
-    return np.asarray(((read @ linear.dequantised().T - output) ** 2).sum(1) / (output**2).sum(1))
+    return np.asarray(((read @ linear.dequantized().T - output) ** 2).sum(1) / (output**2).sum(1))
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_names_are_told_and_no_others_are_found() -> None:
     """A misspelt name is an AttributeError, as of any module."""
     assert {"quantize", "plan", "evaluate", "load_summary", "JobStatus"} <= set(dir(gs_dist))
-    with pytest.raises(AttributeError, match="quantise"):
-        gs_dist.quantise  # type: ignore[attr-defined]  # noqa: B018  # that is what is tested
+    with pytest.raises(AttributeError, match="calibrate"):
+        gs_dist.calibrate  # type: ignore[attr-defined]  # noqa: B018  # that is what is tested
 
 
 def test_a_plan_is_that_of_the_command_line(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_plan_is_that_of_the_command_line(tmp_path: Path) -> None:
         plan(model, "parallel.memory_per_worker=1MiB")
 
 
-def test_quantising_runs_the_recipe_that_the_arguments_stand_for(
+def test_quantizing_runs_the_recipe_that_the_arguments_stand_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the callback hears where the job stands."""

@@ -163,7 +163,7 @@ class AscendCodec:
         norms, made = _made_biases(policies, prefix, architecture.layers[layer])
         for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             rows = (linear.out_features,)
             if label_of(policy) == INT4_EXPERTS:
@@ -275,7 +275,7 @@ def _expert_linears(architecture: DecoderArchitecture) -> Iterator[tuple[str, Li
 
 def _unloadable(policy: QuantPolicy | None, expert: Linear | None) -> list[str]:
     """Reasons against the policy of a linear, of an expert's where one is given."""
-    if policy is None or not policy.quantises_linear:
+    if policy is None or not policy.quantizes_linear:
         return []
     label = label_of(policy)
     if policy.weight_format is INT4 and expert is None:

@@ -37,15 +37,15 @@ _SHARES = 16  # columns of scale_bias where a rank of tensor parallelism takes i
 class AscendLayout:
     """Rules on ModelSlim's layout, by the description's labels."""
 
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
-        """See `DialectLayout.quantised`."""
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantized`."""
         scale_dtypes = with_single(architecture.dtype)
-        quantised = {}
+        quantized = {}
         described = described_linears(inventory, layout, architecture, _DESCRIPTION, _LABELS)
         for name, linear in described.items():
             rows, columns = linear.out_features, linear.in_features
             if layout.kinds[name] == _INT4_EXPERTS:
-                quantised[name] = _int4_expert(name, rows, columns)
+                quantized[name] = _int4_expert(name, rows, columns)
                 continue
             static = layout.kinds[name] == "W8A8"
             leaves = {
@@ -62,7 +62,7 @@ class AscendLayout:
                     dtypes=("int64" if half else "float32",), shape=(rows,), values="bits" if half else "scale"
                 )
                 leaves["quant_bias"] = Expectation(dtypes=("int32",), shape=(rows,))
-            quantised[name] = leaves
+            quantized[name] = leaves
         description = inventory.descriptions[_DESCRIPTION]
         _made_biases(layout, description, architecture)
         for layer in range(architecture.num_layers):
@@ -78,15 +78,15 @@ class AscendLayout:
             found = f"kv_cache_type {description.get('kv_cache_type')!r:.40}"
             inventory.report(_DESCRIPTION, "description-kv", found, "C8, since there are KV cache scales")
         _check_head(inventory, layout, description)
-        return quantised
+        return quantized
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """See `check_static_linears`; the engine adds quant_bias alone, with the linear's bias in it."""
         check_static_linears(inventory, layout, sound, folds_bias=True)
         check_scale_biases(inventory, layout, sound)
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
-        """See `DialectLayout.dequantised`; a static linear has its weight's scale in deq_scale alone."""
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantized`; a static linear has its weight's scale in deq_scale alone."""
         if kind == _INT4_EXPERTS:
             octets = inventory.read(f"{name}.weight")
             paired = np.stack([(octets << 4) >> 4, octets >> 4], axis=1)  # the arithmetic shift extends the sign

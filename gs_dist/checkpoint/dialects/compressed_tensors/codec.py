@@ -110,7 +110,7 @@ class CompressedTensorsCodec:
         expected = {prefix + name: StoredTensor(dtype="", shape=shape) for name, shape in floats.items()}
         for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             del expected[f"{prefix}{linear.name}.weight"]
             if linear.bias:

@@ -35,12 +35,12 @@ _PACKED_BITS = (4, 8)
 class CompressedTensorsLayout:
     """Rules on a directory by the schemes of quantization_config."""
 
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
-        """See `DialectLayout.quantised`."""
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantized`."""
         config = inventory.quantization_config
         groups = scheme_groups(inventory)
         ignore = listed_patterns(inventory, "ignore", config.get("ignore") or [])
-        quantised = {}
+        quantized = {}
         for name, linear in all_linears(architecture):
             group = None if ignore.match(name) else next((group for group in groups if group.takes(name)), None)
             if group is None:
@@ -49,7 +49,7 @@ class CompressedTensorsLayout:
             leaves, kind = _scheme_tensors(inventory, group, linear, name, architecture)
             layout.kinds[name] = kind
             if leaves:
-                quantised[name] = leaves
+                quantized[name] = leaves
         _check_format(inventory, groups)
         for group in groups:
             _check_sides(inventory, group)
@@ -62,7 +62,7 @@ class CompressedTensorsLayout:
                     layout.tensors[f"{architecture.layer_prefix(layer)}self_attn.{leaf}"] = Expectation(
                         dtypes=with_single(architecture.dtype), shape=(1,), values="scale"
                     )
-        return quantised
+        return quantized
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """Notes where linears that vLLM fuses have static inputs of their own; nothing else follows from the rest."""
@@ -76,8 +76,8 @@ class CompressedTensorsLayout:
                         "one linear with one of both",
                     )
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
-        """See `DialectLayout.dequantised`; compressed_tensors forward.py, `dequantize`."""
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantized`; compressed_tensors forward.py, `dequantize`."""
         if kind == "MXFP4A16":
             return _mxfp4_values(
                 inventory.read(f"{name}.weight_packed"), inventory.read(f"{name}.weight_scale").astype(np.int32)

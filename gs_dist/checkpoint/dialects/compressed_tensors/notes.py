@@ -22,22 +22,22 @@ __all__ = ["engine_notes"]
 
 def engine_notes(policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
     """Notes on what loads somewhere and not everywhere, each with the setting to change."""
-    quantised = {name: policy for name, policy, _ in layer_policies(policies, architecture)}
-    notes = [f"{_names(quantised, holds)}: {text}" for holds, text in _RULES if any(map(holds, quantised.values()))]
+    quantized = {name: policy for name, policy, _ in layer_policies(policies, architecture)}
+    notes = [f"{_names(quantized, holds)}: {text}" for holds, text in _RULES if any(map(holds, quantized.values()))]
     if any(policy.kvcache_quant_dtype for policy in policies.values() if policy is not None):
         notes.append(
             "kvcache_quant_dtype: int8 in compressed-tensors is one scale for a layer's keys and one for its values, "
             "which transformers runs; vLLM refuses to load them, vLLM-Ascend ignores them: for an int8 KV cache set "
             "format: [ascend]"
         )
-    floats = _names(quantised, lambda policy: policy.weight_format is MXFP4)
+    floats = _names(quantized, lambda policy: policy.weight_format is MXFP4)
     if floats and architecture.dtype != "bfloat16":
         notes.append(
             f"{floats}: compressed-tensors turns mxfp4 back into bfloat16, so that transformers runs the model only if "
             "it is loaded with dtype bfloat16"
         )
-    notes += _fusion_notes(quantised, architecture)
-    integers = {name: policy for name, policy in quantised.items() if isinstance(policy.weight_format, Integer)}
+    notes += _fusion_notes(quantized, architecture)
+    integers = {name: policy for name, policy in quantized.items() if isinstance(policy.weight_format, Integer)}
     packed = {name: _packed(policy) for name, policy in integers.items() if policy.act_quant_dtype is None}
     limit = describe_tensor_parallel(packed, architecture)
     return (*notes, limit) if limit is not None else tuple(notes)
@@ -84,9 +84,9 @@ _RULES: tuple[tuple[Holds, str], ...] = (
 )
 
 
-def _names(quantised: Mapping[str, QuantPolicy], holds: Holds) -> str:
+def _names(quantized: Mapping[str, QuantPolicy], holds: Holds) -> str:
     """The first linear that a rule holds for, and how many more there are; empty for none."""
-    names = [name for name, policy in quantised.items() if holds(policy)]
+    names = [name for name, policy in quantized.items() if holds(policy)]
     return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else ""
 
 
@@ -96,10 +96,10 @@ def _packed(policy: QuantPolicy) -> PackedWeights:
     )
 
 
-def _fusion_notes(quantised: Mapping[str, QuantPolicy], architecture: DecoderArchitecture) -> list[str]:
+def _fusion_notes(quantized: Mapping[str, QuantPolicy], architecture: DecoderArchitecture) -> list[str]:
     """On the first linears that an engine fuses and the recipe treats differently."""
     for _, members in fused_members(architecture):
-        found = [quantised.get(name) for name in members]
+        found = [quantized.get(name) for name in members]
         others = ", ".join(name.rpartition(".")[2] for name in members[1:])
         if len(set(map(scheme_key, found))) > 1:
             return [

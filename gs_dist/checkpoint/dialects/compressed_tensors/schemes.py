@@ -50,7 +50,7 @@ def layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Ite
         for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = policies.get(name)
-            if policy is not None and policy.quantises_linear:
+            if policy is not None and policy.quantizes_linear:
                 yield name, policy, linear
 
 
@@ -110,7 +110,7 @@ def config_groups(policies: Policies, architecture: DecoderArchitecture) -> tupl
         for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = policies.get(name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 left.append(name)
                 continue
             key = scheme_key(policy)

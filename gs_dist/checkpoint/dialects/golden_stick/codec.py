@@ -131,7 +131,7 @@ class GoldenStickCodec:
         found: dict[str, StoredTensor] = {}
         for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             rows, columns = shapes.pop(linear.name + ".weight")
             groups = columns // policy.group_size if policy.group_size else 1
@@ -196,7 +196,7 @@ CODEC: Codec = GoldenStickCodec()
 
 
 def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
-    if policy is None or not policy.quantises_linear:
+    if policy is None or not policy.quantizes_linear:
         return []
     reasons = []
     if policy.weight_format is INT4 and policy.act_quant_dtype is not None:

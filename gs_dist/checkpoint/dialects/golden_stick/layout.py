@@ -23,10 +23,10 @@ _LABELS = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16")
 class GoldenStickLayout:
     """Rules on Golden Stick's layout, by the description's labels."""
 
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
-        """See `DialectLayout.quantised`."""
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantized`."""
         scale_dtypes = with_single(architecture.dtype)
-        quantised = {}
+        quantized = {}
         for name, linear in described_linears(inventory, layout, architecture, _DESCRIPTION, _LABELS).items():
             rows, columns = linear.out_features, linear.in_features
             packed = layout.kinds[name] == "W4A16"
@@ -50,15 +50,15 @@ class GoldenStickLayout:
                 leaves["quant_bias"] = Expectation(dtypes=("int32",), shape=(rows,))
                 leaves["input_scale"] = Expectation(dtypes=scale_dtypes, shape=(columns,), values="scale")
                 leaves["input_offset"] = Expectation(dtypes=("int8",), shape=(columns,), values="offset")
-            quantised[name] = leaves
-        return quantised
+            quantized[name] = leaves
+        return quantized
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """See `check_static_linears`; the reader adds a linear's bias beside quant_bias."""
         check_static_linears(inventory, layout, sound, folds_bias=False)
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
-        """See `DialectLayout.dequantised`. A byte of int4 holds two output channels, the even one in its low half."""
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantized`. A byte of int4 holds two output channels, the even one in its low half."""
         stored = inventory.read(f"{name}.weight")
         if kind == "W8A8":  # a static linear has its weight's scale in deq_scale alone, by channel of the input
             scale = inventory.read(f"{name}.deq_scale")[:, None] / inventory.read(f"{name}.input_scale").astype(

@@ -55,7 +55,7 @@ class GPTQCodec:
             raise RecipeError("format gptq is written for dense models here: write format: [compressed-tensors]")
         reasons: dict[str, list[str]] = {}
         forms: dict[tuple[str, int], str] = {}
-        for name, linear, policy in _quantised(policies, architecture):
+        for name, linear, policy in _quantized(policies, architecture):
             forms.setdefault((policy.weight_format.name, policy.group_size), name)
             for reason in _unwritable(policy, linear):
                 reasons.setdefault(reason, []).append(name)
@@ -89,7 +89,7 @@ class GPTQCodec:
         found: dict[str, StoredTensor] = {}
         for linear in architecture.linears(layer):
             policy = policies.get(prefix + linear.name)
-            if policy is None or not policy.quantises_linear:
+            if policy is None or not policy.quantizes_linear:
                 continue
             del shapes[linear.name + ".weight"]
             if shapes.pop(linear.name + ".bias", None) is not None:
@@ -108,8 +108,8 @@ class GPTQCodec:
         architecture: DecoderArchitecture,
     ) -> dict[str, Any]:
         """See `Codec.config`."""
-        quantised = {name: policy for name, _, policy in _quantised(policies, architecture)}
-        one = next(iter(quantised.values()), QuantPolicy())
+        quantized = {name: policy for name, _, policy in _quantized(policies, architecture)}
+        one = next(iter(quantized.values()), QuantPolicy())
         floats = [
             architecture.layer_prefix(layer) + linear.name
             for layer in range(architecture.num_layers)
@@ -121,9 +121,9 @@ class GPTQCodec:
             "bits": one.weight_format.bits,
             "group_size": one.group_size or -1,
             "sym": True,
-            "desc_act": any(policy.column_order == "group" for policy in quantised.values()),
+            "desc_act": any(policy.column_order == "group" for policy in quantized.values()),
             "lm_head": False,
-            "dynamic": {f"-:^{re.escape(name)}$": {} for name in floats if name not in quantised},
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in floats if name not in quantized},
         }
         return {**source, "quantization_config": quantization}
 
@@ -152,29 +152,29 @@ class GPTQCodec:
 CODEC: Codec = GPTQCodec()
 
 
-def _quantised(policies: Policies, architecture: DecoderArchitecture) -> list[tuple[str, Linear, QuantPolicy]]:
+def _quantized(policies: Policies, architecture: DecoderArchitecture) -> list[tuple[str, Linear, QuantPolicy]]:
     """Full name, linear and policy of what is quantised."""
     found = []
     for layer in range(architecture.num_layers):
         for linear in architecture.linears(layer):
             name = architecture.layer_prefix(layer) + linear.name
             policy = policies.get(name)
-            if policy is not None and policy.quantises_linear:
+            if policy is not None and policy.quantizes_linear:
                 found.append((name, linear, policy))
     return found
 
 
 def _engine_notes(policies: Policies, architecture: DecoderArchitecture) -> list[str]:
     """On what the layout holds and vLLM refuses; `engines/vllm.py` says the same of a directory."""
-    quantised = _quantised(policies, architecture)
+    quantized = _quantized(policies, architecture)
     notes = []
-    ordered = [name for name, _, policy in quantised if policy.column_order == "group"]
+    ordered = [name for name, _, policy in quantized if policy.column_order == "group"]
     if ordered:
         notes.append(
             f"{ordered[0]}: desc_act: true without static_groups stores groups in activation order, which vLLM 0.32 "
             "refuses to load: set algo_args static_groups: true"
         )
-    odd = [(name, policy.group_size) for name, _, policy in quantised if policy.group_size not in MARLIN_GROUP_SIZES]
+    odd = [(name, policy.group_size) for name, _, policy in quantized if policy.group_size not in MARLIN_GROUP_SIZES]
     if odd:
         notes.append(
             f"{odd[0][0]}: vLLM loads this layout in groups of 32, 64 or 128, or per channel, and these are of "

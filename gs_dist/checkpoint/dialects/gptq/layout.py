@@ -25,11 +25,11 @@ _LEFT_OUT = "-:"  # by which `dynamic` tells patterns of linears that stay from 
 class GPTQLayout:
     """Rules on a directory by its quantization_config."""
 
-    def quantised(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
-        """See `DialectLayout.quantised`."""
+    def quantized(self, inventory: Inventory, layout: Layout, architecture: DecoderArchitecture) -> dict[str, Leaves]:
+        """See `DialectLayout.quantized`."""
         form = _form(inventory)
         floats = _left_out(inventory)
-        quantised = {}
+        quantized = {}
         for name, linear in all_linears(architecture):
             layout.kinds[name] = "FLOAT"
             if floats.match(name) or form is None:
@@ -39,8 +39,8 @@ class GPTQLayout:
                 inventory.report(CONFIG_FILE, "group-size", f"group_size {size}", _divisor(linear, bits), name)
                 continue
             layout.kinds[name] = f"W{bits}A16"
-            quantised[name] = _leaves(linear, bits, size, architecture.dtype)
-        return quantised
+            quantized[name] = _leaves(linear, bits, size, architecture.dtype)
+        return quantized
 
     def check_relations(self, inventory: Inventory, layout: Layout, sound: set[str]) -> None:
         """Zero points are the middle of the range, less the 1 that readers add; groups follow from desc_act."""
@@ -59,8 +59,8 @@ class GPTQLayout:
             if not ordered and not np.array_equal(groups, natural):
                 inventory.report_tensor(index, "group-index", "groups out of order", "neighbours: desc_act is false")
 
-    def dequantised(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
-        """See `DialectLayout.dequantised`."""
+    def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
+        """See `DialectLayout.dequantized`."""
         bits = int(kind[1])
         codes = _unpacked(inventory.read(f"{name}.qweight"), bits).astype(np.float32)
         zeros = _unpacked(inventory.read(f"{name}.qzeros").T, bits).T.astype(np.float32) + 1
