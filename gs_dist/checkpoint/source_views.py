@@ -1,8 +1,8 @@
 """A source's tensors as a decoder has them: one by one and in floats, whatever form the files keep them in.
 
-Experts that one tensor holds become a tensor each, which is a part of that one; weights in FP8 blocks become floats of
-the model's dtype, decoded when they are read (DeepSeek-V3 `inference/fp8_cast_bf16.py` does the same). No value is read
-here.
+Experts that one tensor holds become a tensor each, which is a part of that one; weights in FP8 blocks, MXFP4 or packed
+integers become floats, decoded when they are read (DeepSeek-V3 `inference/fp8_cast_bf16.py` does the same). No value is
+read here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo
 from gs_dist.checkpoint.sources.directory import FileStamp, TensorBytes
-from gs_dist.checkpoint.sources.encoded import find_encoding
-from gs_dist.checkpoint.sources.matrix import StoredMatrix
+from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding
+from gs_dist.checkpoint.sources.matrix import PlainMatrix, RowsOfMatrix, StoredMatrix, TransposedMatrix
 from gs_dist.checkpoint.weight_files import WeightFiles, some
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, MixtureOfExperts
@@ -58,87 +58,133 @@ def view_tensors(files: WeightFiles, config: Mapping[str, Any], architecture: De
         CheckpointError: codes without their scales, or fused experts of another shape than config.json calls for.
     """
     tensors, encoded, notes = dict(files.tensors), {}, []
-    if decodes(config):
-        encoding = find_encoding(config, tensors, architecture.dtype)
-        for name in [name for name in tensors if encoding.encodes(name)]:
-            encoded[name] = encoding.matrix(name)
-            tensors[name] = _as_floats(tensors[name], architecture.dtype)
-        for name in encoding.auxiliary:
-            del tensors[name]
-        if encoded:
-            notes.append(
-                f"{len(encoded)} weights are in {encoding.name}: they are decoded to {architecture.dtype} as they are "
-                "read, and what stays in float is published so"
-            )
-    parts = _expert_parts(tensors, architecture)
-    fused = sorted({whole for whole, _ in parts.values()})
-    if fused:
-        if any(name in encoded for name in fused):
-            raise CheckpointError(f"{some(fused)}: fused experts in FP8 are not taken apart: convert them to bfloat16")
-        tensors = {name: info for name, info in tensors.items() if name not in fused}
-        tensors |= {name: info for name, (_, info) in parts.items()}
+    encoding = find_encoding(config, tensors, architecture.dtype) if decodes(config) else EncodedSource()
+    coded = {encoding.module_of(name): name for name in tensors if encoding.encodes(name)}
+    parts = _expert_parts(tensors, encoding, coded, architecture)
+    for module, name in coded.items():
+        info = tensors.pop(name)
+        if name not in parts.wholes:
+            matrix = encoded[f"{module}.weight"] = encoding.matrix(name)
+            tensors[f"{module}.weight"] = _as_floats(f"{module}.weight", info, matrix)
+    for name in encoding.auxiliary:
+        del tensors[name]
+    if coded:
+        stay = ", and what stays in float is published so"
+        notes.append(
+            f"{len(coded)} weights are in {encoding.name}: they are decoded to {encoding.float_dtype} as they are "
+            f"read{stay}"
+        )
+    if parts.wholes:
+        fused = sorted(name for name in parts.wholes if ".experts." in name)
+        tensors = {name: info for name, info in tensors.items() if name not in parts.wholes} | parts.tensors
+        encoded |= parts.encoded
         notes.append(f"{some(fused)}: experts in one tensor are read a slice at a time and published one by one")
     return SourceViews(tensors=tensors, encoded=encoded, notes=tuple(notes))
 
 
 def decodes(config: Mapping[str, Any]) -> bool:
-    """Whether config.json names an encoding that is decoded while a model is calibrated: FP8 with a scale a block."""
+    """Whether config.json names an encoding that is decoded while a model is calibrated.
+
+    That is FP8 with a scale a block, MXFP4, or compressed-tensors' packed integers.
+    """
     stated = config.get("quantization_config")
     if not isinstance(stated, Mapping):
         return False
-    return stated.get("quant_method") == "fp8" and stated.get("weight_block_size") is not None
+    method = stated.get("quant_method")
+    if method == "compressed-tensors":
+        return stated.get("format") == "pack-quantized"
+    return method == "mxfp4" or (method == "fp8" and stated.get("weight_block_size") is not None)
 
 
-def _as_floats(info: TensorInfo, dtype: str) -> TensorInfo:
-    size = DTYPES[SPELLINGS[dtype]].itemsize
+def _as_floats(name: str, info: TensorInfo, matrix: StoredMatrix) -> TensorInfo:
     # Not by `dataclasses.replace`, which takes three times as long: DeepSeek-V3 has 45,808 of them.
     return TensorInfo(
-        name=info.name,
-        dtype=dtype,
-        shape=info.shape,
+        name=name,
+        dtype=matrix.float_dtype,
+        shape=matrix.shape,
         file=info.file,
         offset=info.offset,
-        nbytes=math.prod(info.shape) * size,
+        nbytes=math.prod(matrix.shape) * DTYPES[SPELLINGS[matrix.float_dtype]].itemsize,
     )
 
 
-def _expert_parts(
-    tensors: Mapping[str, TensorInfo], architecture: DecoderArchitecture
-) -> dict[str, tuple[str, TensorInfo]]:
-    """Name of each expert's weight to the fused tensor that holds it, and to its place there.
+@dataclass(frozen=True)
+class _ExpertParts:
+    """Weights that fused tensors hold: by name, which of them have to be turned or decoded, and the fused ones."""
 
-    transformers 5 keeps `experts.gate_up_proj` (E, 2 m, h), gates before ups, and `experts.down_proj` (E, h, m).
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    encoded: dict[str, StoredMatrix] = field(default_factory=dict)
+    wholes: set[str] = field(default_factory=set)
+
+
+def _expert_parts(
+    tensors: Mapping[str, TensorInfo],
+    encoding: EncodedSource,
+    coded: Mapping[str, str],
+    architecture: DecoderArchitecture,
+) -> _ExpertParts:
+    """Each expert's weights in fused tensors.
+
+    transformers 5 keeps `experts.gate_up_proj` (E, 2 m, h), gates before ups, and `experts.down_proj` (E, h, m), for
+    some families with inputs before outputs.
     """
-    found: dict[str, tuple[str, TensorInfo]] = {}
+    found = _ExpertParts()
     for layer, spec in enumerate(architecture.layers):
         if not isinstance(spec.mlp, MixtureOfExperts):
             continue
         prefix = architecture.layer_prefix(layer)
-        together = f"{prefix}{spec.mlp.prefix}.experts"
-        up, down = tensors.get(f"{together}.gate_up_proj"), tensors.get(f"{together}.down_proj")
-        if up is None or down is None:
-            continue
         experts, hidden, size = spec.mlp.num_experts, spec.mlp.hidden_size, spec.mlp.intermediate_size
-        _refuse_shape(up, (experts, 2 * size, hidden))
-        _refuse_shape(down, (experts, hidden, size))
-        for number, (gate_linear, up_linear, down_linear) in enumerate(spec.mlp.experts):
-            parts = ((gate_linear, up, 2 * number), (up_linear, up, 2 * number + 1), (down_linear, down, number))
-            for linear, whole, place in parts:
-                name = f"{prefix}{linear.name}.weight"
-                shape = (linear.out_features, linear.in_features)
-                nbytes = math.prod(shape) * DTYPES[SPELLINGS[whole.dtype]].itemsize
-                offset = whole.offset + place * nbytes
-                part = dataclasses.replace(whole, name=name, shape=shape, offset=offset, nbytes=nbytes)
-                found[name] = (whole.name, part)
+        for place in spec.mlp.fused_places:
+            names = [f"{prefix}{place}.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+            held = [coded.get(name, name) for name in names]
+            if not all(name in tensors for name in held):
+                continue
+            shapes = ((2 * size, hidden), (hidden, size))
+            wholes = [
+                _fused(tensors[name], encoding, (experts, *shape)) for name, shape in zip(held, shapes, strict=True)
+            ]
+            found.wholes.update(held)
+            router = f"{prefix}{place.removesuffix('.experts')}.gate.weight"
+            if router in tensors and not place.startswith(f"{spec.mlp.prefix}."):
+                name = f"{prefix}{spec.mlp.router.name}.weight"
+                found.wholes.add(router)
+                found.tensors[name] = dataclasses.replace(tensors[router], name=name)
+            for number, (gate, up, down) in enumerate(spec.mlp.experts):
+                for linear, whole, start in ((gate, wholes[0], 0), (up, wholes[0], size), (down, wholes[1], 0)):
+                    name = f"{prefix}{linear.name}.weight"
+                    part = RowsOfMatrix(matrix=whole[number], start=start, rows=linear.out_features)
+                    found.tensors[name] = _place(name, part)
+                    if not isinstance(part.matrix, PlainMatrix):
+                        found.encoded[name] = part
     return found
 
 
-def _refuse_shape(info: TensorInfo, wanted: tuple[int, ...]) -> None:
-    if info.shape != wanted:
+def _fused(info: TensorInfo, encoding: EncodedSource, wanted: tuple[int, ...]) -> Sequence[StoredMatrix]:
+    """The matrices (out, in) of all experts; with inputs before outputs only where their sizes tell so."""
+    found: Sequence[StoredMatrix]
+    if encoding.encodes(info.name):
+        found = encoding.expert_matrices(info.name, interleaved=False)
+    elif info.shape == (wanted[0], wanted[2], wanted[1]) != wanted:
+        found = [TransposedMatrix(info=info, index=index) for index in range(wanted[0])]
+    else:
+        found = [PlainMatrix(info=info, index=index) for index in range(wanted[0])] if len(info.shape) == 3 else []
+    if len(found) != wanted[0] or found[0].shape != wanted[1:] or info.shape[0] != wanted[0]:
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r:.200} has shape {info.shape}, and experts of this config.json in one "
             f"tensor have {wanted}"
         )
+    return found
+
+
+def _place(name: str, part: RowsOfMatrix) -> TensorInfo:
+    """Where plain rows lie in the file; what has to be turned or decoded has its whole tensor's place."""
+    whole = part.matrix.tensors[0]
+    made = _as_floats(name, whole, part)
+    if not isinstance(part.matrix, PlainMatrix):
+        return made
+    row_bytes = made.nbytes // part.rows
+    offset = whole.offset + (part.matrix.index * part.matrix.shape[0] + part.start) * row_bytes
+    return dataclasses.replace(made, offset=offset)
 
 
 class LazyTensors(Mapping[str, Array]):

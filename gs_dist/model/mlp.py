@@ -152,6 +152,11 @@ class MixtureOfExperts:
         return tuple(self.expert(number) for number in range(self.num_experts))
 
     @property
+    def fused_places(self) -> tuple[str, ...]:
+        """Where within the layer a tensor may hold all experts: in the block, or as transformers 5 calls it."""
+        return tuple(dict.fromkeys((f"{self.prefix}.experts", "mlp.experts")))
+
+    @property
     def buffers(self) -> dict[str, tuple[int, ...]]:
         """Name within the layer to shape of tensors that are no linear's."""
         correction = self.routing.correction

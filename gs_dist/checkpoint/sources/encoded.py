@@ -26,12 +26,14 @@ class EncodedSource:
 
     Attributes:
         name: of the encoding, for people; "" for floats.
+        float_dtype: what weights are decoded to; "" for floats.
         auxiliary: names of tensors that only decode others.
     """
 
     name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, float_dtype: str = "") -> None:
+        self.float_dtype = float_dtype
         self.auxiliary: set[str] = set()
 
     def encodes(self, name: str) -> bool:
@@ -98,7 +100,7 @@ class _Fp8Source(EncodedSource):
     name = "FP8 blocks"
 
     def __init__(self, stated: Mapping[str, Any], tensors: Mapping[str, TensorInfo], dtype: str) -> None:
-        super().__init__()
+        super().__init__(dtype)
         block = stated.get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
             raise CheckpointError(
@@ -148,8 +150,7 @@ class _Mxfp4Source(EncodedSource):
     name = "MXFP4"
 
     def __init__(self, tensors: Mapping[str, TensorInfo], dtype: str) -> None:
-        super().__init__()
-        self._dtype = dtype
+        super().__init__(dtype)
         self._pairs: dict[str, tuple[TensorInfo, TensorInfo]] = {}
         for info in tensors.values():
             if info.name.endswith("_blocks") and info.dtype == "uint8":
@@ -173,7 +174,7 @@ class _Mxfp4Source(EncodedSource):
     def expert_matrices(self, name: str, *, interleaved: bool) -> Sequence[StoredMatrix]:
         info, scale = self._pairs[name]
         return [
-            Mxfp4Matrix(info=info, scale=scale, index=index, float_dtype=self._dtype, interleaved=interleaved)
+            Mxfp4Matrix(info=info, scale=scale, index=index, float_dtype=self.float_dtype, interleaved=interleaved)
             for index in range(info.shape[0])
         ]
 
@@ -220,6 +221,7 @@ class _PackedSource(EncodedSource):
         for info in tensors.values():
             if info.name.endswith(".weight_packed"):
                 self._matrices[info.name] = self._packed(info, tensors)
+                self.float_dtype = self._matrices[info.name].float_dtype
                 self.auxiliary.update(part.name for part in self._matrices[info.name].tensors[1:])
 
     def _packed(self, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> PackedIntMatrix:

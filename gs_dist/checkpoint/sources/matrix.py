@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo
 from gs_dist.checkpoint.sources.directory import TensorBytes
 
-__all__ = ["Float32", "PlainMatrix", "RowReader", "StoredMatrix", "TransposedMatrix", "numpy_dtype"]
+__all__ = ["Float32", "PlainMatrix", "RowReader", "RowsOfMatrix", "StoredMatrix", "TransposedMatrix", "numpy_dtype"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -185,3 +185,50 @@ class _HeldRows:
 
 def _outputs_in_order(rows: npt.NDArray[Any], *, interleaved: bool) -> tuple[npt.NDArray[Any], ...]:
     return (rows[0::2], rows[1::2]) if interleaved else (rows,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOfMatrix:
+    """Rows [start, start + rows) of a matrix: the gate, or the up, of an expert whose two are one."""
+
+    matrix: StoredMatrix
+    start: int
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in)."""
+        return self.rows, self.matrix.shape[1]
+
+    @property
+    def tensors(self) -> Sequence[TensorInfo]:
+        """Those of the matrix."""
+        return self.matrix.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, rounded up."""
+        return -(-self.matrix.nbytes * self.rows // self.matrix.shape[0])
+
+    @property
+    def working_bytes(self) -> int:
+        """As of the matrix."""
+        return self.matrix.working_bytes
+
+    @property
+    def float_dtype(self) -> str:
+        """As of the matrix."""
+        return self.matrix.float_dtype
+
+    def open(self, files: TensorBytes, block_rows: int) -> RowReader:
+        """Reads what the matrix reads, from the first of the rows on."""
+        return _ShiftedRows(self.matrix.open(files, block_rows), self.start)
+
+
+class _ShiftedRows:
+    def __init__(self, reader: RowReader, start: int) -> None:
+        self._reader = reader
+        self._start = start
+
+    def read(self, start: int, target: Float32) -> None:
+        self._reader.read(self._start + start, target)
