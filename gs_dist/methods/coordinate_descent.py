@@ -7,6 +7,7 @@ the code that leaves the least output error beside all the others as they are. T
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -40,7 +41,7 @@ class CoordinateDescent(GPTQ[DescentArguments]):
         """GPTQ's; what the descent holds for a tile comes after it."""
         first = super().workspace(policy, work)
         tile = min(work.rows, TILE_ROWS) * work.channels * _TILE_BYTES
-        return Workspace(own=first.own, thread=max(first.thread, tile))
+        return replace(first, thread=max(first.thread, tile))
 
     def operations(self, policy: Policy[DescentArguments], work: Work) -> int:
         """GPTQ's, and for each sweep one product with the Gram matrix."""

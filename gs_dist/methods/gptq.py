@@ -24,13 +24,15 @@ from gs_dist.methods.method import (
 )
 from gs_dist.model.statistics import StatisticsSettings
 
-__all__ = ["GPTQ", "RANGE_RATIOS", "TILE_ROWS", "GPTQArguments"]
+__all__ = ["FACTOR_COLUMNS", "GPTQ", "RANGE_RATIOS", "TILE_ROWS", "GPTQArguments"]
 
 # Shares of a group's largest weight at which its range is tried. A little beyond it pays at times: the largest code is
 # then used by more than one weight.
 RANGE_RATIOS = tuple(1.05 - i / 40 for i in range(14))
 # Rows worked on at a time: vectors of 8 KiB stay in the first cache, and a 28672-wide weight's take 235 MB.
 TILE_ROWS = 2048
+# Columns of the Gram matrix factorized at a time: what is left of a block of them is one thread's work, a twentieth.
+FACTOR_COLUMNS = 512
 
 # Bytes of an entry of the Gram matrix: the factor in float32; for all linears of an input, the matrix rescaled.
 _FACTOR_BYTES, _RESCALED_BYTES = 4, 4
@@ -62,7 +64,7 @@ class GPTQ(RoundingMethod[Asked]):
     arguments = tuple(GPTQArguments.model_fields)
 
     def statistics(self, policy: Policy[Asked]) -> StatisticsSettings:
-        """The matrix itself, which is factorised."""
+        """The matrix itself, which is factorized."""
         return CORRECTED
 
     def contradictions(self, policy: Policy[Asked]) -> Iterable[Contradiction]:
@@ -91,11 +93,11 @@ class GPTQ(RoundingMethod[Asked]):
         return "weight" if args.static_groups else "group"
 
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
-        """A matrix for all linears, a factor for each, a tile for each thread."""
+        """The matrix rescaled for all linears, a factor for each, a tile for each thread."""
         width = max(policy.algo_args.block_size, policy.group_size)
         panel = 4 * _PANEL_VECTORS * min(width, work.channels)
         return Workspace(
-            shared=work.channels**2 * _RESCALED_BYTES,
+            shared=work.channels**2 * _RESCALED_BYTES if work.rescaled else 0,
             own=work.channels**2 * _FACTOR_BYTES,
             thread=min(work.rows, TILE_ROWS) * (work.channels * _TILE_BYTES + panel),
         )

@@ -106,11 +106,12 @@ class Policy(Protocol[Given]):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A linear's weight (rows, channels) and what is taken of its input."""
+    """A linear's weight (rows, channels), what is taken of its input, and whether that is rescaled first."""
 
     rows: int
     channels: int
     taken: StatisticsSettings
+    rescaled: bool
 
 
 @dataclass(frozen=True, kw_only=True)

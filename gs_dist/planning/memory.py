@@ -215,7 +215,7 @@ def solver_bytes(
             policy, (rows, channels) = policies.get(name), shapes[name]
             if policy is None or not policy.quantizes_linear:
                 continue
-            work = Work(rows=rows, channels=channels, taken=taken)
+            work = Work(rows=rows, channels=channels, taken=taken, rescaled=policy.suppression.rescales)
             added = [method.workspace(policy, work) for method in policy.methods]
             sketched = objective_bytes(channels, taken) if taken.sketches(channels) else 0
             shared = max(shared, sketched + max(space.shared for space in added))

@@ -54,7 +54,7 @@ def solver_operations(
                 continue
             searched = policy if policy.is_static else searched
             total += 2 * error_operations(rows, channels, taken)  # of the weight, and of its change
-            work = Work(rows=rows, channels=channels, taken=taken)
+            work = Work(rows=rows, channels=channels, taken=taken, rescaled=policy.suppression.rescales)
             total += sum(method.operations(policy, work) for method in policy.methods)
         if searched is not None:
             # Linears of one input share its range; so does each scale that is tried.

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import lapack
 
 from gs_dist.methods.gptq import TILE_ROWS
 from gs_dist.numbers.groups import num_groups
@@ -29,6 +28,7 @@ from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, Int8, QuantizedLinear
 from gs_dist.solvers._gptq_tile import Damping, Ranges, Tile, cut_panels, panel_width
 from gs_dist.solvers.affine import dequantize, quantize_weight
+from gs_dist.solvers.cholesky import lower_factor
 from gs_dist.solvers.objective import GramObjective
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 from gs_dist.solvers.weight_task import Rounded, WeightTask
@@ -84,7 +84,7 @@ def quantize(
             rounding by GPTQ adds least to the loss. With `static_groups` the scales are found in a first
             pass in natural order and hold for a second in activation order (`desc_act`). Scales per
             channel are not searched: pass the `clip_ratio` that `clip.clip_weight` finds.
-        threads: take a tile of rows at a time; the factorisation is one thread's.
+        threads: take a tile of rows at a time, and of the factorisation.
 
     Raises:
         UserError: the input channels do not divide into groups.
@@ -175,7 +175,7 @@ def _solve(
     place = np.empty_like(position)
     place[position] = np.arange(columns)
     notes: list[str] = []
-    factor, damping = _factorize(task.gram, position, policy.algo_args.damp_percent, notes)
+    factor, damping = _factorize(task.gram, position, policy.algo_args.damp_percent, notes, task.threads)
     if factor is None:
         return _rounded_to_nearest(task, clip_ratio, notes)
     ranges = Ranges(
@@ -238,7 +238,7 @@ def _at_places(rows: Float32, place: npt.NDArray[np.intp]) -> Float32:
 
 
 def _factorize(
-    gram: Float32, position: npt.NDArray[np.intp], percent: float, notes: list[str]
+    gram: Float32, position: npt.NDArray[np.intp], percent: float, notes: list[str], threads: Threads
 ) -> tuple[Float32 | None, Damping]:
     """Lower L with L LT = G (rows and columns at their places) + damping; None where none can be had.
 
@@ -255,19 +255,18 @@ def _factorize(
     if dead.any():
         notes.append(f"{int(dead.sum())} input channels were never active: rounded to nearest")
     while True:
-        matrix = np.empty(gram.shape, dtype=np.float32)
-        for row, channel in zip(matrix, position, strict=True):
-            np.take(np.asarray(gram[channel], dtype=np.float32), position, out=row, mode="clip")
         added = np.where(dead, mean, percent * mean)
-        places = np.arange(len(position))
-        matrix[places, places] = (diagonal * ~dead + added).astype(np.float32)
-        # The transposed view is Fortran-contiguous: LAPACK works in place, and its upper factor is our lower one.
-        upper, failed = lapack.spotrf(matrix.T, lower=False, clean=False, overwrite_a=True)
-        factor = np.asarray(upper.T)
-        pivots = np.diagonal(factor)
-        if not failed and bool(np.isfinite(pivots).all()) and bool((pivots > 0).all()):
+        damped = (diagonal * ~dead + added).astype(np.float32)
+
+        def block(rows: slice, columns: slice, damped: Float32 = damped) -> Float32:
+            entries = np.asarray(gram[np.ix_(position[rows], position[columns])], dtype=np.float32)
+            if rows.start == columns.start:
+                np.fill_diagonal(entries, damped[columns])
+            return entries
+
+        factor = lower_factor(block, len(position), threads)
+        if factor is not None:
             return factor, Damping(percent=percent, added=added)
-        del matrix, upper, factor, pivots
         if percent >= _LARGEST_DAMPING:
             notes.append(f"GPTQ gave way to plain rounding: no factorisation even with damp_percent {percent:g}")
             return None, Damping(percent=percent, added=added)
