@@ -1,12 +1,17 @@
-"""How tests are dealt to processes (`pytest -n 2 --dist loadgroup`, as in run.sh)."""
+"""How tests are dealt to processes (`pytest -n 2 --dist loadgroup`, as in run.sh), and what hypothesis may do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
+
+# How long an example takes tells of the machine, and of what else it does.
+settings.register_profile("gs_dist", deadline=None)
+settings.load_profile("gs_dist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

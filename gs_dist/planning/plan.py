@@ -195,6 +195,8 @@ def make_plan(
     architecture: DecoderArchitecture,
     tensors: Mapping[str, TensorHeader],
     available: ClusterFacts,
+    *,
+    statistics_at_hand: bool = False,
 ) -> CalibrationPlan:
     """Decides stages, replicas, waves and memory.
 
@@ -203,6 +205,7 @@ def make_plan(
         architecture: of the checkpoint.
         tensors: header of every tensor of the checkpoint, by full name.
         available: what there is to run on; resolves what the recipe leaves to `auto`.
+        statistics_at_hand: whether an earlier job has observed the model, so that layers have only to be solved.
 
     Raises:
         PlanError: sizes that contradict each other, or a job that does not fit; the message names the
@@ -210,7 +213,7 @@ def make_plan(
         UserError: policies that conflict, match nothing or quantise nothing.
         CheckpointError: a tensor that config.json implies has no header.
     """
-    workload = make_workload(config, architecture, tensors)
+    workload = make_workload(config, architecture, tensors, statistics_at_hand=statistics_at_hand)
     spread = choose_spread(config, workload, available)
     probe_stages, probe_notes = plan_probe(config, workload, available, spread)
     plan = _plan_of(config, workload, available, spread)
@@ -223,14 +226,14 @@ def _plan_of(
     available: ClusterFacts,
     spread: Spread,
 ) -> CalibrationPlan:
-    data, architecture = config.calibration, workload.architecture
     if spread.data_parallel_size < config.parallel.min_data_parallel_size:
         raise PlanError(
             f"parallel.min_data_parallel_size is {config.parallel.min_data_parallel_size} and only "
             f"{spread.data_parallel_size} replicas can be used: lower it"
         )
     num_workers = spread.pipeline_parallel_size * spread.data_parallel_size
-    threads = threads_of(config, available, num_workers)
+    device = device_of(config, workload, available)
+    threads = threads_of(config, device, available, num_workers)
     solver_threads, memory = choose_solver_threads(workload, spread, threads)
     stages = tuple(
         StagePlan(
@@ -243,11 +246,10 @@ def _plan_of(
         )
         for stage, choice in enumerate(spread.choices)
     )
-    device = device_of(config, available)
     replicas = spread.data_parallel_size
     return CalibrationPlan(
         config=config,
-        architecture=architecture,
+        architecture=workload.architecture,
         stages=stages,
         data_parallel_size=replicas,
         device=device,
@@ -258,10 +260,10 @@ def _plan_of(
         max_in_flight=spread.max_in_flight,
         # Every replica reads the layers; the first one also what is carried over, all of them the embedding.
         bytes_read=replicas * (sum(workload.layer_nbytes) + workload.embedding_nbytes) + workload.outer_nbytes,
-        states_moved=_states_moved(config, workload, device, spread),
-        statistics_moved=_statistics_moved(config, workload, spread),
+        states_moved=_states_moved(config, workload, device, spread) if workload.runs_model else 0,
+        statistics_moved=_statistics_moved(config, workload, spread) if workload.runs_model else 0,
         policies=workload.resolved,
-        operations=count_operations(workload, data.num_samples, data.sequence_length, device=device),
+        operations=count_operations(workload, config.calibration, device=device),
         notes=workload.notes + _budget_notes(workload),
         schemes=workload.schemes,
         size_budget=workload.size_budget,

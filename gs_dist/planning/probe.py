@@ -178,7 +178,7 @@ def _stages(
     data = config.probe_data
     shape = evaluation_shape(
         workload.architecture,
-        device_of(config, available),
+        device_of(config, workload, available),
         data,
         max_in_flight=min(spread.max_in_flight, data.num_micro_batches),
         longest=PROMPT_TOKENS + config.probe.max_new_tokens,
@@ -260,6 +260,6 @@ def _would_fit(
     except PlanError:
         return False
     asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
-    if device_of(changed, available).on_host and asked > available.memory_bytes:
+    if device_of(changed, workload, available).on_host and asked > available.memory_bytes:
         return False
     return all(groups.fits for groups in _stages(changed, workload, available, spread))

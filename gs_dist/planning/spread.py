@@ -10,7 +10,7 @@ from gs_dist.errors import PlanError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import block_bounds
 from gs_dist.planning.cluster_facts import ClusterFacts
-from gs_dist.planning.waves import WaveChoice, choose_waves, count_partial_sums, split_stages
+from gs_dist.planning.waves import WaveChoice, choose_waves, count_partial_sums, one_by_one, split_stages
 from gs_dist.planning.workload import Operations, Workload, count_operations, without_gram
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.sizes import GIB, format_bytes
@@ -96,7 +96,7 @@ def _relative_time(
     spread: Spread, config: CalibrationConfig, workload: Workload, available: ClusterFacts, operations: Operations
 ) -> float:
     """How long the job takes, in operations of a worker of one thread; to compare spreads, not to promise a time."""
-    data, device = config.calibration, device_of(config, available)
+    data, device = config.calibration, device_of(config, workload, available)
     times = [
         pass_operations(
             choice.waves,
@@ -137,7 +137,7 @@ def choose_spread(config: CalibrationConfig, workload: Workload, available: Clus
         PlanError: sizes that contradict each other, or no way fits; the message names the settings to
             change, with values that would do.
     """
-    if device_of(config, available).on_host and available.memory_bytes < 1:
+    if device_of(config, workload, available).on_host and available.memory_bytes < 1:
         raise PlanError(
             "no node is known that a worker could run on: its memory is 0. Wait until worker nodes have joined the "
             "cluster, or describe them with --nodes, --cpus-per-node and --memory-per-node"
@@ -148,16 +148,18 @@ def choose_spread(config: CalibrationConfig, workload: Workload, available: Clus
     return spread
 
 
-def device_of(config: CalibrationConfig, available: ClusterFacts) -> DeviceKind:
-    """As the recipe says, else cards where there are any."""
+def device_of(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> DeviceKind:
+    """As the recipe says, else cards where there are any; a solve is the host's."""
+    if not workload.runs_model:
+        return DeviceKind.CPU
     if config.parallel.device != "auto":
         return DeviceKind(config.parallel.device)
     return DeviceKind.ASCEND if available.num_npus > 0 else DeviceKind.CPU
 
 
-def _num_slots(config: CalibrationConfig, available: ClusterFacts) -> int | None:
+def _num_slots(config: CalibrationConfig, workload: Workload, available: ClusterFacts) -> int | None:
     """How many workers the cluster has room for, or None where it is not known."""
-    if device_of(config, available).on_host:
+    if device_of(config, workload, available).on_host:
         return available.num_cpus
     return available.num_npus or None
 
@@ -226,7 +228,7 @@ def _best(config: CalibrationConfig, workload: Workload, available: ClusterFacts
 
     On a cluster of unknown size the one with fewest workers that needs one pass. Where none fits, the nearest to it.
     """
-    num_layers, slots = workload.architecture.num_layers, _num_slots(config, available)
+    num_layers, slots = workload.architecture.num_layers, _num_slots(config, workload, available)
     _check_sizes(config, num_layers)
     if slots is None:
         return _smallest(config, workload, available)
@@ -234,8 +236,7 @@ def _best(config: CalibrationConfig, workload: Workload, available: ClusterFacts
     fitting = [spread for spread in tried if spread.fits]
     if not fitting:
         return min(tried, key=lambda spread: spread.overshoot)
-    data, device = config.calibration, device_of(config, available)
-    operations = count_operations(workload, data.num_samples, data.sequence_length, device=device)
+    operations = count_operations(workload, config.calibration, device=device_of(config, workload, available))
     times = [_relative_time(spread, config, workload, available, operations) for spread in fitting]
     slowest = _AS_FAST * min(times)
     near = [(spread, time) for spread, time in zip(fitting, times, strict=True) if time <= slowest]
@@ -260,7 +261,7 @@ def _smallest(config: CalibrationConfig, workload: Workload, available: ClusterF
 def _try(
     config: CalibrationConfig, workload: Workload, available: ClusterFacts, num_stages: int, num_replicas: int
 ) -> Spread:
-    device, parallel, data = device_of(config, available), config.parallel, config.calibration
+    device, parallel, data = device_of(config, workload, available), config.parallel, config.calibration
     in_flight = IN_FLIGHT_PER_STAGE * num_stages if parallel.max_in_flight == "auto" else parallel.max_in_flight
     num_workers = num_stages * num_replicas
     threads = _threads_share(config, available, num_workers)
@@ -269,19 +270,16 @@ def _try(
     if limit == "auto":
         limit = on_host if device.on_host else ASCEND_MEMORY_PER_WORKER
     host_limit = on_host if not device.on_host and available.num_npus else None
-    shape = workload.shape(
-        device=device,
-        micro_batch_size=data.samples_per_micro_batch,
-        sequence_length=data.sequence_length,
-        max_in_flight=min(in_flight, data.num_micro_batches),
-    )
+    shape = workload.shape(data, device=device, max_in_flight=min(in_flight, data.num_micro_batches))
     live_sets, _, kept = shares(config, num_replicas)
     per_wave = 1 if config.propagation == "quantized" else parallel.layers_per_wave
     known: dict[tuple[bool, tuple[tuple[int, ...], ...]], WaveChoice] = {}
     choices = []
     for stage, layers in enumerate(split_stages(workload.architecture.num_layers, num_stages)):
         alike = (stage == 0, workload.kinds[layers.start : layers.stop])
-        if alike not in known:
+        if alike not in known and not workload.runs_model:
+            known[alike] = one_by_one(shape, layers, limit=limit)
+        elif alike not in known:
             known[alike] = choose_waves(
                 shape,
                 layers,
@@ -330,7 +328,7 @@ def host_share(available: ClusterFacts, num_workers: int, *, threads: int, npus:
     return int(available.memory_per_node * CPU_MEMORY_SHARE) // beside
 
 
-def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
+def threads_of(config: CalibrationConfig, device: DeviceKind, available: ClusterFacts, num_workers: int) -> int:
     """Threads of each worker: an even share of its node's cores, or fewer.
 
     Raises:
@@ -339,7 +337,7 @@ def threads_of(config: CalibrationConfig, available: ClusterFacts, num_workers: 
     share, asked = available.threads_share(num_workers), config.parallel.threads_per_worker
     if asked == "auto":
         return share
-    known = device_of(config, available).on_host or available.num_npus > 0
+    known = device.on_host or available.num_npus > 0
     if known and asked > share:
         raise PlanError(
             f"parallel.threads_per_worker is {asked}, and {available.num_cpus} cores over {num_workers} workers give "
@@ -432,6 +430,6 @@ def _would_fit(config: CalibrationConfig, workload: Workload, available: Cluster
         spread = _best(config, workload, available)
     except PlanError:
         return False
-    on_host = device_of(config, available).on_host
+    on_host = device_of(config, workload, available).on_host
     asked = spread.memory_per_worker * spread.pipeline_parallel_size * spread.data_parallel_size
     return spread.fits and not (on_host and asked > available.memory_bytes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gs_dist.planning.memory import JobShape, MemoryPlan, StageShape, stage_memory
 
-__all__ = ["WaveChoice", "choose_waves", "count_partial_sums", "split_evenly", "split_stages"]
+__all__ = ["WaveChoice", "choose_waves", "count_partial_sums", "one_by_one", "split_evenly", "split_stages"]
 
 
 def split_evenly(items: Sequence[int], parts: int) -> tuple[tuple[int, ...], ...]:
@@ -135,3 +135,14 @@ def choose_waves(
             break
     assert least is not None, "a stage has at least one layer"
     return least
+
+
+def one_by_one(shape: JobShape, layers: Sequence[int], *, limit: int) -> WaveChoice:
+    """A stage that solves its layers one after another, each from its tensors and one set of its statistics."""
+    waves = tuple((layer,) for layer in layers)
+    parts = [
+        StageShape(layers=wave, wave=wave, resident=False, embeds=False, live_sets=1, kept_micro_batches=0)
+        for wave in waves
+    ]
+    memory = max((stage_memory(shape, part) for part in parts), key=lambda plan: plan.peak)
+    return WaveChoice(waves=waves, resident=False, memory=memory, fits=memory.peak <= limit)

@@ -18,7 +18,7 @@ from gs_dist.numbers.groups import num_groups
 from gs_dist.planning.bits import budget_bytes, schemes_of
 from gs_dist.planning.memory import JobShape, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.planning.solver_operations import solver_operations
-from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig, CalibrationData
 from gs_dist.recipe.matching import resolve_policies
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
 from gs_dist.wording import counted
@@ -31,6 +31,7 @@ __all__ = [
     "count_operations",
     "layer_settings",
     "make_workload",
+    "runs_model",
     "without_gram",
 ]
 
@@ -88,18 +89,19 @@ class Workload:
     notes: tuple[str, ...]
     schemes: Mapping[str, Mapping[str, QuantPolicy]]  # by name within the layer, where schemes are judged
     size_budget: int | None  # bytes of all linears, where they are chosen
+    runs_model: bool  # on samples, to observe or to probe it; else layers are solved from statistics at hand
 
-    def shape(self, *, device: DeviceKind, micro_batch_size: int, sequence_length: int, max_in_flight: int) -> JobShape:
-        """What memory depends on. The CPU has no bfloat16 product and computes in float32."""
-        cpu = device.on_host
+    def shape(self, data: CalibrationData, *, device: DeviceKind, max_in_flight: int) -> JobShape:
+        """What memory depends on. The CPU has no bfloat16 product and computes in float32; a solve reads as stored."""
+        computes = device.on_host and self.runs_model
         return JobShape(
             architecture=self.architecture,
             device=device,
-            micro_batch_size=micro_batch_size,
-            sequence_length=sequence_length,
+            micro_batch_size=data.samples_per_micro_batch,
+            sequence_length=data.sequence_length if self.runs_model else 0,
             max_in_flight=max_in_flight,
             element_bytes=compute_bytes(self.architecture, device),
-            layer_weight_bytes=[4 * n for n in self.layer_elements] if cpu else self.layer_nbytes,
+            layer_weight_bytes=[4 * n for n in self.layer_elements] if computes else self.layer_nbytes,
             embedding_bytes=self.embedding_nbytes,
             layer_output_bytes=self.layer_output_nbytes,
             set_bytes=self.set_bytes,
@@ -297,10 +299,25 @@ def _check_length(config: CalibrationConfig, architecture: DecoderArchitecture) 
         )
 
 
+def runs_model(config: CalibrationConfig, *, statistics_at_hand: bool) -> bool:
+    """Whether a job runs the model: to observe it, or to probe what it published."""
+    return not statistics_at_hand or config.max_perplexity_increase is not None
+
+
 def make_workload(
-    config: CalibrationConfig, architecture: DecoderArchitecture, tensors: Mapping[str, TensorHeader]
+    config: CalibrationConfig,
+    architecture: DecoderArchitecture,
+    tensors: Mapping[str, TensorHeader],
+    *,
+    statistics_at_hand: bool = False,
 ) -> Workload:
     """Lays the recipe over the checkpoint.
+
+    Args:
+        config: the recipe.
+        architecture: of the checkpoint.
+        tensors: header of every tensor of the checkpoint, by full name.
+        statistics_at_hand: whether an earlier job has observed the model, which then runs for a probe alone.
 
     Raises:
         CheckpointError: a tensor of the architecture has no header.
@@ -370,6 +387,7 @@ def make_workload(
         notes=notes,
         schemes=schemes,
         size_budget=size_budget,
+        runs_model=runs_model(config, statistics_at_hand=statistics_at_hand),
     )
 
 
@@ -395,9 +413,10 @@ def _headers(tensors: Mapping[str, TensorHeader], names: Sequence[str]) -> list[
     return [tensors[name] for name in names]
 
 
-def count_operations(workload: Workload, num_samples: int, sequence_length: int, *, device: DeviceKind) -> Operations:
+def count_operations(workload: Workload, data: CalibrationData, *, device: DeviceKind) -> Operations:
     """Operations of forward passes, statistics and solves over the whole job."""
-    tokens = num_samples * sequence_length
+    sequence_length = data.sequence_length
+    tokens = data.num_samples * sequence_length if workload.runs_model else 0
 
     def of_layer(
         layer: LayerSpec, policies: Mapping[str, QuantPolicy | None], settings: Mapping[str, StatisticsSettings]

@@ -85,7 +85,7 @@ def resolve(
     if note is not None:
         progress.message(note)
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
-    planned = _planned_early(config, reader, address, solves_only=True)
+    planned = _planned_early(config, reader, address, statistics_at_hand=True)
     with locked(Path(config.output)) as without_lock:
         if without_lock:
             progress.message(without_lock)
@@ -93,13 +93,13 @@ def resolve(
 
 
 def _planned_early(
-    config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, solves_only: bool = False
+    config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, statistics_at_hand: bool = False
 ) -> PlannedJob | None:
     """The plan on this machine, before a sample is read; None where a cluster is to be joined and asked first."""
     _refuse_working_directory(config.output)
     reader.companions()  # refuses what could not be carried over in the end
     if address is None:
-        return plan_here(config, reader, solves_only=solves_only)
+        return plan_here(config, reader, statistics_at_hand=statistics_at_hand)
     make_workload(config, reader.architecture, reader.tensors)  # refuses what no cluster could mend
     return None
 
@@ -135,7 +135,7 @@ def _run_on_ray(
     asked = config.parallel.device
     device = None if asked == "auto" or statistics_from is not None else DeviceKind(asked)
     with cluster(address, num_cpus, device=device, patience=config.parallel.timeout, tell=progress.message) as facts:
-        plan, notes = planned or plan_job(config, reader, facts, solves_only=statistics_from is not None)
+        plan, notes = planned or plan_job(config, reader, facts, statistics_at_hand=statistics_from is not None)
         for note in notes:
             progress.message(note)
         lacking = facts.lacking(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 from gs_dist.checkpoint.dialects import check_policies
@@ -10,8 +9,8 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import ClusterError, RecipeError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
-from gs_dist.planning.memory import MemoryPlan, layer_set_bytes
-from gs_dist.planning.plan import CalibrationPlan, StagePlan, make_plan
+from gs_dist.planning.plan import CalibrationPlan, make_plan
+from gs_dist.planning.workload import runs_model
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.dialects import DIALECTS
 
@@ -25,7 +24,7 @@ class PlannedJob(NamedTuple):
     notes: tuple[str, ...]
 
 
-def plan_here(config: CalibrationConfig, reader: CheckpointReader, *, solves_only: bool = False) -> PlannedJob:
+def plan_here(config: CalibrationConfig, reader: CheckpointReader, *, statistics_at_hand: bool = False) -> PlannedJob:
     """The plan of a job on this machine.
 
     Raises:
@@ -33,27 +32,25 @@ def plan_here(config: CalibrationConfig, reader: CheckpointReader, *, solves_onl
         UserError: as of `plan_job`.
     """
     facts = ClusterFacts.of_this_machine()
-    runs_model = not solves_only or config.max_perplexity_increase is not None
-    if config.parallel.device == DeviceKind.ASCEND.value and not facts.num_npus and runs_model:
+    needs_card = config.parallel.device == DeviceKind.ASCEND.value and not facts.num_npus
+    if needs_card and runs_model(config, statistics_at_hand=statistics_at_hand):
         raise ClusterError(
             "parallel.device is ascend, and this machine has no Ascend card: set it to cpu or auto, or join a "
             "cluster that has some with --address"
         )
-    return plan_job(config, reader, facts, solves_only=solves_only)
+    return plan_job(config, reader, facts, statistics_at_hand=statistics_at_hand)
 
 
 def plan_job(
-    config: CalibrationConfig, reader: CheckpointReader, facts: ClusterFacts, *, solves_only: bool = False
+    config: CalibrationConfig, reader: CheckpointReader, facts: ClusterFacts, *, statistics_at_hand: bool = False
 ) -> PlannedJob:
-    """The plan of a job; with `solves_only`, of one whose statistics are at hand and that probes nothing.
+    """The plan of a job; with `statistics_at_hand`, of one that solves what an earlier job observed.
 
     Raises:
         UserError: as of `make_plan`, or policies that a dialect cannot hold.
     """
     _refuse_other_dtype(config, reader)
-    # A probe runs the model after all.
-    of = _plan_of_solves if solves_only and config.max_perplexity_increase is None else _plan_of_passes
-    plan = of(config, reader, facts)
+    plan = make_plan(config, reader.architecture, reader.tensors, facts, statistics_at_hand=statistics_at_hand)
     notes = [*reader.notes, *reader.companions().notes]
     notes += [
         note
@@ -73,26 +70,3 @@ def _refuse_other_dtype(config: CalibrationConfig, reader: CheckpointReader) -> 
             f"serving_dtype is {config.serving_dtype} and the checkpoint is {' and '.join(sorted(stored))}, which "
             f"readers of {kept[0]} take as they are: leave serving_dtype out, or {kept[0]} out of format"
         )
-
-
-def _plan_of_passes(config: CalibrationConfig, reader: CheckpointReader, facts: ClusterFacts) -> CalibrationPlan:
-    return make_plan(config, reader.architecture, reader.tensors, facts)
-
-
-def _plan_of_solves(config: CalibrationConfig, reader: CheckpointReader, facts: ClusterFacts) -> CalibrationPlan:
-    """Layers are solved one after another on the host's CPUs; hidden states, which take memory, do not exist."""
-    parallel = config.parallel.model_copy(update={"device": "cpu", "layers_per_wave": 1})
-    data = config.calibration.model_copy(update={"sequence_length": 1, "micro_batch_size": 1})
-    smaller = config.model_copy(update={"parallel": parallel, "calibration": data})
-    plan = make_plan(smaller, reader.architecture, reader.tensors, facts)
-    stages = tuple(dataclasses.replace(stage, memory=_memory(plan, stage, reader)) for stage in plan.stages)
-    return dataclasses.replace(plan, config=config, stages=stages)
-
-
-def _memory(plan: CalibrationPlan, stage: StagePlan, reader: CheckpointReader) -> MemoryPlan:
-    """One layer's tensors and one set of its statistics, where a calibration holds a stage's and partial sums."""
-    prefixes = [reader.architecture.layer_prefix(layer) for layer in stage.layers]
-    tensors = [sum(t.nbytes for name, t in reader.tensors.items() if name.startswith(prefix)) for prefix in prefixes]
-    sets = [layer_set_bytes(reader.architecture.layers[layer], plan.layer_settings(layer)) for layer in stage.layers]
-    held = {"weights": max(tensors), "activations": 0, "statistics": max(sets)}
-    return MemoryPlan(items={**stage.memory.items, **held})

@@ -631,7 +631,7 @@ def test_threads_leave_room_for_every_worker_on_some_node(
 ) -> None:
     """Where cards and cores suffice, the cores of no worker are spread over two nodes, and no node gets too many."""
     facts = ClusterFacts(num_cpus=num_nodes * cpus, num_npus=num_nodes * npus, memory_bytes=GIB, num_nodes=num_nodes)
-    threads = threads_of(recipe(device="ascend"), facts, num_workers)
+    threads = threads_of(recipe(device="ascend"), DeviceKind.ASCEND, facts, num_workers)
     beside = facts.workers_per_node(num_workers, threads=threads, npus=1)
     assert 1 <= beside <= npus
     if num_workers <= num_nodes * min(npus, cpus):

@@ -76,7 +76,7 @@ def solving(tmp_path: Path, **changes: object) -> tuple[CalibrationConfig, Check
 def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
     """No card is needed for device: ascend, and memory is that of one layer and its statistics."""
     config, reader = solving(tmp_path, parallel={"device": "ascend", "pipeline_parallel_size": 1})
-    plan = plan_job(config, reader, HERE, solves_only=True).plan
+    plan = plan_job(config, reader, HERE, statistics_at_hand=True).plan
     assert plan.device == "cpu"
     (stage,) = plan.stages
     layer = sum(info.nbytes for info in reader.layer_tensors(0).values())
@@ -85,11 +85,12 @@ def test_a_solve_is_planned_without_a_model_that_runs(tmp_path: Path) -> None:
         config.model_copy(update={"parallel": config.parallel.model_copy(update={"device": "cpu"})}),
         reader,
         HERE,
-        solves_only=False,
+        statistics_at_hand=False,
     ).plan
     assert stage.memory.items["statistics"] < whole.stages[0].memory.items["statistics"] / 4
     assert stage.memory.peak < whole.stages[0].memory.peak
-    assert plan.config.calibration.num_samples == whole.config.calibration.num_samples
+    assert plan.config == config
+    assert plan.operations.forward == plan.operations.statistics == plan.states_moved == plan.statistics_moved == 0
 
 
 def test_what_calibration_has_no_room_for_may_still_be_solved(tmp_path: Path) -> None:
@@ -97,11 +98,11 @@ def test_what_calibration_has_no_room_for_may_still_be_solved(tmp_path: Path) ->
     parallel = {"device": "cpu", "pipeline_parallel_size": 1, "data_parallel_size": 1, "memory_per_worker": "748MiB"}
     config, reader = solving(tmp_path, parallel=parallel)
     with pytest.raises(PlanError):
-        plan_job(config, reader, HERE, solves_only=False)
-    plan_job(config, reader, HERE, solves_only=True)
+        plan_job(config, reader, HERE, statistics_at_hand=False)
+    plan_job(config, reader, HERE, statistics_at_hand=True)
     probed = config.model_copy(update={"max_perplexity_increase": 0.5})
     with pytest.raises(PlanError):
-        plan_job(probed, reader, HERE, solves_only=True)
+        plan_job(probed, reader, HERE, statistics_at_hand=True)
 
 
 def test_statistics_of_another_version_are_told_of() -> None:
