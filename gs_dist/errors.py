@@ -13,12 +13,14 @@ __all__ = [
     "ClusterError",
     "DamagedError",
     "DatasetError",
+    "DestroyedError",
     "JobFailure",
     "LayerError",
     "OutputError",
     "PlanError",
     "PolicyConflictError",
     "RecipeError",
+    "RefusedError",
     "UserError",
     "WorkerLostError",
 ]
@@ -64,8 +66,16 @@ class JobFailure(RuntimeError):
     """The run failed for a reason the user did not cause; exit code 1."""
 
 
+class RefusedError(JobFailure):
+    """What was made is not good enough to be published."""
+
+
 class LayerError(JobFailure):
     """A layer could not be calibrated or solved; the message names layer, linear and reason."""
+
+
+class DestroyedError(LayerError, RefusedError):
+    """Rounding destroyed linears of a layer."""
 
 
 class WorkerLostError(JobFailure):

@@ -19,7 +19,8 @@ __all__ = [
     "rate",
 ]
 
-JobState = Literal["running", "done", "failed", "stopped"]
+JobState = Literal["running", "done", "refused", "failed", "stopped"]
+"""`refused` is a job whose outcome is not good enough; `stopped` one that a person or a scheduler ended."""
 
 
 @dataclass(frozen=True, kw_only=True)

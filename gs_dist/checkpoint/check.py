@@ -6,7 +6,8 @@ Nothing is trusted, nothing executed or unpickled; memory is bounded by one tens
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gs_dist.checkpoint.beside import check_files_beside
@@ -15,10 +16,12 @@ from gs_dist.checkpoint.described_layout import check_scale_biases, described_la
 from gs_dist.checkpoint.dialects import layout_of
 from gs_dist.checkpoint.engines import ENGINES, require_known
 from gs_dist.checkpoint.engines.kinds import EngineKinds, check_kinds, kinds_of, split_version
+from gs_dist.checkpoint.finished_model import run_of_model
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory, take_inventory
+from gs_dist.checkpoint.job_end import WAS_REFUSED, told_end
 from gs_dist.checkpoint.layout import Layout, build_layout, detect_dialect
 from gs_dist.checkpoint.manifest import MANIFESTS
-from gs_dist.checkpoint.output_lock import LOCK
+from gs_dist.checkpoint.output_lock import DONE, LOCK
 from gs_dist.checkpoint.part_manifest import finished_parts
 from gs_dist.checkpoint.problems import CheckReport, Note, Problem
 from gs_dist.checkpoint.reader import CheckpointReader
@@ -32,17 +35,53 @@ from gs_dist.errors import UserError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.wording import counted
 
-__all__ = ["CheckReport", "EngineVerdict", "Note", "Problem", "check", "check_all", "check_forms", "judge"]
+__all__ = [
+    "CheckReport",
+    "EngineVerdict",
+    "Note",
+    "Problem",
+    "check",
+    "check_all",
+    "check_directory",
+    "check_forms",
+    "judge",
+]
 
 
 def check(directory: Path | str, engine: str | None = None, model: Path | str | None = None) -> CheckReport:
+    """`check_directory`, and whether the job whose output the directory lies in is done.
+
+    Args:
+        directory: as `check_directory` takes it; or a job's output with one dialect in it.
+        engine: likewise.
+        model: likewise.
+
+    Raises:
+        CheckpointError: `model` is no float model.
+        UserError: no such directory, several dialects in it, or an unknown engine; a job that is not finished.
+    """
+    inner = _model_directory(Path(directory))
+    run = run_of_model(inner)
+    end = None if run is None else told_end(run)
+    if run is not None and end is not None and not inner.is_dir():
+        raise UserError(_without_model(run, [inner.name]))
+    report = check_directory(inner, engine, model)
+    if end is None:
+        return report
+    problem = Problem(
+        file=DONE, tensor="", rule="job-finished", found=f"the job {end}", expected="the model of a job that is done"
+    )
+    return replace(report, problems=(problem, *report.problems), facts={"job": end, **report.facts})
+
+
+def check_directory(directory: Path, engine: str | None = None, model: Path | str | None = None) -> CheckReport:
     """Checks a model directory against its own dialect, and against an engine's loader if one is named.
 
     Files and scales are compared with what provenance.json notes and, where the directory lies in a job's
     output, shards with the manifests' hashes too.
 
     Args:
-        directory: holds config.json and the weights; or a job's output with one dialect in it.
+        directory: holds config.json and the weights.
         engine: "vllm-ascend", "vllm-mindspore", "vllm", "transformers", "sglang" or "xllm", the first of them with a
             version too, such as "vllm-ascend==0.23"; None for the dialect's rules alone.
         model: the directory of the model that it was made from, of floats, for a converted one also of what it was
@@ -50,11 +89,10 @@ def check(directory: Path | str, engine: str | None = None, model: Path | str | 
 
     Raises:
         CheckpointError: `model` is no float model.
-        UserError: no such directory, several dialects in it, or an unknown engine. Everything else that is
-            wrong comes back as a problem.
+        UserError: no such directory, or an unknown engine. Everything else that is wrong comes back as a problem.
     """
     kinds = None if engine is None else _known(engine)
-    inventory = take_inventory(_model_directory(Path(directory)))
+    inventory = take_inventory(directory)
     dialect = detect_dialect(inventory)
     architecture = inventory.architecture
     layout = Layout(dialect=dialect)
@@ -216,19 +254,21 @@ def _model_directories(directory: Path) -> list[Path]:
     record = read_record(directory)
     missing = sorted(set(record.dialects) - {path.name for path in inner}) if record else []
     if missing or not inner:
-        count = len(list((directory / MANIFESTS).glob("layer-*.json")))
-        layers = f"{count} of {record.num_layers} layers" if record else f"{count} layers"
-        if parts := finished_parts(directory):
-            raise UserError(
-                f"the conversion in {str(directory)!r} is not finished: {counted(len(parts), 'file')} of weights "
-                f"{'is' if len(parts) == 1 else 'are'} published; run the same command again to go on"
-            )
-        without = f", and there is no model as {' or '.join(missing)} yet" if inner else ""
-        raise UserError(
-            f"the job in {str(directory)!r} is not finished: {layers} are published"
-            f"{without}; submit the same recipe again to go on"
-        )
+        raise UserError(_without_model(directory, missing if inner else []))
     return inner
+
+
+def _without_model(run: Path, missing: Sequence[str]) -> str:
+    """Why a job's output holds no model (in dialects that are `missing`, where there is one in another)."""
+    end = told_end(run) or "is unfinished"
+    again = "" if end.startswith(WAS_REFUSED) else "; submit the same again to go on"
+    if parts := finished_parts(run):
+        published = f"{counted(len(parts), 'file')} of weights {'is' if len(parts) == 1 else 'are'} published"
+        return f"the conversion in {str(run)!r} {end}; {published}{again}"
+    record, count = read_record(run), len(list((run / MANIFESTS).glob("layer-*.json")))
+    layers = f"{count} of {record.num_layers} layers" if record else f"{count} layers"
+    without = f", and there is no model as {' or '.join(missing)} yet" if missing else ""
+    return f"the job in {str(run)!r} {end}; {layers} are published{without}{again}"
 
 
 def _model_directory(directory: Path) -> Path:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gs_dist.checkpoint.dialects import published_dialect
+from gs_dist.checkpoint.job_end import told_end
+from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.storage import sync_directory
 
-__all__ = ["UNJUDGED", "find_models", "move", "take_entrance", "unjudged"]
+__all__ = ["UNJUDGED", "find_models", "move", "run_of_model", "take_entrance", "unjudged"]
 
 UNJUDGED = ".gs-dist-unjudged"
 
@@ -19,6 +21,13 @@ UNJUDGED = ".gs-dist-unjudged"
 def unjudged(output: Path, dialect: str) -> Path:
     """Where a job's model lies between merge and verdict."""
     return output / UNJUDGED / dialect
+
+
+def run_of_model(directory: Path) -> Path | None:
+    """The output that a model directory lies in, judged or not; None where it lies in none."""
+    parent = directory.resolve().parent
+    run = parent.parent if parent.name == UNJUDGED else parent
+    return run if (run / MANIFESTS).is_dir() else None
 
 
 def take_entrance(directory: Path) -> None:
@@ -65,6 +74,9 @@ def find_models(directory: Path, dialects: Sequence[str] = ()) -> dict[str, Path
         )
     if found:
         return {name: path for name, path in found.items() if not dialects or name in dialects}
+    end = told_end(directory) if (directory / MANIFESTS).is_dir() else None
+    if end is not None:
+        raise CheckpointError(f"the job in {str(directory)!r} {end}; it holds no finished model")
     raise CheckpointError(
         f"{str(directory)!r} holds no finished model: give the output of a job that is done, or a model directory in it"
     )

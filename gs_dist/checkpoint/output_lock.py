@@ -20,9 +20,10 @@ from gs_dist.errors import OutputError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.storage import LockState, is_of_storage, try_lock
 
-__all__ = ["DONE", "LAYER_POLICIES", "LOCK", "REPORT", "locked", "refuse_foreign", "token_in"]
+__all__ = ["DONE", "LAYER_POLICIES", "LOCK", "REFUSED", "REPORT", "locked", "refuse_foreign", "token_in"]
 
 DONE = "done"
+REFUSED = "refused"
 LOCK = ".lock"
 LAYER_POLICIES = "layer_policies.yaml"
 REPORT = "report.html"
@@ -109,7 +110,7 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         OutputError: it does.
     """
-    ours = {*DIALECTS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, LOCK, *_FILES}
+    ours = {*DIALECTS, MANIFESTS, STATISTICS, SENSITIVITY, SOLVED, DONE, REFUSED, LOCK, *_FILES}
     names = sorted(entry.name for entry in path.iterdir())
     foreign = [name for name in names if name not in ours and not name.startswith(".gs-dist-")]
     foreign = [name for name in foreign if not is_of_storage(name)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gs_dist.checkpoint.finished_model import UNJUDGED, move, take_entrance, unjudged
+from gs_dist.checkpoint.job_end import forget_refusal, note_refusal
 from gs_dist.checkpoint.kept_statistics import (
     STATISTICS,
 )
@@ -128,6 +129,7 @@ class RunDirectory:
     def _begin(self, num_layers: int) -> None:
         """Nothing here looks finished any more: `done`, configs and indices go, and what dead writers left."""
         (self.path / DONE).unlink(missing_ok=True)
+        forget_refusal(self.path, self._dialects)
         for name in self._dialects:
             take_entrance(self.path / name)
         for directory in (
@@ -313,6 +315,10 @@ class RunDirectory:
         (self.path / UNJUDGED).rmdir()
         remove_solved(self.path)
         write_sealed_json(self.path / DONE, facts)
+
+    def refuse(self, reason: str) -> None:
+        """Writes down why there is no model."""
+        note_refusal(self.path, self._dialects, reason)
 
     def withdraw(self) -> None:
         """Takes back what `merge` made, as far as it is there: shards stay, and there is no model any more."""

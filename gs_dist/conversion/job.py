@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from gs_dist import __version__
+from gs_dist.checkpoint.finished_model import take_entrance
+from gs_dist.checkpoint.job_end import forget_refusal, note_refusal
 from gs_dist.checkpoint.manifest import MANIFESTS
 from gs_dist.checkpoint.output_lock import DONE, locked
 from gs_dist.checkpoint.part_manifest import PartManifest
@@ -21,6 +24,7 @@ from gs_dist.conversion.pool import convert_here
 from gs_dist.conversion.publish import publish_model, refuse_other_run
 from gs_dist.conversion.rows import refuse_destroyed
 from gs_dist.conversion.worker import ConversionTask
+from gs_dist.errors import RefusedError
 from gs_dist.progress import Progress
 from gs_dist.recipe.text import PUBLISHED_RECIPE
 from gs_dist.results.summary import write_summary
@@ -62,20 +66,42 @@ def convert(plan: ConversionPlan, progress: Progress, pool: Pool = convert_here)
     with locked(task.output):
         refuse_other_run(task, len(plan.parts))
         (task.output / DONE).unlink(missing_ok=True)
+        forget_refusal(task.output, plan.config.format)
+        for name in plan.config.format:
+            take_entrance(task.output / name)
         for name in (*plan.config.format, MANIFESTS):
             remove_leftovers(make_directory(task.output / name))
-        began = time.perf_counter()
-        finished: dict[int, PartManifest] = {}
-        for manifest in pool(task, plan.parts, plan.num_workers):
-            refuse_destroyed(manifest.rows, plan.config.max_relative_error)
-            finished[manifest.number] = manifest
-            progress.part_finished(manifest.number, len(finished), len(plan.parts))
-        made = {name: publish_model(plan, task, finished, name) for name in plan.config.format}
-        summary = summarize(plan, finished, time.perf_counter() - began)
-        write_bytes(task.output / PUBLISHED_RECIPE, sealed_text(plan.config.published()).encode())
-        write_summary(task.output, summary)
-        write_cards(plan, summary, made.values())
-        write_json(task.output / DONE, {"parts": len(finished), "formats": list(made)})
+        with _refusals_noted(plan):
+            return _converted(plan, task, progress, pool)
+
+
+@contextmanager
+def _refusals_noted(plan: ConversionPlan) -> Iterator[None]:
+    """What refuses the outcome stands in the output, too, where nothing looks like a model then."""
+    output, formats = Path(plan.config.output), plan.config.format
+    try:
+        yield
+    except RefusedError as error:
+        for name in formats:
+            take_entrance(output / name)
+        note_refusal(output, formats, str(error))
+        raise
+
+
+def _converted(plan: ConversionPlan, task: ConversionTask, progress: Progress, pool: Pool) -> dict[str, Path]:
+    """The work itself, in an output that is locked and cleared."""
+    began = time.perf_counter()
+    finished: dict[int, PartManifest] = {}
+    for manifest in pool(task, plan.parts, plan.num_workers):
+        refuse_destroyed(manifest.rows, plan.config.max_relative_error)
+        finished[manifest.number] = manifest
+        progress.part_finished(manifest.number, len(finished), len(plan.parts))
+    made = {name: publish_model(plan, task, finished, name) for name in plan.config.format}
+    summary = summarize(plan, finished, time.perf_counter() - began)
+    write_bytes(task.output / PUBLISHED_RECIPE, sealed_text(plan.config.published()).encode())
+    write_summary(task.output, summary)
+    write_cards(plan, summary, made.values())
+    write_json(task.output / DONE, {"parts": len(finished), "formats": list(made)})
     return made
 
 

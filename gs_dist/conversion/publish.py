@@ -21,7 +21,7 @@ from gs_dist.conversion.parts import labels_of
 from gs_dist.conversion.plan import ConversionPlan
 from gs_dist.conversion.schemes import FLOAT
 from gs_dist.conversion.worker import ConversionTask
-from gs_dist.errors import DamagedError, JobFailure, OutputError
+from gs_dist.errors import DamagedError, JobFailure, OutputError, RefusedError
 
 __all__ = ["publish_model", "refuse_other_run"]
 
@@ -101,7 +101,7 @@ def _check_published(directory: Path) -> None:
     """Nothing counts as done of which description and headers, looked at apart from the writer, disagree."""
     report = check_forms(directory)
     if not report.clean:
-        raise JobFailure(f"{directory.name}: what was published breaks the rules of its format:\n{report.render()}")
+        raise RefusedError(f"{directory.name}: what was published breaks the rules of its format:\n{report.render()}")
 
 
 def _by_scheme(plan: ConversionPlan) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from gs_dist.checkpoint.sources.catalogue import layer_of
 from gs_dist.conversion.schemes import Scheme
-from gs_dist.errors import LayerError
+from gs_dist.errors import DestroyedError
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.solvers.weight_loss import WeightLoss
 
@@ -65,7 +65,7 @@ def refuse_destroyed(rows: Iterable[LinearSummary], ceiling: float | None) -> No
         ceiling: `max_relative_error`; None lets everything pass.
 
     Raises:
-        LayerError: there is one; the message names it, what is lost, and what to change.
+        DestroyedError: there is one; the message names it, what is lost, and what to change.
     """
     if ceiling is None:
         return
@@ -75,7 +75,7 @@ def refuse_destroyed(rows: Iterable[LinearSummary], ceiling: float | None) -> No
         lines = [f"{name}: {bad[name]}" for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"and {len(names) - _SHOWN} more")
-        raise LayerError(
+        raise DestroyedError(
             f"destroyed by rounding: {'; '.join(lines)}; give them another scheme or null in layer_policies, or raise "
             f"max_relative_error, which is {ceiling:g}"
         )

@@ -7,7 +7,9 @@ a worker, the coordinator or the whole job comes to the same thing: what is unfi
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory
+from gs_dist.errors import RefusedError
 from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.results.summary import CalibrationSummary
@@ -75,7 +78,7 @@ def run_locked_job(
         for name in job.config.dialects:
             refuse_foreign_weights(run.path, name, num_layers)
     times = StageTimes()
-    with watched(_watch(job, progress, len(finished))) as watch:
+    with _refusals_noted(run), watched(_watch(job, progress, len(finished))) as watch:
         if finished:
             watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
         solved, outer = _solve_beside_outer(job, run, reader, finished, make_group, watch, times)
@@ -91,6 +94,16 @@ def run_locked_job(
             seconds=time.monotonic() - began,
             progress=watch,
         )
+
+
+@contextmanager
+def _refusals_noted(run: RunDirectory) -> Iterator[None]:
+    """What refuses a job's outcome stands in its output, too."""
+    try:
+        yield
+    except RefusedError as error:
+        run.refuse(str(error))
+        raise
 
 
 def _solve_beside_outer(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gs_dist.checkpoint.job_log import JobLog, utc_now
+from gs_dist.errors import RefusedError
 from gs_dist.progress import JobState, JobStatus, Progress, StageStatus, WorkLeft
 from gs_dist.runtime.pace import Pace
 
@@ -149,7 +150,8 @@ def watched(watch: JobWatch) -> Iterator[JobWatch]:
         state, reason = "stopped", "run the same command again to go on from the layers that are published"
         raise
     except BaseException as error:
-        state, reason = "failed", next(iter(str(error).splitlines()), type(error).__name__)
+        state = "refused" if isinstance(error, RefusedError) else "failed"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise
     finally:
         over.set()

@@ -14,7 +14,7 @@ from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.provenance import read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
-from gs_dist.errors import JobFailure
+from gs_dist.errors import JobFailure, RefusedError
 from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.results.quantized import LinearSummary
@@ -105,7 +105,8 @@ class Probe:
             The summary with what was found.
 
         Raises:
-            JobFailure: perplexity rises by more than the recipe allows, or logits are not finite.
+            RefusedError: perplexity rises by more than the recipe allows, or logits are not finite.
+            JobFailure: those of the float model are not finite.
             WorkerLostError: workers died more often in a row than `parallel.max_restarts`.
         """
         at_a_time = self._evaluation.layers_at_a_time
@@ -127,11 +128,11 @@ class Probe:
         probes = []
         for name, found in findings.items():
             if not _sound(found):
-                raise JobFailure(f"{name}: the published model {_unsound(found)}{self._advice(summary)}")
+                raise RefusedError(f"{name}: the published model {_unsound(found)}{self._advice(summary)}")
             probes.append(self._compared(name, found, reference))
         for probe in probes:
             if probe.increase > self._limit:
-                raise JobFailure(
+                raise RefusedError(
                     f"{probe.format}: {probe.sentence()}; that is above max_perplexity_increase "
                     f"{self._limit:g} ({self._limit:.4%}){self._advice(summary)}"
                 )

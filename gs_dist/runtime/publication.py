@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gs_dist import __version__
-from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.check import check_directory
 from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.kept_statistics import StatisticsOrigin, holds_statistics, remove_statistics, write_origin
 from gs_dist.checkpoint.manifest import LayerManifest
@@ -14,7 +14,7 @@ from gs_dist.checkpoint.output_lock import REPORT
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.checkpoint.writer import write_bytes
-from gs_dist.errors import JobFailure
+from gs_dist.errors import RefusedError
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, published_recipe
 from gs_dist.recipe.text import PUBLISHED_RECIPE
@@ -58,7 +58,7 @@ def publish(
         progress: told what is going on.
 
     Raises:
-        JobFailure: what was published breaks a rule, or the probe refuses it.
+        RefusedError: what was made breaks a rule of its format, or the probe refuses it.
     """
     try:
         return _judged(
@@ -145,6 +145,6 @@ def _settle_statistics(job: Job, run: RunDirectory, finished: Mapping[int, Layer
 def _check_published(run: RunDirectory, formats: tuple[str, ...]) -> None:
     """Nothing counts as done that a look at the files alone would refuse."""
     for name in formats:
-        report = check(unjudged(run.path, name))
+        report = check_directory(unjudged(run.path, name))
         if not report.clean:
-            raise JobFailure(f"{name}: what was published breaks the rules of its format:\n{report.render()}")
+            raise RefusedError(f"{name}: what was published breaks the rules of its format:\n{report.render()}")

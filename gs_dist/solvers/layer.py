@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gs_dist.errors import LayerError, UserError
+from gs_dist.errors import DestroyedError, LayerError, UserError
 from gs_dist.methods.method import is_large
 from gs_dist.model.decoder import LayerInput, Linear
 from gs_dist.model.statistics import InputStatistics, LayerStatistics
@@ -114,7 +114,7 @@ def solve_layer(
             rows = tuple(replace(row, notes=row.notes + notes.get(row.name, ())) for row in solved.rows)
             return replace(solved, rows=rows)
         if on_bad_layer == "fail":
-            raise LayerError(
+            raise DestroyedError(
                 f"layer {problem.layer}: destroyed by rounding: {'; '.join(f'{n}: {why}' for n, why in bad.items())}; "
                 "choose another policy for them in layer_policies, set on_bad_layer: keep_float, or raise the limit"
             )

@@ -22,7 +22,7 @@ from gs_dist.conversion.config import ConversionConfig
 from gs_dist.conversion.job import task_of
 from gs_dist.conversion.plan import plan_conversion
 from gs_dist.conversion.worker import convert_part
-from gs_dist.errors import JobFailure, OutputError, PlanError, UserError
+from gs_dist.errors import JobFailure, OutputError, PlanError, RefusedError, UserError
 
 SMALL = 24 << 10  # bytes of a part, so that a tiny model has several
 
@@ -188,8 +188,26 @@ def test_a_conversion_that_is_not_finished_is_told_by_the_check(tmp_path: Path) 
     (tmp_path / "out" / "compressed-tensors").mkdir()
     for part in plan.parts[:3]:
         convert_part(task_of(plan), part)
-    with pytest.raises(UserError, match="is not finished: 3 files of weights are published; run the same command"):
+    with pytest.raises(UserError, match="is unfinished; 3 files of weights are published; submit the same again"):
         check(tmp_path / "out")
+
+
+def test_a_conversion_that_is_refused_says_so_and_looks_like_no_model(tmp_path: Path) -> None:
+    """A finished one, too, that is submitted again with a lower limit; a higher one makes a model of it again."""
+    model, output = model_of(tmp_path / "model"), tmp_path / "out"
+    run_conversion(model, output)
+    before = contents(output)
+    with pytest.raises(RefusedError, match="destroyed by rounding"):
+        run_conversion(model, output, max_relative_error=1e-9)
+    assert not [path for path in output.rglob("*") if path.name in ("config.json", "model.safetensors.index.json")]
+    with pytest.raises(
+        UserError, match=r"the conversion in .* was refused: destroyed by rounding: .* files of weights"
+    ):
+        check(output)
+    assert "the job was refused: destroyed by rounding" in check(output / "compressed-tensors").render()
+    run_conversion(model, output)
+    assert contents(output) == before
+    assert not (output / "refused").exists()
 
 
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from runs import (
 )
 from workers import InlineWorkerGroup
 
-from gs_dist.checkpoint.check import check_all
-from gs_dist.checkpoint.finished_model import find_models
+from gs_dist.checkpoint.check import check, check_all
+from gs_dist.checkpoint.finished_model import UNJUDGED, find_models
 from gs_dist.checkpoint.header import read_header
 from gs_dist.checkpoint.provenance import read_provenance
 from gs_dist.checkpoint.run_directory import RunDirectory
@@ -350,12 +350,18 @@ def test_a_job_killed_between_merge_and_verdict_looks_like_no_model(
         with pytest.raises(KeyboardInterrupt):
             run_inline(config)
     assert not list((copied / "out").glob("*/config.json"))
-    with pytest.raises(UserError, match="is not finished"):
+    with pytest.raises(UserError, match="is unfinished"):
         check_all(copied / "out")
-    with pytest.raises(CheckpointError, match="no finished model"):
+    with pytest.raises(CheckpointError, match=r"is unfinished .* no finished model"):
         find_models(copied / "out")
+    with pytest.raises(UserError, match="is unfinished"):
+        check(copied / "out" / "compressed-tensors")
+    (told,) = check(copied / "out" / UNJUDGED / "compressed-tensors").problems
+    assert (told.rule, told.found[:24]) == ("job-finished", "the job is unfinished (i")
     run_inline(config)
     assert_as(config, undisturbed)
+    (copied / "out" / "done").unlink()  # as of a job that was killed before its last word
+    assert "the job is unfinished" in check(copied / "out", "vllm").render()
     assert not list((copied / "out").glob(".gs-dist-*"))
 
 

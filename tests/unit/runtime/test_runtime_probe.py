@@ -18,10 +18,11 @@ from workers import InlineWorkerGroup
 
 from gs_dist.calibration.device import open_device
 from gs_dist.calibration.network import DecoderNetwork
-from gs_dist.checkpoint.check import check_all
+from gs_dist.checkpoint.check import check, check_all
 from gs_dist.checkpoint.dialects import codec_of
+from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.errors import DatasetError, JobFailure, UserError, WorkerLostError
+from gs_dist.errors import CheckpointError, DatasetError, JobFailure, UserError, WorkerLostError
 from gs_dist.progress import SilentProgress
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.results.summary import read_summary
@@ -157,11 +158,24 @@ def test_a_probe_above_the_limit_fails_and_a_higher_limit_only_probes(directory:
     assert not (output / "done").exists()
     assert summary.probes == ()
     assert not [path for path in output.rglob("*") if path.name in ("config.json", "model.safetensors.index.json")]
-    with pytest.raises(UserError, match="is not finished"):
-        check_all(output)
+    for engine in (None, "vllm"):
+        with pytest.raises(
+            UserError, match=r"was refused: compressed-tensors: perplexity .*3 of 3 layers are published$"
+        ):
+            check_all(output, engine)
+        report = check(output / "compressed-tensors", engine)
+        assert report.problems[0].rule == "job-finished"
+        assert "the job was refused: compressed-tensors: perplexity" in report.render()
+    with pytest.raises(CheckpointError, match="was refused: compressed-tensors: perplexity"):
+        find_models(output)
+    card = output / "compressed-tensors" / "README.md"
+    assert card.read_text().startswith("# Not a model: the job was refused\n\ncompressed-tensors: perplexity ")
     hashes = published_hashes(config)
     again = run_inline(recipe(directory, "fails", limit=0.5), make_group=no_group)
     assert (output / "done").exists()
+    assert not (output / "refused").exists()
+    assert check(output).clean
+    assert "Not a model" not in card.read_text()
     assert again.probes[0].increase > 1e-4
     assert again.stages == summary.stages
     assert published_hashes(config) == hashes

@@ -570,8 +570,8 @@ def test_each_format_of_a_job_is_checked(tmp_path: Path) -> None:
     result = run("check", tmp_path)
     assert result.exit_code == 2
     first, second = result.stderr.split("\n\n")
-    assert first.endswith("ascend checkpoint: 3 problems found")
-    assert second.endswith("compressed-tensors checkpoint: 3 problems found\n")
+    assert first.endswith("ascend checkpoint: 4 problems found")
+    assert second.endswith("compressed-tensors checkpoint: 4 problems found\n")
     assert "[manifest-present]" in first
 
 
@@ -587,12 +587,12 @@ def test_a_job_that_is_not_finished_is_no_broken_model(tmp_path: Path) -> None:
     result = run("check", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"gs-dist: the job in {str(tmp_path)!r} is not finished: 1 of 30 layers are published; submit the same recipe "
-        "again to go on\n"
+        f"gs-dist: the job in {str(tmp_path)!r} is unfinished; 1 of 30 layers are published; submit the same again "
+        "to go on\n"
     )
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / ".lock").touch()
-    assert "is not finished: 0 layers are published; submit" in run("check", tmp_path / "begun").stderr
+    assert "is unfinished; 0 layers are published; submit" in run("check", tmp_path / "begun").stderr
     (tmp_path / "compressed-tensors").mkdir()
     (tmp_path / "compressed-tensors" / "config.json").touch()
     assert "published, and there is no model as ascend yet; submit" in run("check", tmp_path).stderr
