@@ -8,6 +8,9 @@ from pathlib import Path
 from gs_dist.checkpoint.dialects import published_dialect
 from gs_dist.checkpoint.job_end import told_end
 from gs_dist.checkpoint.manifest import MANIFESTS
+from gs_dist.checkpoint.output_lock import REFUSED
+from gs_dist.checkpoint.part_manifest import finished_parts
+from gs_dist.checkpoint.run_record import RECORD
 from gs_dist.checkpoint.weight_files import INDEX_FILE
 from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.recipe.dialects import DIALECTS
@@ -24,10 +27,11 @@ def unjudged(output: Path, dialect: str) -> Path:
 
 
 def run_of_model(directory: Path) -> Path | None:
-    """The output that a model directory lies in, judged or not; None where it lies in none."""
+    """The output of a job that a model directory lies in, judged or not; None where it lies in none."""
     parent = directory.resolve().parent
     run = parent.parent if parent.name == UNJUDGED else parent
-    return run if (run / MANIFESTS).is_dir() else None
+    begun = (run / MANIFESTS / RECORD).is_file() or finished_parts(run) or (run / REFUSED).is_file()
+    return run if begun else None
 
 
 def take_entrance(directory: Path) -> None:

@@ -18,7 +18,7 @@ from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.writer import make_directory
 from gs_dist.recipe.text import format_path
 
-__all__ = ["RunRecord", "read_record", "recipe_differences", "version_differences", "write_record"]
+__all__ = ["RECORD", "RunRecord", "read_record", "recipe_differences", "version_differences", "write_record"]
 
 RECORD = "run.json"
 _VERSION = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from gs_dist.results.quantized import LinearSummary
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.software import Software
 from gs_dist.seal import sealed_text
-from gs_dist.solvers.sensitivity import choose_schemes, layer_patterns
+from gs_dist.solvers.sensitivity import choose_schemes, fits, layer_patterns, within_ceilings
 from gs_dist.wording import counted
 
 __all__ = ["choose", "chosen_policies", "judged_before", "render_layer_policies", "with_scheme_errors"]
@@ -78,7 +78,7 @@ def choose(job: Job, judged: Mapping[int, LayerCosts], progress: Progress) -> Jo
         progress: told of the choice.
     """
     output = job.config.output
-    plan, layer_policies = chosen_policies(job.config, job.plan, judged)
+    plan, layer_policies = chosen_policies(job.config, job.plan, judged, progress.message)
     text = render_layer_policies(layer_policies, job.fingerprints.recipe)
     write_bytes(Path(output) / LAYER_POLICIES, sealed_text(text).encode())
     counts = Counter(
@@ -89,14 +89,21 @@ def choose(job: Job, judged: Mapping[int, LayerCosts], progress: Progress) -> Jo
 
 
 def chosen_policies(
-    config: CalibrationConfig, plan: CalibrationPlan, costs: Mapping[int, LayerCosts]
+    config: CalibrationConfig,
+    plan: CalibrationPlan,
+    costs: Mapping[int, LayerCosts],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[CalibrationPlan, dict[str, dict[str, Any] | None]]:
     """The plan with the policies of least total error within the size budget, and these as layer policies.
+
+    A scheme that would take a linear past `max_relative_error` or `max_token_error` is not chosen for it, unless the
+    budget leaves nothing else: solvers may do better than the plain rounding that was judged.
 
     Args:
         config: a recipe with `bits: auto`.
         plan: made of it; linears without a policy stay in float.
         costs: of every decoder layer.
+        tell: told what was out of the question, and what was chosen all the same.
 
     Raises:
         UserError: the budget is too small.
@@ -105,7 +112,7 @@ def chosen_policies(
     free = {name for name, policy in plan.policies.items() if policy is not None}
     candidates = [_candidate(cost, free) for layer in sorted(costs) for cost in costs[layer].costs]
     offered = [cost for cost in candidates if cost.scheme == FLOAT or cost.name in free]
-    chosen = choose_schemes(offered, plan.size_budget)
+    chosen = choose_schemes(_sound(offered, config, plan.size_budget, tell), plan.size_budget)
     schemes = {name: scheme for name, scheme in chosen.items() if name in free}
     overrides = {name: override_of(_weight_policy(plan, name, scheme)) for name, scheme in schemes.items()}
     policies: dict[str, QuantPolicy | None] = dict.fromkeys(plan.policies)
@@ -114,6 +121,29 @@ def chosen_policies(
     for pattern in layer_patterns(schemes):
         layer_policies[pattern] = next(o for name, o in overrides.items() if compiled(pattern).match(name))
     return dataclasses.replace(plan, policies=policies, size_budget=None), layer_policies
+
+
+def _sound(
+    offered: list[SchemeCost], config: CalibrationConfig, budget: int, tell: Callable[[str], None]
+) -> list[SchemeCost]:
+    """What is offered, without what would end above the recipe's ceilings where the budget can do without it."""
+    sound = within_ceilings(
+        offered, max_relative_error=config.max_relative_error, max_token_error=config.max_token_error
+    )
+    kept = {(cost.name, cost.scheme) for cost in sound}
+    lost = [cost for cost in offered if (cost.name, cost.scheme) not in kept]
+    if not lost:
+        return offered
+    worst = max(lost, key=lambda cost: cost.largest_error)
+    of_which = (
+        f"{counted(len({cost.name for cost in lost}), 'linear')} would lose more than max_relative_error or "
+        f"max_token_error allows with fewer bits, {worst.name} the most ({worst.largest_error:.3g} with {worst.scheme})"
+    )
+    if fits(sound, budget):
+        tell(f"{of_which}: those bits are not offered to them")
+        return sound
+    tell(f"{of_which}, and size_budget leaves no other choice: raise it if the job is refused")
+    return offered
 
 
 def _candidate(cost: SchemeCost, free: set[str]) -> SchemeCost:

@@ -26,7 +26,7 @@ from gs_dist.solvers.objective import plain_objective
 from gs_dist.solvers.threads import Threads
 from gs_dist.solvers.token_error import median_token_error
 
-__all__ = ["choose_schemes", "layer_costs", "layer_patterns"]
+__all__ = ["choose_schemes", "fits", "layer_costs", "layer_patterns", "within_ceilings"]
 
 Measure = Literal["relative", "absolute"]
 
@@ -102,6 +102,25 @@ def _plainly_rounded(weight: Float32, policy: QuantPolicy, scale_dtype: str) -> 
         scale_dtype=scale_dtype,
     )
     return affine.dequantize(codes, scale, zero_point)
+
+
+def within_ceilings(
+    costs: Sequence[SchemeCost], *, max_relative_error: float | None, max_token_error: float | None
+) -> list[SchemeCost]:
+    """Costs without the schemes that would destroy a linear, nor for those which share a scheme with it."""
+
+    def destroyed(cost: SchemeCost) -> bool:
+        told = ((cost.relative_error, max_relative_error), (cost.token_error, max_token_error))
+        return any(error is not None and most is not None and not error <= most for error, most in told)
+
+    out = {(cost.group, cost.scheme) for cost in costs if destroyed(cost)}
+    return [cost for cost in costs if (cost.group, cost.scheme) not in out]
+
+
+def fits(costs: Sequence[SchemeCost], budget: int) -> bool:
+    """Whether some choice takes no more than `budget` bytes."""
+    _, sizes, _ = _by_group(costs, "relative")
+    return sum(min(options.values()) for options in sizes.values()) <= budget
 
 
 def choose_schemes(costs: Sequence[SchemeCost], budget: int, *, measure: Measure = "relative") -> dict[str, str]:

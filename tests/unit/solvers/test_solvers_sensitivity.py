@@ -17,7 +17,7 @@ from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results import integers
 from gs_dist.results.costs import FLOAT, SchemeCost
 from gs_dist.solvers.layer import LayerProblem
-from gs_dist.solvers.sensitivity import choose_schemes, layer_costs, layer_patterns
+from gs_dist.solvers.sensitivity import choose_schemes, fits, layer_costs, layer_patterns, within_ceilings
 
 SCHEMES = {
     "W8": QuantPolicy(),
@@ -210,6 +210,31 @@ def test_a_linear_that_loses_its_ordinary_tokens_gets_the_bits():
     larger = max(cost.num_bytes for cost in costs if cost.scheme == "W8")
     chosen = choose_schemes(costs, both - four_bits[0].num_bytes + larger)
     assert chosen == {"model.layers.0.q": "W8", "model.layers.1.q": "W4"}
+
+
+def test_a_scheme_past_a_ceiling_is_offered_to_no_linear_of_its_group():
+    """Whichever figure is above its own ceiling; a figure that is no number is above every one."""
+    errors = {("b", "W4"): (0.1, 0.9), ("b", "W8"): (0.01, 0.02)}
+    costs = [
+        SchemeCost(
+            name=name, group=group, scheme=scheme, num_bytes=size, error=0.0, relative_error=all_, token_error=one
+        )
+        for name, group in (("a", "x"), ("b", "x"), ("c", "y"))
+        for scheme, size in (("W4", 1), ("W8", 2))
+        for all_, one in (errors.get((name, scheme), (0.02, 0.03)),)
+    ]
+    none = {"max_relative_error": None, "max_token_error": None}
+    assert within_ceilings(costs, **none) == costs
+    for ceilings in ({"max_token_error": 0.5}, {"max_relative_error": 0.05}):
+        left = {(cost.name, cost.scheme) for cost in within_ceilings(costs, **{**none, **ceilings})}
+        assert left == {("a", "W8"), ("b", "W8"), ("c", "W4"), ("c", "W8")}
+    sound = within_ceilings(costs, max_relative_error=0.5, max_token_error=0.5)
+    assert (fits(sound, 5), fits(sound, 4), fits(costs, 3)) == (True, False, True)
+    assert choose_schemes(sound, 5) == {"a": "W8", "b": "W8", "c": "W4"}
+    nothing = SchemeCost(
+        name="d", group="z", scheme="W4", num_bytes=1, error=0.0, relative_error=0.0, token_error=float("nan")
+    )
+    assert within_ceilings([nothing], max_relative_error=0.5, max_token_error=0.5) == []
 
 
 def test_the_median_token_of_a_cost_is_that_of_the_tokens_themselves():
