@@ -20,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="settings to lay over the recipe")
     parser.add_argument("--address", default="auto", help="Ray cluster to join (%(default)s: the one this runs on)")
+    parser.add_argument("--nodes", type=int, help="nodes to wait for before the job is planned")
     options = parser.parse_intermixed_args(arguments)
+    awaited = [] if options.nodes is None else ["--nodes", str(options.nodes)]
     app(
-        ["quantize", "--address", options.address, "--", options.recipe, *options.overrides],
+        ["quantize", "--address", options.address, *awaited, "--", options.recipe, *options.overrides],
         prog_name="quantize.py",
     )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gs_dist.data.chat import ChatTemplate, messages_of
 from gs_dist.data.columns import ColumnKind, find_path, has_path, kind_of, offered, type_at
 from gs_dist.data.data_file import DataFile
-from gs_dist.data.padding import QUALIFIERS, real_tokens
+from gs_dist.data.padding import ATTENTION_MASK, QUALIFIERS, real_tokens
 from gs_dist.data.rows import FieldPath, Rows, taken
 from gs_dist.data.tally import Tally
 from gs_dist.data.tokens import TextTokenizer
@@ -136,12 +136,23 @@ class TokenIds(Content):
         self._pad_token_id = pad_token_id
 
     def _beside(self, file: DataFile, path: FieldPath) -> Mapping[str, FieldPath]:
-        """The columns that qualify this one, of the same table or struct."""
+        """The columns that qualify this one, of the same table or struct.
+
+        What else is called `labels` or so, such as a class a row, is another thing and passed over.
+        """
         found = {}
         for qualifier in QUALIFIERS:
             beside = (*path[:-1], qualifier.column)
-            if has_path(file.schema, beside) and qualifier.fits(type_at(file.schema, beside)):
+            if not has_path(file.schema, beside):
+                continue
+            kind = type_at(file.schema, beside)
+            if qualifier.fits(kind):
                 found[qualifier.column] = beside
+            elif qualifier.column == ATTENTION_MASK:
+                raise DatasetError(
+                    f"{file}: {qualifier.column} beside {self.name} is {kind}, which does not tell of each token if "
+                    "it is padding: give lists of 0 and 1, as long as those of token ids, or leave the column out"
+                )
         return found
 
     def tokens(self, rows: RowBatch, tally: Tally) -> Tokens:

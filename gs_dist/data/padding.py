@@ -1,8 +1,8 @@
 """Columns that qualify token ids: which tokens are padding and therefore no tokens at all.
 
 An `attention_mask` tells it. Without one, what is masked for another reason tells only where padding may be: labels of
--100 and a loss_mask of 0 stand over prompts too, which the model sees and which count, and special_tokens_mask over
-BOS.
+-100 and a loss_mask of 0 (completion_mask and assistant_masks, as TRL writes them) stand over prompts too, which the
+model sees and which count, and special_tokens_mask over BOS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gs_dist.data.rows import Rows
 
-__all__ = ["QUALIFIERS", "Qualifier", "real_tokens"]
+__all__ = ["ATTENTION_MASK", "QUALIFIERS", "Qualifier", "real_tokens"]
 
 ATTENTION_MASK = "attention_mask"
 
@@ -61,6 +61,8 @@ QUALIFIERS = (
     Qualifier(ATTENTION_MASK, _is_zero),
     Qualifier("labels", _is_ignored),
     Qualifier("loss_mask", _is_zero),
+    Qualifier("completion_mask", _is_zero),
+    Qualifier("assistant_masks", _is_zero),
     Qualifier("special_tokens_mask", _is_special),
 )
 

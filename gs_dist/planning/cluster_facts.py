@@ -81,9 +81,26 @@ class ClusterFacts:
         """Bytes."""
         return self.memory_bytes // self.num_nodes
 
-    def threads_share(self, num_workers: int) -> int:
-        """Cores of a node over its workers, where they are dealt evenly."""
-        return max(1, self.num_cpus // self.num_nodes // -(-num_workers // self.num_nodes))
+    def of_nodes(self, count: int) -> ClusterFacts:
+        """The same with `count` nodes like these."""
+        return ClusterFacts(
+            num_cpus=count * (self.num_cpus // self.num_nodes),
+            num_npus=count * (self.num_npus // self.num_nodes),
+            memory_bytes=count * self.memory_per_node,
+            num_nodes=count,
+        )
+
+    def threads_share(self, num_workers: int, *, npus: int) -> int:
+        """Cores of a node over its workers, where they are dealt evenly; no more of them than it has cards for.
+
+        Args:
+            num_workers: of the job, some of which may wait for nodes that are still to come.
+            npus: cards that each one takes.
+        """
+        beside = -(-num_workers // self.num_nodes)
+        if npus and self.num_npus:
+            beside = min(beside, self.num_npus // self.num_nodes // npus)
+        return max(1, self.num_cpus // self.num_nodes // max(1, beside))
 
     def workers_per_node(self, num_workers: int, *, threads: int, npus: int) -> int:
         """The most workers that one node may be given: Ray fills a node before it turns to the next.

@@ -120,9 +120,12 @@ def _relative_time(
 
 
 def _threads_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
-    share = available.threads_share(num_workers)
-    asked = config.parallel.threads_per_worker
+    share, asked = _node_share(config, available, num_workers), config.parallel.threads_per_worker
     return share if asked == "auto" else min(share, asked)  # more is refused, by `threads_of`
+
+
+def _node_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
+    return available.threads_share(num_workers, npus=device_of(config, available).npus)
 
 
 def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
@@ -334,7 +337,7 @@ def threads_of(config: CalibrationConfig, device: DeviceKind, available: Cluster
     Raises:
         PlanError: the recipe asks for more.
     """
-    share, asked = available.threads_share(num_workers), config.parallel.threads_per_worker
+    share, asked = _node_share(config, available, num_workers), config.parallel.threads_per_worker
     if asked == "auto":
         return share
     known = device.on_host or available.num_npus > 0

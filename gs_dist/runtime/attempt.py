@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from gs_dist.checkpoint.output_lock import token_in
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import Progress
-from gs_dist.runtime.cards import check_cards
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.pipeline import run_streams
+from gs_dist.runtime.replanning import Replanning
 from gs_dist.runtime.schedule import Stream, plan_solves, plan_streams
 from gs_dist.runtime.sight import check_sights
 from gs_dist.runtime.software import Software, check_sources, check_versions, kernel_note
@@ -50,20 +51,23 @@ def run_attempt(
     task: Task[Outcome],
     finished: dict[int, Outcome],
     make_group: MakeGroup,
+    replanning: Replanning,
     progress: Progress,
     times: StageTimes,
     on_finished: Callable[[int], None],
 ) -> None:
     """Does a task to the layers that are not in `finished`; fills `finished` as it goes, `times` at the end.
 
-    Where fewer replicas run than planned and room for more appears, the attempt ends after the passes under way: the
-    next one has them. It has finished a layer by then, so that attempts cannot go on for ever.
+    Where fewer replicas run than planned and room for more appears, or nodes on which the job would have more workers,
+    the attempt ends after the passes under way: the next one has them. It has finished a layer by then, or is ended for
+    a larger cluster than any before, so that attempts cannot go on for ever.
 
     Args:
         job: recipe and plan.
         task: what is done to each layer.
         finished: what it gave, by layer.
         make_group: makes the workers.
+        replanning: keeps the plan up with the nodes.
         progress: told what is going on.
         times: how workers spent their time.
         on_finished: called with each layer that was added.
@@ -74,6 +78,7 @@ def run_attempt(
         CheckpointError: a worker reads another checkpoint than this process.
     """
     config = job.config
+    job = replanning.renewed(job, begun=bool(finished))
     progress.phase(f"starting {counted(job.plan.num_workers, 'worker')}")
     group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
     try:
@@ -82,8 +87,11 @@ def run_attempt(
             progress.message(f"the cluster has room for {group.num_replicas} of {plan.data_parallel_size} replicas")
             plan = dataclasses.replace(plan, data_parallel_size=group.num_replicas)
         _compare_workers(job, group, plan, progress)
+        if replanning.outgrown(job, begun=bool(finished)):
+            progress.message("more nodes have come while the workers started")
+            return
         began = time.monotonic()
-        room = _Room(group, job.plan.data_parallel_size - group.num_replicas)
+        room = _Room(group, job, replanning)
         before = len(finished)
 
         def add(outcome: Outcome) -> None:
@@ -104,7 +112,7 @@ def run_attempt(
             pause=lambda: len(finished) > before and room.appeared(),
         )
         if not complete:
-            progress.message(f"room for {counted(room.found, 'more replica')}, joining from the next wave on")
+            progress.message(f"room for {room.found}, joining from the next wave on")
         seconds = time.monotonic() - began
         times.add(plan, _ask_all(group, plan, StageWorker.report, config.parallel.timeout), seconds)
     finally:
@@ -121,29 +129,32 @@ def _compare_workers(job: Job, group: WorkerGroup[StageWorker], plan: Calibratio
     with token_in(output) as (name, token):
         sights = _ask_all(group, plan, StageWorker.sight, timeout, name)
     check_sights(job, token, sights)
-    if plan.device.npus:
-        check_cards(sights)
     note = kernel_note(software)
     if note:
         progress.message(note)
 
 
 class _Room:
-    """Looks, not too often, whether the cluster has room for replicas that are missing."""
+    """Looks, not too often, whether the cluster has room for replicas that are missing, or for a larger plan."""
 
-    def __init__(self, group: WorkerGroup[StageWorker], missing: int) -> None:
+    def __init__(self, group: WorkerGroup[StageWorker], job: Job, replanning: Replanning) -> None:
         self._group = group
-        self._missing = missing
+        self._missing = job.plan.data_parallel_size - group.num_replicas
+        self._outgrown = partial(replanning.outgrown, job, begun=True)
         self._looked = float("-inf")
-        self.found = 0
+        self.found = ""
 
     def appeared(self) -> bool:
         now = time.monotonic()
-        if not self._missing or now - self._looked < _LOOK_INTERVAL:
-            return False
+        if self.found or now - self._looked < _LOOK_INTERVAL:
+            return bool(self.found)
         self._looked = now
-        self.found = self._group.room_for(self._missing)
-        return self.found > 0
+        replicas = self._group.room_for(self._missing) if self._missing else 0
+        if replicas:
+            self.found = counted(replicas, "more replica")
+        elif self._outgrown():
+            self.found = "more workers"
+        return bool(self.found)
 
 
 def _work(job: Job, plan: CalibrationPlan, finished: Collection[int]) -> tuple[list[Stream], list[range]]:

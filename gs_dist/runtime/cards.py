@@ -7,14 +7,29 @@ its node (ray/_private/accelerators/npu.py).
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gs_dist.calibration.device import VISIBLE_CARDS
 from gs_dist.errors import ClusterError
-from gs_dist.runtime.stage_worker import Sight
 
-__all__ = ["check_cards", "see_only"]
+__all__ = ["CardsSeen", "check_cards", "see_only"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardsSeen:
+    """The Ascend cards that a worker's process sees on its node, "" for none."""
+
+    node: str
+    cards: str
+
+    @classmethod
+    def here(cls) -> CardsSeen:
+        """Of this process."""
+        return cls(node=platform.node(), cards=os.environ.get(VISIBLE_CARDS, ""))
 
 
 def see_only(cards: Sequence[str], environment: MutableMapping[str, str]) -> None:
@@ -28,11 +43,11 @@ def see_only(cards: Sequence[str], environment: MutableMapping[str, str]) -> Non
         environment[VISIBLE_CARDS] = ",".join(sorted(cards))
 
 
-def check_cards(workers: Mapping[Any, Sight]) -> None:
-    """Refuses workers that would share a card.
+def check_cards(workers: Mapping[Any, CardsSeen]) -> None:
+    """Refuses workers that would share a card; it is asked before any of them opens its own.
 
     Args:
-        workers: of a job on Ascend cards.
+        workers: of a job, a probe or an evaluation on Ascend cards.
 
     Raises:
         ClusterError: two workers of a node see the same card first, or one was given none.

@@ -20,8 +20,9 @@ from gs_dist.errors import ClusterError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.recipe.sizes import format_bytes
+from gs_dist.wording import counted
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "nodes_now"]
 
 _PATIENCE = 10.0  # seconds for a cluster's head to take a connection
 _LOOK_INTERVAL = 1.0  # seconds between two looks for nodes
@@ -40,6 +41,15 @@ def _refuse_silence(address: str) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ClusterError(f"no Ray cluster answers at {address!r} ({reason}): {_START}") from error
+
+
+def nodes_now(device: DeviceKind | None) -> ClusterFacts | None:
+    """What the nodes of the cluster that was joined hold now for workers on a device; None where none can hold one.
+
+    Args:
+        device: None for cards where there are any.
+    """
+    return _held(device, lambda text: None)
 
 
 def _held(device: DeviceKind | None, tell: Callable[[str], None]) -> ClusterFacts | None:
@@ -69,32 +79,44 @@ def _held(device: DeviceKind | None, tell: Callable[[str], None]) -> ClusterFact
     )
 
 
-def _wait_for_nodes(device: DeviceKind | None, patience: float, tell: Callable[[str], None]) -> ClusterFacts:
-    """What the cluster holds, once it holds a node that a worker can run on.
+def _wait_for_nodes(
+    device: DeviceKind | None, patience: float, tell: Callable[[str], None], num_nodes: int | None = None
+) -> ClusterFacts:
+    """What the cluster holds, once it holds a node that a worker can run on, or `num_nodes` of them.
 
     Raises:
         ClusterError: none came within `patience` seconds.
     """
-    facts = _held(device, tell)
-    if facts is not None:
-        return facts
+    found = nodes_now(device)
+    count = 0 if found is None else found.num_nodes
     needed = "an Ascend card" if device is DeviceKind.ASCEND else "a CPU"
-    if patience:
-        tell(f"the cluster has no node with {needed} yet: waiting up to {patience:g} s for the first ones")
-    deadline = time.monotonic() + patience
-    last_change, count = time.monotonic(), 0
-    while time.monotonic() < deadline and not (count and time.monotonic() - last_change > _SETTLE):
-        time.sleep(_LOOK_INTERVAL)
-        found = _held(device, lambda text: None)
-        if found is not None and found.num_nodes != count:
-            last_change, count = time.monotonic(), found.num_nodes
+    if count < (num_nodes or 1) and patience:
+        has = f"{count} of {counted(num_nodes, 'node')}" if num_nodes else "no node"
+        for_what = "the others" if count else "the first ones"
+        tell(f"the cluster has {has} with {needed} yet: waiting up to {patience:g} s for {for_what}")
+        _await_nodes(device, patience, num_nodes)
     facts = _held(device, tell)
+    if facts is not None and facts.num_nodes < (num_nodes or 1):
+        tell(f"{facts.num_nodes} of {counted(num_nodes or 1, 'node')} came: planned is for them, until more come")
     if facts is None:
         raise ClusterError(
             f"the cluster has no node with {needed} that a worker could run on: start worker nodes, or wait for them; "
             "to plan for nodes that are still to come describe them with --nodes and the options beside it"
         )
     return facts
+
+
+def _await_nodes(device: DeviceKind | None, patience: float, num_nodes: int | None) -> None:
+    """Until `num_nodes` are there; where their number is not known, until a while after the last one came."""
+    deadline = time.monotonic() + patience
+    last_change, count = time.monotonic(), 0
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_INTERVAL)
+        found = nodes_now(device)
+        if found is not None and found.num_nodes != count:
+            last_change, count = time.monotonic(), found.num_nodes
+        if (count >= num_nodes) if num_nodes else (count and time.monotonic() - last_change > _SETTLE):
+            return
 
 
 @contextmanager
@@ -153,6 +175,7 @@ def cluster(
     *,
     device: DeviceKind | None = None,
     patience: float = 0.0,
+    num_nodes: int | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[ClusterFacts]:
     """Joins the Ray cluster at `address`, or starts one here; gives what it holds.
@@ -165,7 +188,8 @@ def cluster(
         address: None to start one.
         num_cpus: CPUs of a cluster started here; may be more than the machine has, then workers share them.
         device: what the job asks for; None where it takes cards if there are any.
-        patience: seconds to wait for the first node that a worker can run on.
+        patience: seconds to wait for nodes that a worker can run on.
+        num_nodes: how many to wait for; None for the first one and those that follow it at once.
         tell: told of that, and of nodes that are unlike.
 
     Raises:
@@ -174,12 +198,12 @@ def cluster(
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     already = ray.is_initialized()
     if already:
-        yield _wait_for_nodes(device, patience, tell)
+        yield _wait_for_nodes(device, patience, tell, num_nodes)
         return
     if address is not None:
         _refuse_silence(address)
         with _initialized(address, {**options, "address": address}):
-            yield _wait_for_nodes(device, patience, tell)
+            yield _wait_for_nodes(device, patience, tell, num_nodes)
         return
     if os.environ.get("RAY_ADDRESS"):
         tell(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from gs_dist.checkpoint.manifest import Fingerprints
@@ -15,23 +16,27 @@ from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.results.summary import CalibrationSummary
-from gs_dist.runtime.cluster import cluster
+from gs_dist.runtime.cluster import cluster, nodes_now
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.job_output import run_of
 from gs_dist.runtime.job_run import run_job, run_locked_job
 from gs_dist.runtime.planned import PlannedJob, plan_here, plan_job
 from gs_dist.runtime.ray_workers import evaluation_workers, stage_workers
+from gs_dist.runtime.replanning import FixedPlan, PlanOfNodes, Replanning
 from gs_dist.runtime.statistics_origin import origin_of, software_note
 
 __all__ = ["quantize", "resolve", "run_job"]
 
 
-def quantize(config: CalibrationConfig, *, address: str | None = None, progress: Progress) -> CalibrationSummary:
+def quantize(
+    config: CalibrationConfig, *, address: str | None = None, num_nodes: int | None = None, progress: Progress
+) -> CalibrationSummary:
     """Runs a recipe: calibrates, quantises and publishes; resumes what an earlier run of it left unfinished.
 
     Args:
         config: the recipe.
         address: of a Ray cluster to join; None starts one in this machine for as long as the job runs.
+        num_nodes: of that cluster to wait for before the job is planned; None for those that are there.
         progress: told what is going on.
 
     Raises:
@@ -58,11 +63,18 @@ def quantize(config: CalibrationConfig, *, address: str | None = None, progress:
         )
         for note in dataset.notes:
             progress.message(note)
-        return _run_on_ray(config, reader, fingerprints, address, planned, progress, samples=samples)
+        return _run_on_ray(
+            config, reader, fingerprints, address, planned, progress, num_nodes=num_nodes, samples=samples
+        )
 
 
 def resolve(
-    run: str, config: CalibrationConfig, *, address: str | None = None, progress: Progress
+    run: str,
+    config: CalibrationConfig,
+    *,
+    address: str | None = None,
+    num_nodes: int | None = None,
+    progress: Progress,
 ) -> CalibrationSummary:
     """Solves another recipe from the statistics that a job kept, without a forward pass.
 
@@ -72,6 +84,7 @@ def resolve(
         run: output of a job that ran with `keep_statistics`.
         config: the recipe; model and calibration settings must be those of that job.
         address: of a Ray cluster to join; None starts one in this machine for as long as the job runs.
+        num_nodes: as of `quantize`.
         progress: told what is going on.
 
     Raises:
@@ -89,7 +102,9 @@ def resolve(
     with locked(Path(config.output)) as without_lock:
         if without_lock:
             progress.message(without_lock)
-        return _run_on_ray(config, reader, fingerprints, address, planned, progress, statistics_from=run)
+        return _run_on_ray(
+            config, reader, fingerprints, address, planned, progress, num_nodes=num_nodes, statistics_from=run
+        )
 
 
 def _planned_early(
@@ -126,6 +141,7 @@ def _run_on_ray(
     planned: PlannedJob | None,
     progress: Progress,
     *,
+    num_nodes: int | None,
     samples: tuple[bytes, ...] = (),
     statistics_from: str | None = None,
 ) -> CalibrationSummary:
@@ -134,17 +150,28 @@ def _run_on_ray(
     num_cpus = None if planned is None else planned.plan.num_workers * planned.plan.threads_per_worker
     asked = config.parallel.device
     device = None if asked == "auto" or statistics_from is not None else DeviceKind(asked)
-    with cluster(address, num_cpus, device=device, patience=config.parallel.timeout, tell=progress.message) as facts:
-        plan, notes = planned or plan_job(config, reader, facts, statistics_at_hand=statistics_from is not None)
+    patience, tell = config.parallel.timeout, progress.message
+    with cluster(address, num_cpus, device=device, patience=patience, num_nodes=num_nodes, tell=tell) as facts:
+        replanning: Replanning = FixedPlan()
+        if planned is None:
+            make = partial(plan_job, config, reader, statistics_at_hand=statistics_from is not None)
+            replanning = PlanOfNodes(make, nodes_now, facts, asked=device, tell=tell)
+            planned = replanning.first(patience)
+        plan, notes = planned
         for note in notes:
             progress.message(note)
-        lacking = facts.lacking(
+        lacking = (nodes_now(device) or facts).lacking(
             cpus=plan.num_workers * plan.threads_per_worker, npus=plan.num_workers * plan.device.npus
         )
         if lacking:
-            progress.message(f"the cluster holds {lacking}: waiting up to {config.parallel.timeout:g} s for more nodes")
+            tell(f"the cluster holds {lacking}: waiting up to {patience:g} s for more nodes")
         kept = None if statistics_from is None else os.path.abspath(statistics_from)
         job = Job(config=config.anchored(), plan=plan, fingerprints=fingerprints, samples=samples, statistics_from=kept)
         return run_locked_job(
-            job, reader, make_group=stage_workers, make_evaluation_group=evaluation_workers, progress=progress
+            job,
+            reader,
+            make_group=stage_workers,
+            make_evaluation_group=evaluation_workers,
+            replanning=replanning,
+            progress=progress,
         )

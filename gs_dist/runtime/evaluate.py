@@ -178,7 +178,7 @@ def _fitted(
     """The same on the cluster's device and cores, with as many of a stage's layers at a time as fit."""
     device = DeviceKind.ASCEND if facts.num_npus else DeviceKind.CPU
     num_stages = len(evaluation.stages)
-    threads = facts.threads_share(num_stages)
+    threads = facts.threads_share(num_stages, npus=device.npus)
     share = host_share(facts, num_stages, threads=threads, npus=device.npus)
     limit = memory_per_worker or (share if device.on_host else ASCEND_MEMORY_PER_WORKER)
     in_flight = min(evaluation.max_in_flight, num_micro_batches)

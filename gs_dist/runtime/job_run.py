@@ -30,10 +30,13 @@ from gs_dist.runtime.job_watch import JobWatch, watched
 from gs_dist.runtime.pace import Pace, solves_per_pass
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.publication import publish
+from gs_dist.runtime.replanning import FixedPlan, Replanning
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.unfinished_layers import solve_layers
 
 __all__ = ["run_job", "run_locked_job"]
+
+_FIXED = FixedPlan()
 
 
 def run_job(
@@ -42,6 +45,7 @@ def run_job(
     *,
     make_group: MakeGroup,
     make_evaluation_group: MakeEvaluationGroup,
+    replanning: Replanning = _FIXED,
     progress: Progress,
 ) -> CalibrationSummary:
     """Observes and solves what is unfinished, merges, and probes the result if the recipe says so.
@@ -51,11 +55,17 @@ def run_job(
         reader: of the float checkpoint.
         make_group: makes the workers that observe and solve.
         make_evaluation_group: makes the workers of the probe.
+        replanning: keeps the plan up with the nodes.
         progress: told what is going on.
     """
     with locked(Path(job.config.output)):
         return run_locked_job(
-            job, reader, make_group=make_group, make_evaluation_group=make_evaluation_group, progress=progress
+            job,
+            reader,
+            make_group=make_group,
+            make_evaluation_group=make_evaluation_group,
+            replanning=replanning,
+            progress=progress,
         )
 
 
@@ -65,6 +75,7 @@ def run_locked_job(
     *,
     make_group: MakeGroup,
     make_evaluation_group: MakeEvaluationGroup,
+    replanning: Replanning = _FIXED,
     progress: Progress,
 ) -> CalibrationSummary:
     """`run_job` on an output that is locked."""
@@ -81,7 +92,7 @@ def run_locked_job(
     with _refusals_noted(run), watched(_watch(job, progress, len(finished))) as watch:
         if finished:
             watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
-        solved, outer = _solve_beside_outer(job, run, reader, finished, make_group, watch, times)
+        solved, outer = _solve_beside_outer(job, run, reader, finished, make_group, replanning, watch, times)
         return publish(
             solved,
             run,
@@ -112,6 +123,7 @@ def _solve_beside_outer(
     reader: CheckpointReader,
     finished: dict[int, LayerManifest],
     make_group: MakeGroup,
+    replanning: Replanning,
     watch: JobWatch,
     times: StageTimes,
 ) -> tuple[Job, LayerManifest]:
@@ -123,7 +135,7 @@ def _solve_beside_outer(
         with ThreadPoolExecutor(1, thread_name_prefix="outer") as pool:
             outer = pool.submit(run.outer, reader)
             outer.add_done_callback(partial(_tell_failure, watch))
-            solved = solve_layers(job, reader, finished, make_group, watch, times)
+            solved = solve_layers(job, reader, finished, make_group, replanning, watch, times)
         return solved, outer.result()
     except BaseException:
         if not finished:

@@ -6,7 +6,6 @@ other workers; what they send arrives as arguments.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gs_dist.calibration.device import VISIBLE_CARDS, open_device
+from gs_dist.calibration.device import open_device
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.layer_costs import remove_costs, write_costs
 from gs_dist.checkpoint.lineage import Lineage, checksums
@@ -61,13 +60,12 @@ class StageReport:
 @dataclass(frozen=True, kw_only=True)
 class Sight:
     """What a worker sees from its node: the token in the job's output, None where there is none, and the digest of the
-    first sample, None where it feeds none; and the Ascend cards that its process sees, "" for none.
+    first sample, None where it feeds none.
     """
 
     node: str
     token: str | None
     sample: bytes | None
-    cards: str = ""
 
 
 class StageWorker:
@@ -125,8 +123,7 @@ class StageWorker:
             token = (self._output / name).read_text()
         except (OSError, UnicodeDecodeError):
             token = None
-        cards = os.environ.get(VISIBLE_CARDS, "")
-        return Sight(node=platform.node(), token=token, sample=self._first_sample(), cards=cards)
+        return Sight(node=platform.node(), token=token, sample=self._first_sample())
 
     def _first_sample(self) -> bytes | None:
         if self._stage.stage or self._job.statistics_from is not None:

@@ -15,6 +15,7 @@ from gs_dist.results.costs import LayerCosts
 from gs_dist.runtime.attempt import MakeGroup, OfLayer, run_attempt
 from gs_dist.runtime.choice import choose, judged_before
 from gs_dist.runtime.job import Job
+from gs_dist.runtime.replanning import Replanning
 from gs_dist.runtime.retry import retry
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.tasks import JUDGE, SOLVE, Task
@@ -30,6 +31,7 @@ def solve_layers(
     reader: CheckpointReader,
     finished: dict[int, LayerManifest],
     make_group: MakeGroup,
+    replanning: Replanning,
     progress: Progress,
     times: StageTimes,
 ) -> Job:
@@ -40,6 +42,7 @@ def solve_layers(
         reader: of the float checkpoint.
         finished: layers that are published; filled in.
         make_group: makes the workers.
+        replanning: keeps the plan up with the nodes, from one start of workers to the next.
         progress: told what is going on.
         times: of the stages; filled in.
 
@@ -47,7 +50,7 @@ def solve_layers(
         The job as it was solved.
     """
     return _until_nothing_is_damaged(
-        lambda: _observe_and_solve(job, reader, finished, make_group, progress, times),
+        lambda: _observe_and_solve(job, reader, finished, make_group, replanning, progress, times),
         job.plan.architecture.num_layers,
         progress,
     )
@@ -68,13 +71,14 @@ def _observe_and_solve(
     reader: CheckpointReader,
     finished: dict[int, LayerManifest],
     make_group: MakeGroup,
+    replanning: Replanning,
     progress: Progress,
     times: StageTimes,
 ) -> Job:
     """Fills `finished`; the job as it was solved."""
     if job.config.bits == "auto":
-        job = _with_bits(job, reader, finished, make_group, progress, times)
-    _finish_layers(job, SOLVE, finished, make_group, progress, times)
+        job = _with_bits(job, reader, finished, make_group, replanning, progress, times)
+    _finish_layers(job, SOLVE, finished, make_group, replanning, progress, times)
     return job
 
 
@@ -83,6 +87,7 @@ def _with_bits(
     reader: CheckpointReader,
     finished: dict[int, LayerManifest],
     make_group: MakeGroup,
+    replanning: Replanning,
     progress: Progress,
     times: StageTimes,
 ) -> Job:
@@ -90,7 +95,7 @@ def _with_bits(
     judged: dict[int, LayerCosts] = judged_before(job, finished, reader, progress)
     if len(judged) < job.plan.architecture.num_layers:
         progress.message("finding out what each scheme costs each linear")
-        _finish_layers(job, JUDGE, judged, make_group, progress, times)
+        _finish_layers(job, JUDGE, judged, make_group, replanning, progress, times)
     return choose(job, judged, progress)
 
 
@@ -99,6 +104,7 @@ def _finish_layers(
     task: Task[Outcome],
     finished: dict[int, Outcome],
     make_group: MakeGroup,
+    replanning: Replanning,
     progress: Progress,
     times: StageTimes,
 ) -> None:
@@ -111,7 +117,7 @@ def _finish_layers(
             progress.layer_finished(layer, len(finished), num_layers)
 
     retry(
-        lambda: run_attempt(job, task, finished, make_group, progress, times, on_finished),
+        lambda: run_attempt(job, task, finished, make_group, replanning, progress, times, on_finished),
         finished,
         num_layers,
         max_restarts=job.config.parallel.max_restarts,

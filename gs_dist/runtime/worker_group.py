@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gs_dist import __version__
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
-from gs_dist.runtime.cards import see_only
-from gs_dist.runtime.workers import Reference, WorkerKey
+from gs_dist.runtime.cards import CardsSeen, check_cards, see_only
+from gs_dist.runtime.workers import Reference, WorkerKey, as_they_come
 
 __all__ = ["RayWorkerGroup"]
 
@@ -50,7 +50,9 @@ class RayWorkerGroup(Generic[W]):
         timeout: seconds to wait for the cluster to have room.
 
     Raises:
-        ClusterError: there is no room for `min_replicas` replicas, or the cluster's head does not answer.
+        ClusterError: there is no room for `min_replicas` replicas, the cluster's head does not answer, or two workers
+            would run on one card.
+        WorkerLostError: a worker on a card did not start.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class RayWorkerGroup(Generic[W]):
                             placement_group=group, placement_group_bundle_index=stage
                         ),
                     ).remote(make, stage, replica)
+            if npus:
+                self._refuse_shared_cards(timeout)
         except BaseException:
             self.close()
             raise
@@ -106,6 +110,10 @@ class RayWorkerGroup(Generic[W]):
             remove_placement_group(unplaced)
         if len(self._groups) < min_replicas:
             raise ClusterError(_no_room(bundle, num_stages, min_replicas, timeout))
+
+    def _refuse_shared_cards(self, timeout: float) -> None:
+        asked: dict[Reference[CardsSeen], WorkerKey] = {actor.cards.remote(): k for k, actor in self._actors.items()}
+        check_cards(dict(as_they_come(self, asked, timeout, lambda keys: f"{keys[0]} did not start in {timeout:g} s")))
 
     @property
     def num_replicas(self) -> int:
@@ -175,6 +183,9 @@ class _Worker:
         self._make = partial(make, stage, replica)
         self._worker: Any = None
         see_only(ray.get_runtime_context().get_accelerator_ids().get("NPU", []), os.environ)
+
+    def cards(self) -> CardsSeen:
+        return CardsSeen.here()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._worker is None:

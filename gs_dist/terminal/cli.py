@@ -25,6 +25,7 @@ from gs_dist import __version__
 from gs_dist.conversion.config import ConversionConfig
 from gs_dist.data.shipped_text import shipped_note
 from gs_dist.errors import UserError
+from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.recipe.config import CalibrationConfig, CalibrationData, config_of, load_recipe, read_published_recipe
@@ -166,6 +167,12 @@ MemoryPerNode = Annotated[
         rich_help_panel=WHERE,
     ),
 ]
+AwaitedNodes = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes", min=1, help="Nodes of that cluster to wait for; those that are there.", rich_help_panel=WHERE
+    ),
+]
 Scheme = Annotated[
     str | None,
     typer.Option(
@@ -285,7 +292,7 @@ def _nodes(
         )
     if described is not None:
         return described, True
-    return (ClusterFacts.of_this_machine() if address is None else _facts_of(address)), False
+    return (ClusterFacts.of_this_machine() if address is None else _facts_of(address, config)), False
 
 
 def _data_notes(config: CalibrationConfig, reader: CheckpointReader) -> list[str]:
@@ -313,10 +320,14 @@ def _size(text: str, option: str) -> int:
         raise UserError(f"{option}: {error}") from None
 
 
-def _facts_of(address: str) -> ClusterFacts:
+def _facts_of(address: str, config: CalibrationConfig) -> ClusterFacts:
     from gs_dist.runtime.cluster import cluster  # imports Ray
 
-    with cluster(address, None) as facts:
+    device = None if config.parallel.device == "auto" else DeviceKind(config.parallel.device)
+    notes: list[str] = []
+    with cluster(address, None, device=device, tell=notes.append) as facts:
+        for note in notes:
+            say(f"note: {note}", err=True)
         return facts
 
 
@@ -437,6 +448,7 @@ def quantize(
     samples: Samples = None,
     length: Length = None,
     address: Address = None,
+    nodes: AwaitedNodes = None,
     keep_statistics: Annotated[
         bool, typer.Option("--keep-statistics", help="Keep the statistics in the output, for other recipes.")
     ] = False,
@@ -445,6 +457,7 @@ def quantize(
     if asks_for_conversion(source, overrides or ()):
         convert_as_told(read_conversion(source, overrides or (), {}), _console(), address=address)
         return
+    _refuse_nodes_of_no_cluster(nodes, address)
     extra = ["keep_statistics=true"] if keep_statistics else []
     request = Request(
         source=source,
@@ -462,7 +475,7 @@ def quantize(
     from gs_dist.runtime import coordinator  # imports Ray
 
     with show_progress(quiet=_QUIET.get()) as progress:
-        summary = coordinator.quantize(config, address=address, progress=progress)
+        summary = coordinator.quantize(config, address=address, num_nodes=nodes, progress=progress)
     _show_result(config, summary)
     if source.is_dir():
         say(f"the recipe it stands for: {again(config)}")
@@ -510,14 +523,24 @@ def resolve(
     overrides: Overrides = None,
     *,
     address: Address = None,
+    nodes: AwaitedNodes = None,
 ) -> None:
     """Solve another recipe from the statistics that a job kept, without running the model."""
+    _refuse_nodes_of_no_cluster(nodes, address)
     config = load_recipe(recipe, overrides or ())
     from gs_dist.runtime import coordinator  # imports Ray
 
     with show_progress(quiet=_QUIET.get()) as progress:
-        summary = coordinator.resolve(str(run), config, address=address, progress=progress)
+        summary = coordinator.resolve(str(run), config, address=address, num_nodes=nodes, progress=progress)
     _show_result(config, summary)
+
+
+def _refuse_nodes_of_no_cluster(nodes: int | None, address: str | None) -> None:
+    if nodes is not None and address is None:
+        raise UserError(
+            "--nodes waits for the nodes of a cluster, and without --address the job runs on this machine alone: add "
+            "--address, or leave --nodes out"
+        )
 
 
 def _show_result(config: CalibrationConfig, summary: CalibrationSummary) -> None:

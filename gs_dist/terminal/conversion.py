@@ -145,7 +145,9 @@ def convert_as_told(
             from gs_dist.runtime.conversion_workers import ClusterPool  # imports Ray
 
             workers = None if config.workers == "auto" else config.workers
-            pool = ClusterPool(address=address, workers=workers, memory_per_worker=made.memory_per_worker)
+            pool = ClusterPool(
+                address=address, workers=workers, memory_per_worker=made.memory_per_worker, tell=progress.message
+            )
             found = convert(made, progress, pool)
     print_summary(console, read_summary(Path(config.output)))
     for path in found.values():

@@ -45,6 +45,7 @@ def quantize(
     samples: int | None = None,
     length: int | None = None,
     address: str | None = None,
+    nodes: int | None = None,
     progress: Watcher | None = None,
 ) -> CalibrationSummary:
     """Calibrates, quantises and publishes a model, as `gs-dist quantize` does; called again, it resumes.
@@ -59,6 +60,7 @@ def quantize(
         samples: how many to calibrate on.
         length: tokens of a sample.
         address: of a Ray cluster to join; None starts one here for as long as the job runs.
+        nodes: of that cluster to wait for; None for those that are there.
         progress: called every few seconds with where the whole job stands, from another thread.
 
     Raises:
@@ -77,7 +79,7 @@ def quantize(
     )
     from gs_dist.runtime import coordinator  # imports Ray
 
-    return coordinator.quantize(config, address=address, progress=_told(progress))
+    return coordinator.quantize(config, address=address, num_nodes=nodes, progress=_told(progress))
 
 
 def plan(

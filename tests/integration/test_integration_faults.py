@@ -10,6 +10,9 @@ import json
 import os
 import random
 import secrets
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from faults import (
     FaultCluster,
     Submission,
     done,
+    environment,
     fault_cluster,
     leftovers,
     marked_processes,
@@ -35,7 +39,7 @@ from faults import (
 )
 from runs import run_inline, save_samples, small_recipe
 
-from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig, load_recipe
 
 pytestmark = pytest.mark.ray
 
@@ -146,6 +150,48 @@ def test_a_node_that_leaves_for_good_leaves_its_samples_to_the_others(
     config, job = _lose_a_node_for_good(directory, "fewer", min_replicas=1)
     assert job.process.returncode == 0, job.said()
     assert "room for 1 of 2 replicas" in job.said()
+    assert published_files(config) == undisturbed
+
+
+def test_a_job_submitted_while_pods_start_ends_in_the_bytes_of_a_plain_run(
+    directory: Path, undisturbed: dict[str, str]
+) -> None:
+    """A head without CPUs, workers that join 10 and 20 s later, and one that leaves during work; sizes are automatic.
+
+    The job waits for the first node and for the one that follows it, plans for both, and plans again without the lost
+    one. `plan --address` is refused while there is no node, by what is missing.
+    """
+    mark = secrets.token_hex(8)
+    config = recipe(directory, "pods", min_data_parallel_size=1)
+    sizes = ["parallel.pipeline_parallel_size=auto", "parallel.data_parallel_size=auto"]
+    file = save_recipe(load_recipe(save_recipe(config, directory / "pods.yaml"), sizes), directory / "pods.yaml")
+    with fault_cluster(mark, num_nodes=0) as cluster:
+        told = subprocess.run(
+            [sys.executable, "-m", "gs_dist", "plan", str(file), "--address", cluster.address],
+            env=environment(mark),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert told.returncode == 2
+        assert "the cluster has no node with a CPU that a worker could run on: start worker nodes" in told.stderr
+        job = Submission.start(file, directory / "pods.log", mark, cluster.address)
+        try:
+            wait_until("the job waits for nodes", lambda: job.ended or "no node with a CPU yet" in job.said(), LIMIT)
+            for _ in range(2):
+                time.sleep(10)
+                assert not job.ended, job.said()
+                cluster.add_node()
+            manifests = Path(config.output) / "manifests"
+            wait_until("two layers are awaited", lambda: job.ended or len(list(manifests.glob("layer-*"))) >= 2, LIMIT)
+            assert not job.ended, job.said()
+            assert len(worker_processes(mark)) == 2, job.said()
+            cluster.kill_node(cluster.nodes[0])
+            wait_until("the job goes on", lambda: job.ended, LIMIT)
+        finally:
+            job.kill_group()
+    assert job.process.returncode == 0, job.said()
+    assert "the cluster holds 1 node now: planned again, 1 stage x 1 replica, 1 thread a worker" in job.said()
     assert published_files(config) == undisturbed
 
 

@@ -50,13 +50,13 @@ def test_masked_tokens_are_no_tokens(tmp_path: Path, side: str, packing: bool, s
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("column", ["labels", "loss_mask", "special_tokens_mask"])
+@pytest.mark.parametrize("column", ["labels", "loss_mask", "special_tokens_mask", "completion_mask", "assistant_masks"])
 def test_other_masks_tell_padding_at_either_end(tmp_path: Path, column: str, side: str) -> None:
     """Without an attention_mask, padding is the masked run at an end; a masked prompt stays."""
     save_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<unk>"}')  # id 0
-    marks = {"labels": (-100, 5), "loss_mask": (0, 1), "special_tokens_mask": (1, 0)}
-    masked, told = marks[column]
+    marks = {"labels": (-100, 5), "special_tokens_mask": (1, 0)}
+    masked, told = marks.get(column, (0, 1))
     values = [[masked] + [told] * (len(row) - 1) for row in ROWS]  # the first token of each row is a prompt's
     beside = {"input_ids": padded(ROWS, side, PAD), column: padded(values, side, masked)}
     got = opened(tmp_path / "padded", beside, tmp_path)
@@ -92,6 +92,25 @@ def test_a_mask_of_another_length_is_named(tmp_path: Path) -> None:
         mask = [[1, 1, 1]] * 4 + [value] + [[1, 1, 1]]
         with pytest.raises(DatasetError, match=says):
             opened(tmp_path / "c", {"input_ids": ids, "attention_mask": mask}).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.list_(pa.int8())), pa.int64(), pa.run_end_encoded(pa.int32(), pa.list_(pa.int8()))], ids=str
+)
+def test_an_attention_mask_that_cannot_be_read_is_no_mask_that_is_passed_over(tmp_path: Path, kind: Any) -> None:
+    """A mask of two dimensions would be left out without a word, and padding counted; a class a row is no label."""
+    ids = pa.array([[1, 2, 3]] * 6)
+    mask = pa.nulls(6, kind)
+    if pa.types.is_run_end_encoded(kind):
+        mask = pa.RunEndEncodedArray.from_arrays(pa.array([6], pa.int32()), pa.array([[1, 1, 0]], kind.value_type))
+    table = pa.table({"input_ids": ids, "attention_mask": mask})
+    with pa.ipc.new_file(tmp_path / "c.arrow", table.schema) as sink:
+        sink.write_table(table)
+    data = CalibrationData(data=(str(tmp_path / "c.arrow"),), num_samples=2, sequence_length=LENGTH)
+    with pytest.raises(DatasetError, match=r"attention_mask beside input_ids is .*: give lists of 0 and 1"):
+        open_dataset(data, 128).fingerprint()
+    pq.write_table(pa.table({"input_ids": ids, "labels": [3] * 6}), tmp_path / "d.parquet")
+    open_dataset(data.model_copy(update={"data": (str(tmp_path / "d.parquet"),)}), 128).fingerprint()
 
 
 def test_a_row_that_is_all_padding_is_named(tmp_path: Path) -> None:

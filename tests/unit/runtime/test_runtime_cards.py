@@ -6,11 +6,11 @@ import os
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from gs_dist.calibration.device import VISIBLE_CARDS
 from gs_dist.errors import ClusterError
-from gs_dist.runtime.cards import check_cards, see_only
-from gs_dist.runtime.stage_worker import Sight
+from gs_dist.runtime.cards import CardsSeen, check_cards, see_only
 from gs_dist.runtime.worker_group import RayWorkerGroup
 from gs_dist.runtime.workers import WorkerKey
 
@@ -49,8 +49,32 @@ def test_each_worker_sees_a_card_of_its_own_where_ray_sets_none(of_node: str, mo
     assert sorted(seen) == (of_node or "0,1,2").split(",")
 
 
-def sight(node: str, cards: str) -> Sight:
-    return Sight(node=node, token="t", sample=None, cards=cards)
+@pytest.mark.ray
+def test_workers_of_any_kind_that_would_share_a_card_are_refused_before_they_open_it() -> None:
+    """Two nodes of a real cluster on one machine, each of which deals out its card 0; as two containers do."""
+
+    class OpensTheCard:
+        """Stands for a stage's worker and an evaluation's."""
+
+        def __init__(self, stage: int, replica: int) -> None:
+            raise AssertionError("a card was opened")
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=1, resources={"NPU": 1})
+        ray.init(address=nodes.address, log_to_driver=False)
+        with pytest.raises(ClusterError, match=r"would both run on card 0 of node .*another container of the"):
+            RayWorkerGroup(
+                OpensTheCard, num_stages=2, num_replicas=1, min_replicas=1, num_threads=1, npus=1, timeout=60.0
+            )
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def sight(node: str, cards: str) -> CardsSeen:
+    return CardsSeen(node=node, cards=cards)
 
 
 def test_two_workers_of_a_node_do_not_share_a_card() -> None:
