@@ -1,6 +1,6 @@
 """What one submits to a Ray cluster: quantises by a recipe with the cluster's workers, prints the summary.
 
-    ray job submit -- python jobs/quantize.py RECIPE [KEY.PATH=VALUE ...]
+    ray job submit -- python jobs/quantize.py RECIPE [KEY.PATH=VALUE ...] [--nodes N]
 
 It is `gs-dist quantize` that joins the cluster it was submitted to instead of starting one; exit codes are
 the same (0 done, 2 a setting to change, 1 a failure). Recipe, model, data and output must lie where every

@@ -149,6 +149,12 @@ def test_cluster_has_a_card_for_every_worker(deployment: Deployment) -> None:
     assert parallel.pipeline_parallel_size * parallel.data_parallel_size == deployment.num_npus
 
 
+def test_the_job_waits_for_all_nodes_of_the_cluster(deployment: Deployment) -> None:
+    """What is submitted says how many there will be: pods and servers join one after another."""
+    (awaited,) = set(re.findall(r"quantize\.py \S+\.yaml --nodes (\d+)", deployment.text))
+    assert int(awaited) == deployment.num_nodes
+
+
 def test_one_image_of_this_version(deployment: Deployment) -> None:
     """Head and workers run one image, whose tag is this package's version, and whose build the Dockerfile names."""
     (image,) = deployment.images
