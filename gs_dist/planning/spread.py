@@ -115,17 +115,13 @@ def _relative_time(
         passes = sum(times) / spread.data_parallel_size  # each stage waits for the one before
     if not device.on_host:
         return passes  # solves are the hosts', whose rate is another
-    threads = _threads_share(config, available, num_workers)
+    threads = _threads_share(config, device, available, num_workers)
     return float((passes + operations.solve / num_workers) / threads**_THREADS_POWER)
 
 
-def _threads_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
-    share, asked = _node_share(config, available, num_workers), config.parallel.threads_per_worker
+def _threads_share(config: CalibrationConfig, device: DeviceKind, available: ClusterFacts, num_workers: int) -> int:
+    share, asked = available.threads_share(num_workers, npus=device.npus), config.parallel.threads_per_worker
     return share if asked == "auto" else min(share, asked)  # more is refused, by `threads_of`
-
-
-def _node_share(config: CalibrationConfig, available: ClusterFacts, num_workers: int) -> int:
-    return available.threads_share(num_workers, npus=device_of(config, available).npus)
 
 
 def blocks_of(replica: int, num_replicas: int, num_blocks: int) -> range:
@@ -267,7 +263,7 @@ def _try(
     device, parallel, data = device_of(config, workload, available), config.parallel, config.calibration
     in_flight = IN_FLIGHT_PER_STAGE * num_stages if parallel.max_in_flight == "auto" else parallel.max_in_flight
     num_workers = num_stages * num_replicas
-    threads = _threads_share(config, available, num_workers)
+    threads = _threads_share(config, device, available, num_workers)
     on_host = host_share(available, num_workers, threads=threads, npus=device.npus)
     limit = parallel.memory_per_worker
     if limit == "auto":
@@ -337,7 +333,7 @@ def threads_of(config: CalibrationConfig, device: DeviceKind, available: Cluster
     Raises:
         PlanError: the recipe asks for more.
     """
-    share, asked = _node_share(config, available, num_workers), config.parallel.threads_per_worker
+    share, asked = available.threads_share(num_workers, npus=device.npus), config.parallel.threads_per_worker
     if asked == "auto":
         return share
     known = device.on_host or available.num_npus > 0
