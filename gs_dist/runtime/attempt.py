@@ -21,7 +21,7 @@ from gs_dist.runtime.software import Software, check_sources, check_versions, ke
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.stage_worker import StageWorker
 from gs_dist.runtime.tasks import Task
-from gs_dist.runtime.workers import WorkerGroup, WorkerKey, as_they_come
+from gs_dist.runtime.workers import NodesChanged, WorkerGroup, WorkerKey, as_they_come
 from gs_dist.wording import counted
 
 __all__ = ["MakeGroup", "OfLayer", "run_attempt"]
@@ -80,7 +80,10 @@ def run_attempt(
     config = job.config
     job = replanning.renewed(job, begun=bool(finished))
     progress.phase(f"starting {counted(job.plan.num_workers, 'worker')}")
-    group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
+    try:
+        group = make_group(job, min(config.parallel.min_data_parallel_size, job.plan.data_parallel_size))
+    except NodesChanged:
+        return  # the next attempt is planned for those that there are
     try:
         plan = job.plan
         if group.num_replicas != plan.data_parallel_size:

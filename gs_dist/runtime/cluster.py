@@ -28,6 +28,8 @@ _PATIENCE = 10.0  # seconds for a cluster's head to take a connection
 _LOOK_INTERVAL = 1.0  # seconds between two looks for nodes
 _SETTLE = 15.0  # seconds without another node, where the first one was waited for: pods start one after another
 
+_ALIKE = 0.95  # of what a node holds: the memory that Ray finds free differs a little from node to node
+
 _START = "start one with `ray start --head`, check --address, or leave it out to run on this machine"
 
 
@@ -66,7 +68,7 @@ def _held(device: DeviceKind | None, tell: Callable[[str], None]) -> ClusterFact
     if not nodes:
         return None
     least = {name: int(min(node.get(name, 0) for node in nodes)) for name in ("CPU", "NPU", "memory")}
-    unlike = [name for name in least if any(int(node.get(name, 0)) != least[name] for node in nodes)]
+    unlike = [name for name in least if any(_ALIKE * node.get(name, 0) > least[name] for node in nodes)]
     if unlike:
         shown = {"CPU": f"{least['CPU']} CPU", "NPU": f"{least['NPU']} NPU", "memory": format_bytes(least["memory"])}
         tell(f"the nodes are unlike: each is planned for as the least of them, {', '.join(shown[n] for n in unlike)}")

@@ -18,6 +18,7 @@ def stage_workers(job: Job, min_replicas: int) -> WorkerGroup[StageWorker]:
 
     Raises:
         ClusterError: there is no room for `min_replicas` replicas.
+        NodesChanged: there was none, and the cluster holds other nodes by now.
     """
     return RayWorkerGroup(
         partial(StageWorker, job),
@@ -27,6 +28,7 @@ def stage_workers(job: Job, min_replicas: int) -> WorkerGroup[StageWorker]:
         num_threads=job.plan.threads_per_worker,
         npus=job.plan.device.npus,
         timeout=job.config.parallel.timeout,
+        waits_for_these_nodes=True,
     )
 
 

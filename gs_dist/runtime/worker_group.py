@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from gs_dist import __version__
 from gs_dist.errors import ClusterError, JobFailure, WorkerLostError
 from gs_dist.runtime.cards import CardsSeen, check_cards, see_only
-from gs_dist.runtime.workers import Reference, WorkerKey, as_they_come
+from gs_dist.runtime.workers import NodesChanged, Reference, WorkerKey, as_they_come
 
 __all__ = ["RayWorkerGroup"]
 
@@ -31,6 +31,8 @@ T = TypeVar("T")
 _TRIAL_PATIENCE = 2.0  # seconds for places that are free to be reserved; it takes a tenth of one
 _HEAD_PATIENCE = 10.0  # seconds for the cluster's head to take a connection
 _MORE_REPLICAS_PATIENCE = 5.0  # seconds for a replica that the job can do without
+
+_LOOK_INTERVAL = 2.0  # seconds between two looks at the nodes, while there is no room on them
 
 _NO_HEAD = (
     "the head of the Ray cluster at {} does not answer any more: check that it runs and that this machine reaches it, "
@@ -48,8 +50,10 @@ class RayWorkerGroup(Generic[W]):
         num_threads: CPUs, and threads of BLAS and MindSpore, of a worker.
         npus: Ascend cards of a worker, 0 on CPU.
         timeout: seconds to wait for the cluster to have room.
+        waits_for_these_nodes: wait no longer once the cluster holds other nodes, for which there is another plan.
 
     Raises:
+        NodesChanged: it does.
         ClusterError: there is no room for `min_replicas` replicas, the cluster's head does not answer, or two workers
             would run on one card.
         WorkerLostError: a worker on a card did not start.
@@ -65,11 +69,13 @@ class RayWorkerGroup(Generic[W]):
         num_threads: int,
         npus: int,
         timeout: float,
+        waits_for_these_nodes: bool = False,
     ) -> None:
         self._groups: list[PlacementGroup] = []
         self._actors: dict[WorkerKey, Any] = {}
         bundle = {"CPU": float(num_threads)} | ({"NPU": float(npus)} if npus else {})
         self._bundles = [bundle] * num_stages
+        self._waits_for_these_nodes = waits_for_these_nodes
         try:
             with _head_asked():
                 self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
@@ -96,15 +102,20 @@ class RayWorkerGroup(Generic[W]):
     ) -> None:
         groups = [placement_group([dict(bundle)] * num_stages, strategy="PACK") for _ in range(num_replicas)]
         pending = {group.ready(): group for group in groups}
-        deadline = time.monotonic() + timeout
+        deadline, nodes = time.monotonic() + timeout, _alive_nodes()
         while pending:
             # Any of them will do: one may wait for a node that is silent and not yet given up by Ray. Replicas beyond
             # the necessary ones get a moment, not the whole wait.
             enough = len(self._groups) >= min_replicas
-            patience = _MORE_REPLICAS_PATIENCE if enough else max(0.0, deadline - time.monotonic())
-            ready, _ = ray.wait(list(pending), timeout=patience)
-            if not ready:
+            patience = _MORE_REPLICAS_PATIENCE if enough else min(_LOOK_INTERVAL, deadline - time.monotonic())
+            ready, _ = ray.wait(list(pending), timeout=max(0.0, patience))
+            if not ready and (enough or time.monotonic() >= deadline):
                 break
+            if not ready:
+                if self._waits_for_these_nodes and _alive_nodes() != nodes:
+                    self._groups += pending.values()  # which `close` gives back
+                    raise NodesChanged
+                continue
             self._groups.append(pending.pop(ready[0]))
         for unplaced in pending.values():
             remove_placement_group(unplaced)
@@ -172,6 +183,10 @@ class RayWorkerGroup(Generic[W]):
                 ray.kill(actor)
             for group in groups:
                 remove_placement_group(group)
+
+
+def _alive_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 class _Worker:

@@ -10,13 +10,17 @@ from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, T
 
 from gs_dist.errors import WorkerLostError
 
-__all__ = ["Reference", "WorkerGroup", "WorkerKey", "as_they_come", "value_of"]
+__all__ = ["NodesChanged", "Reference", "WorkerGroup", "WorkerKey", "as_they_come", "value_of"]
 
 W_co = TypeVar("W_co", covariant=True)
 P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Label = TypeVar("Label")
+
+
+class NodesChanged(Exception):
+    """Workers for which there was no room are no longer waited for: the cluster holds other nodes than it did."""
 
 
 class WorkerKey(NamedTuple):

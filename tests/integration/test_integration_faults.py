@@ -156,15 +156,16 @@ def test_a_node_that_leaves_for_good_leaves_its_samples_to_the_others(
 def test_a_job_submitted_while_pods_start_ends_in_the_bytes_of_a_plain_run(
     directory: Path, undisturbed: dict[str, str]
 ) -> None:
-    """A head without CPUs, workers that join 10 and 20 s later, and one that leaves during work; sizes are automatic.
+    """A head without CPUs, workers that join 10 and 20 s later, one that leaves during work; as many stages as nodes.
 
     The job waits for the first node and for the one that follows it, plans for both, and plans again without the lost
     one. `plan --address` is refused while there is no node, by what is missing.
     """
     mark = secrets.token_hex(8)
-    config = recipe(directory, "pods", min_data_parallel_size=1)
-    sizes = ["parallel.pipeline_parallel_size=auto", "parallel.data_parallel_size=auto"]
-    file = save_recipe(load_recipe(save_recipe(config, directory / "pods.yaml"), sizes), directory / "pods.yaml")
+    config = load_recipe(
+        save_recipe(recipe(directory, "pods"), directory / "pods.yaml"), ["parallel.pipeline_parallel_size=auto"]
+    )
+    file = save_recipe(config, directory / "pods.yaml")
     with fault_cluster(mark, num_nodes=0) as cluster:
         told = subprocess.run(
             [sys.executable, "-m", "gs_dist", "plan", str(file), "--address", cluster.address],
