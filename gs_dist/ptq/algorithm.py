@@ -37,7 +37,8 @@ class PTQ:
     Differences from Golden Stick: a dict of PTQConfig fields is accepted as `config`; neither the network
     nor any config of the caller is changed, `apply` and `convert` return a network of their own; names are
     matched as the network gives them, without `network.` before; a linear outside every decoder layer is
-    quantised if a key of `layer_policies` matches it; a setting that affects no layer is an error.
+    quantised if a key of `layer_policies` matches it; a setting that affects no layer is an error; a linear that a
+    job would refuse as destroyed by rounding is warned of.
 
     Args:
         config: settings of the network, PTQConfig() if None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,14 +18,18 @@ from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.observed_network import ObservedNetwork
 from gs_dist.ptq.structure import NetworkLayer, copy_network, display_name, find_linears
+from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
 from gs_dist.results.quantized import QuantizedKVCache
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.kv_cache import cache_scale
-from gs_dist.solvers.layer import LayerProblem, solve_layer
+from gs_dist.solvers.layer import LayerProblem, above_ceilings, solve_layer
 from gs_dist.solvers.strategy import strategy
+from gs_dist.wording import printable
 
 __all__ = ["STATISTICS_BYTES", "Propagation", "solve_network"]
+
+logger = logging.getLogger(__name__)
 
 Propagation = Literal["original", "quantized"]
 """What layers see while they are observed; as a recipe's `propagation`."""
@@ -33,6 +38,10 @@ Propagation = Literal["original", "quantized"]
 STATISTICS_BYTES = 4 << 30
 
 _NUM_BLOCKS = 8  # reduction blocks, the recipe's default
+
+# Nothing is refused here, as in Golden Stick; what a job would refuse by default is warned of.
+_MOST_LOST: float | None = CalibrationConfig.model_fields["max_relative_error"].default
+_MOST_LOST_BY_TOKEN: float | None = CalibrationConfig.model_fields["max_token_error"].default
 
 _CHEAP = StatisticsSettings(gram=False)
 
@@ -197,6 +206,13 @@ def _solve_linears(
         )
         with one_thread():  # on several BLAS sums in another order
             layer = solve_layer(problem)
+        for name, why in above_ceilings(layer.rows, _MOST_LOST, _MOST_LOST_BY_TOKEN).items():
+            logger.warning(
+                "%s is destroyed by rounding: %s, from which a job would refuse it; give it another config in "
+                "layer_policies, or None",
+                printable(display_name(name)),
+                why,
+            )
         for form in alike:
             quantized = layer.linears[form.name]
             solved[form.name] = FakeQuantDense(form, strategy(quantized.policy), quantized)

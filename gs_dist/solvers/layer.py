@@ -33,7 +33,7 @@ from gs_dist.solvers.strategy import strategy
 from gs_dist.solvers.suppression import input_ranges, suppress
 from gs_dist.solvers.threads import Threads
 
-__all__ = ["LayerProblem", "solve_layer"]
+__all__ = ["LayerProblem", "above_ceilings", "solve_layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def solve_layer(
         except UserError as error:
             raise type(error)(f"layer {problem.layer}: {error}") from error
         quantized = {problem.prefix + name for name in solved.linears}
-        bad = _above([row for row in solved.rows if row.name in quantized], max_relative_error, max_token_error)
+        bad = above_ceilings([row for row in solved.rows if row.name in quantized], max_relative_error, max_token_error)
         if not bad:
             rows = tuple(replace(row, notes=row.notes + notes.get(row.name, ())) for row in solved.rows)
             return replace(solved, rows=rows)
@@ -170,7 +170,7 @@ def _without_weight(policy: QuantPolicy | None) -> QuantPolicy | None:
     )
 
 
-def _above(rows: Sequence[LinearSummary], over_all: float | None, of_token: float | None) -> dict[str, str]:
+def above_ceilings(rows: Sequence[LinearSummary], over_all: float | None, of_token: float | None) -> dict[str, str]:
     """Linears above a ceiling, and what is above which; an error that is no number is above all."""
     found: dict[str, str] = {}
     for row in rows:

@@ -323,6 +323,35 @@ def test_activation_that_is_not_finite_is_named():
 # The caller's objects -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        pytest.param({**W8A8, "act_range": "minmax"}, "of the median token's output is lost", id="a massive token"),
+        pytest.param({"weight_quant_dtype": ms.qint4x2}, "of the output's energy is lost", id="a loud column"),
+    ],
+)
+def test_linear_that_rounding_destroys_is_warned_of(
+    fields: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+):
+    """What a job would refuse by default is named with what is lost; ordinary data bring no warning."""
+    network, rows = Mlp(has_bias=False), batches(outlier=1.0)
+    PTQ(PTQConfig(**fields)).apply(network, datasets=rows)
+    assert "destroyed" not in caplog.text
+    if "act_range" in fields:
+        rows[0][0, 0, 5] = 1e4
+    else:
+        first = network.body[0].weight
+        values = first.asnumpy().copy()
+        values[:, 7] *= 1e3
+        first.set_data(ms.Tensor(values))
+        for row in rows:
+            row[..., 7] = 0.0
+    PTQ(PTQConfig(**fields)).apply(network, datasets=rows)
+    assert "body.0 is destroyed by rounding" in caplog.text
+    assert says in caplog.text
+    assert "layer_policies" in caplog.text
+
+
 def test_callers_objects_stay_as_they_were():
     """Neither network, config, policies nor data change, and the network still gives the same output."""
     network = Decoder()
