@@ -50,11 +50,11 @@ class ExponentSearch(SuppressionMethod[Asked]):
         return self.trials(policy)
 
     def workspace(self, policy: Policy[Asked], work: Work) -> Workspace:
-        """Factors of both sketches where it searches, and a thread's histograms; rows are tried a block at a time."""
+        """Factors of both sketches where it searches, and histograms for each scale; rows are tried in blocks."""
         sketched = self.searches(policy) and work.taken.sketches(work.channels)
         shared = 2 * objective_bytes(work.channels, work.taken) if sketched else 0
         histograms = work.channels * HISTOGRAM_BYTES_PER_CHANNEL * _HISTOGRAMS if work.taken.histogram else 0
-        return Workspace(shared=shared, thread=histograms)
+        return Workspace(shared=shared, thread=histograms, threads=max(self.trials(policy), 1))
 
     def operations(self, policy: Policy[Asked], work: Work) -> int:
         """Error of the rows looked at, before and for each scale, for each way of weighting tokens."""

@@ -122,11 +122,18 @@ class Workspace:
         shared: once for all linears that read one input.
         own: of each linear at work.
         thread: temporaries of each thread.
+        threads: how many threads at most hold these at a time; None for all.
     """
 
     shared: int = 0
     own: int = 0
     thread: int = 0
+    threads: int | None = None
+
+    def further(self, num_threads: int) -> int:
+        """Temporaries of all threads but the first."""
+        holding = num_threads if self.threads is None else min(num_threads, self.threads)
+        return self.thread * (holding - 1)
 
 
 class Method(Generic[Asked]):

@@ -22,6 +22,7 @@ __all__ = [
     "JobShape",
     "MemoryPlan",
     "StageShape",
+    "SumCounts",
     "largest_gram_bytes",
     "layer_set_bytes",
     "probe_memory",
@@ -78,10 +79,12 @@ class MemoryPlan:
 
     items: Mapping[str, int]
     host_items: Mapping[str, int] = field(default_factory=dict)
+    solving: Mapping[str, int] = field(default_factory=dict)
+    """Of the host (or of the CPU that is the device) while layers are solved, where a pass takes more."""
 
     @property
     def peak(self) -> int:
-        """Bytes of the device at the worst moment: all items live while a wave's first layer is solved."""
+        """Bytes of the device at the worst moment: all items live."""
         return sum(self.items.values())
 
     @property
@@ -91,9 +94,12 @@ class MemoryPlan:
 
     def with_solver_bytes(self, more: int) -> MemoryPlan:
         """The same with that many more bytes of solver workspace."""
-        held = dict(self.host_items or self.items)
+        shown = self.host_items or self.items
+        held = dict(self.solving or shown)
         held["solver workspace"] += more
-        return replace(self, host_items=held) if self.host_items else replace(self, items=held)
+        if sum(held.values()) < sum(shown.values()):
+            return replace(self, solving=held)
+        return replace(self, solving={}, **{"host_items" if self.host_items else "items": held})
 
     def share_of(self, item: str) -> float:
         """An item's share of the peak, of the device or of its host, whichever is larger."""
@@ -169,19 +175,36 @@ class JobShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SumCounts:
+    """How many sets of statistics of an observed layer are alive at once.
+
+    Attributes:
+        observed: partial sums during a pass, the block being summed included.
+        solved: of a layer that waits to be solved, once its pass is over.
+        merged: of the layer being solved, beside those: what other replicas send, and the sum of all.
+    """
+
+    observed: int
+    solved: int
+    merged: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageShape:
     """One stage as a worker runs it: its layers, those observed in a wave, and what it keeps.
 
-    `live_sets` is how many partial sums of an observed layer are alive at once, the block being summed
-    included; `kept_micro_batches` the hidden states kept between waves (0 with a single wave).
+    `kept_micro_batches` counts the hidden states kept between waves (0 with a single wave).
     """
 
     layers: Sequence[int]
     wave: Sequence[int]
     resident: bool
     embeds: bool
-    live_sets: int
+    sums: SumCounts
     kept_micro_batches: int
+
+
+NO_SUMS = SumCounts(observed=0, solved=0, merged=0)
 
 
 def layer_set_bytes(layer: LayerSpec, settings: Mapping[str, StatisticsSettings]) -> int:
@@ -208,7 +231,7 @@ def solver_bytes(
     but the first brings the temporaries of what it works on.
     """
     shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
-    worst = thread = 0
+    worst = further = 0
     for layer_input in layer.inputs:
         taken, shared, own, large = settings[layer_input.name], 0, [0], 0
         for name in layer_input.linears:
@@ -224,35 +247,48 @@ def solver_bytes(
                 large = max(large, needed)
             else:
                 own.append(needed)
-            thread = max(thread, THREAD_BYTES + max(space.thread for space in added))
+            further = max(further, max(space.further(num_threads) for space in added))
         worst = max(worst, shared + max(large, sum(sorted(own)[-num_threads:])))
-    return worst + (num_threads - 1) * thread
+    return worst + (num_threads - 1) * THREAD_BYTES + further
 
 
 def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
-    """Peak memory of a worker of this stage while it observes and solves `stage.wave`."""
+    """Peak memory of a worker of this stage while it observes and solves `stage.wave`.
+
+    A worker does one after the other, so its peak is that of the larger. What activations took is counted in both:
+    MindSpore's pool keeps it.
+    """
     weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
     embedding = shape.embedding_bytes if stage.embeds else 0
-    one_set = sum(shape.set_bytes[i] for i in stage.wave)
+    sets = [shape.set_bytes[i] for i in stage.wave]
     activations = shape.activation_bytes
     kept = stage.kept_micro_batches * shape.hidden_bytes
     solver = max((shape.solver_bytes[i] for i in stage.wave), default=0)
     written = max((shape.layer_output_bytes[i] for i in stage.wave), default=0)
+    observing = (sum(sets) * stage.sums.observed, 0, 0)
+    solving = (sum(sets) * stage.sums.solved + max(sets, default=0) * stage.sums.merged, solver, written)
+    added = max(observing, solving, key=sum)
     if shape.device.on_host:
         # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
-        weights += embedding
-        values = (CPU_RUNTIME_BYTES, weights, activations + kept, one_set * stage.live_sets, solver, written)
-        return MemoryPlan(items=dict(zip(ITEMS, values, strict=True)))
+        held = (CPU_RUNTIME_BYTES, weights + embedding, activations + kept)
+        return MemoryPlan(items=_items(*held, *added), solving={} if added is solving else _items(*held, *solving))
     # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's, and so is
     # the embedding: rows of it are looked up there.
-    card_statistics = one_set + CARD_GRAM_WORKSPACES * max((shape.largest_gram_bytes[i] for i in stage.wave), default=0)
+    card_statistics = sum(sets) + CARD_GRAM_WORKSPACES * max(
+        (shape.largest_gram_bytes[i] for i in stage.wave), default=0
+    )
     card = (ASCEND_RUNTIME_BYTES, weights, activations, card_statistics, 0, 0)
     in_flight = shape.max_in_flight * shape.hidden_bytes
-    host = (CPU_RUNTIME_BYTES, embedding, kept + in_flight, one_set * stage.live_sets, solver, written)
+    held = (CPU_RUNTIME_BYTES, embedding, kept + in_flight)
     return MemoryPlan(
-        items=dict(zip(ITEMS, card, strict=True)),
-        host_items=dict(zip(ITEMS, host, strict=True)),
+        items=_items(*card),
+        host_items=_items(*held, *added),
+        solving={} if added is solving else _items(*held, *solving),
     )
+
+
+def _items(*values: int) -> dict[str, int]:
+    return dict(zip(ITEMS, values, strict=True))
 
 
 def probe_memory(
@@ -275,7 +311,7 @@ def probe_memory(
         compares: whether the last stage compares distributions with the float model's, whose head may be another.
     """
     stage = StageShape(
-        layers=layers, wave=(), resident=True, embeds=embeds, live_sets=0, kept_micro_batches=kept_micro_batches
+        layers=layers, wave=(), resident=True, embeds=embeds, sums=NO_SUMS, kept_micro_batches=kept_micro_batches
     )
     held = stage_memory(shape, stage)
     rows = max(LOGITS_ROWS * 4 * shape.architecture.vocab_size, LOGITS_BYTES)

@@ -118,7 +118,7 @@ class CalibrationPlan:
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """First and past-the-last micro-batch of each reduction block."""
-        return block_bounds(self.config.calibration.num_micro_batches, self.config.calibration.reduction_blocks)
+        return block_bounds(self.config.calibration.num_micro_batches, self.config.calibration.num_blocks)
 
     @property
     def policy_sets(self) -> tuple[Mapping[str, QuantPolicy | None], ...]:
@@ -155,7 +155,7 @@ class CalibrationPlan:
 
     def blocks_of(self, replica: int) -> range:
         """Reduction blocks whose micro-batches a replica runs."""
-        return blocks_of(replica, self.data_parallel_size, self.config.calibration.reduction_blocks)
+        return blocks_of(replica, self.data_parallel_size, self.config.calibration.num_blocks)
 
     def micro_batches_of(self, replica: int) -> range:
         """Micro-batches that a replica runs."""

@@ -10,6 +10,7 @@ from gs_dist.errors import PlanError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import block_bounds
 from gs_dist.planning.cluster_facts import ClusterFacts
+from gs_dist.planning.memory import SumCounts
 from gs_dist.planning.waves import WaveChoice, choose_waves, count_partial_sums, one_by_one, split_stages
 from gs_dist.planning.workload import Operations, Workload, count_operations, without_gram
 from gs_dist.recipe.config import CalibrationConfig
@@ -165,7 +166,7 @@ def _num_slots(config: CalibrationConfig, workload: Workload, available: Cluster
 
 def _busy(config: CalibrationConfig, data_parallel_size: int) -> bool:
     """Whether every replica gets at least one micro-batch."""
-    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.reduction_blocks)
+    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.num_blocks)
     shares = [blocks_of(replica, data_parallel_size, len(bounds)) for replica in range(data_parallel_size)]
     return all(len(share) and bounds[share.stop - 1][1] > bounds[share.start][0] for share in shares)
 
@@ -270,7 +271,7 @@ def _try(
         limit = on_host if device.on_host else ASCEND_MEMORY_PER_WORKER
     host_limit = on_host if not device.on_host and available.num_npus else None
     shape = workload.shape(data, device=device, max_in_flight=min(in_flight, data.num_micro_batches))
-    live_sets, _, kept = shares(config, num_replicas)
+    sums, _, kept = shares(config, num_replicas)
     per_wave = 1 if config.propagation == "quantized" else parallel.layers_per_wave
     known: dict[tuple[bool, tuple[tuple[int, ...], ...]], WaveChoice] = {}
     choices = []
@@ -283,7 +284,7 @@ def _try(
                 shape,
                 layers,
                 embeds=stage == 0,
-                live_sets=live_sets,
+                sums=sums,
                 kept_micro_batches=kept,
                 layers_per_wave=None if per_wave == "auto" else per_wave,
                 limit=limit,
@@ -300,9 +301,9 @@ def _try(
     )
 
 
-def shares(config: CalibrationConfig, num_replicas: int) -> tuple[int, list[int], int]:
+def shares(config: CalibrationConfig, num_replicas: int) -> tuple[SumCounts, list[int], int]:
     """Of the busiest replica: partial sums alive at once; of each: partial sums at the end; most micro-batches."""
-    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.reduction_blocks)
+    bounds = block_bounds(config.calibration.num_micro_batches, config.calibration.num_blocks)
     most, at_end, kept = 1, [], 0
     for replica in range(num_replicas):
         share = blocks_of(replica, num_replicas, len(bounds))
@@ -311,7 +312,8 @@ def shares(config: CalibrationConfig, num_replicas: int) -> tuple[int, list[int]
         most = max(most, alive)
         at_end.append(final)
         kept = max(kept, sum(bounds[block][1] - bounds[block][0] for block in filled))
-    return most, at_end, kept
+    others = sum(at_end) - min(at_end)
+    return SumCounts(observed=most, solved=max(at_end), merged=others + 1 if sum(at_end) > 1 else 0), at_end, kept
 
 
 def host_share(available: ClusterFacts, num_workers: int, *, threads: int, npus: int) -> int:

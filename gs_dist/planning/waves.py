@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gs_dist.planning.memory import JobShape, MemoryPlan, StageShape, stage_memory
+from gs_dist.planning.memory import JobShape, MemoryPlan, StageShape, SumCounts, stage_memory
 
 __all__ = ["WaveChoice", "choose_waves", "count_partial_sums", "one_by_one", "split_evenly", "split_stages"]
 
@@ -61,7 +61,7 @@ class WaveChoice:
 
 
 def _choices(
-    shape: JobShape, layers: Sequence[int], *, embeds: bool, live_sets: int, kept: int, counts: Iterable[int]
+    shape: JobShape, layers: Sequence[int], *, embeds: bool, sums: SumCounts, kept: int, counts: Iterable[int]
 ) -> Iterator[tuple[tuple[tuple[int, ...], ...], bool, MemoryPlan]]:
     """Ways to run a stage, the best first: all weights in memory before fewer, few waves before many.
 
@@ -81,7 +81,7 @@ def _choices(
                         wave=wave,
                         resident=resident,
                         embeds=embeds,
-                        live_sets=live_sets,
+                        sums=sums,
                         kept_micro_batches=kept if count > 1 else 0,
                     ),
                 )
@@ -95,7 +95,7 @@ def choose_waves(
     layers: Sequence[int],
     *,
     embeds: bool,
-    live_sets: int,
+    sums: SumCounts,
     kept_micro_batches: int,
     layers_per_wave: int | None,
     limit: int,
@@ -109,7 +109,7 @@ def choose_waves(
         shape: what stages share.
         layers: the stage's.
         embeds: whether it holds the embedding.
-        live_sets: partial sums of an observed layer alive at once.
+        sums: sets of statistics of an observed layer alive at once.
         kept_micro_batches: hidden states kept between waves if there are several.
         layers_per_wave: fixed by the recipe, or None for as many as fit.
         limit: bytes of the device.
@@ -123,7 +123,7 @@ def choose_waves(
     least: WaveChoice | None = None
     for tried in (ends, counts):
         for waves, resident, memory in _choices(
-            shape, layers, embeds=embeds, live_sets=live_sets, kept=kept_micro_batches, counts=tried
+            shape, layers, embeds=embeds, sums=sums, kept=kept_micro_batches, counts=tried
         ):
             fits = memory.peak <= limit and (host_limit is None or memory.host_peak <= host_limit)
             choice = WaveChoice(waves=waves, resident=resident, memory=memory, fits=fits)
@@ -141,7 +141,14 @@ def one_by_one(shape: JobShape, layers: Sequence[int], *, limit: int) -> WaveCho
     """A stage that solves its layers one after another, each from its tensors and one set of its statistics."""
     waves = tuple((layer,) for layer in layers)
     parts = [
-        StageShape(layers=wave, wave=wave, resident=False, embeds=False, live_sets=1, kept_micro_batches=0)
+        StageShape(
+            layers=wave,
+            wave=wave,
+            resident=False,
+            embeds=False,
+            sums=SumCounts(observed=0, solved=1, merged=0),
+            kept_micro_batches=0,
+        )
         for wave in waves
     ]
     memory = max((stage_memory(shape, part) for part in parts), key=lambda plan: plan.peak)

@@ -179,6 +179,11 @@ class CalibrationData(_Section):
         return math.ceil(self.num_samples / self.samples_per_micro_batch)
 
     @property
+    def num_blocks(self) -> int:
+        """`reduction_blocks`, or as few as hold a micro-batch each: halving those again leaves the order of sums."""
+        return min(self.reduction_blocks, 1 << (self.num_micro_batches - 1).bit_length())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the whole job, padding included."""
         return self.num_samples * self.sequence_length

@@ -124,7 +124,7 @@ def print_plan(console: Console, plan: CalibrationPlan, model: str) -> None:
         f"on {plan.device}, " + _share(plan),
         f"samples: {data.num_samples} x {data.sequence_length} tokens in "
         f"{counted(data.num_micro_batches, 'micro-batch')} of {data.samples_per_micro_batch}, "
-        f"{counted(data.reduction_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
+        f"{counted(data.num_blocks, 'reduction block')}; at most {plan.max_in_flight} in flight",
         *_experts(plan),
         f"propagation {plan.config.propagation}; second moments {_moments(plan)}",
         f"reads {format_bytes(plan.bytes_read)} from storage, moves {format_bytes(plan.bytes_moved)} between workers",

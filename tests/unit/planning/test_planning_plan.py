@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import CheckpointError, PlanError, PolicyConflictError, UserError
 from gs_dist.model.device_kind import DeviceKind
-from gs_dist.model.statistics import HISTOGRAM_BYTES_PER_CHANNEL, InputStatistics, StatisticsSettings, TreeAccumulator
+from gs_dist.model.statistics import (
+    HISTOGRAM_BYTES_PER_CHANNEL,
+    InputStatistics,
+    StatisticsSettings,
+    TreeAccumulator,
+    block_bounds,
+)
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.memory import layer_set_bytes
 from gs_dist.planning.plan import CalibrationPlan, make_plan
@@ -338,6 +344,8 @@ def test_gptq_counts_the_ranges_that_it_tries(tiny: CheckpointReader) -> None:
     assert solves == sorted(set(solves))
 
 
+# So that a layer takes most while it is solved.
+ONE_BLOCK = {"reduction_blocks": 1}
 W4_AWQ_GPTQ = {
     "weight_quant_dtype": "qint4x2",
     "weight_quant_granularity": "per_group",
@@ -353,7 +361,8 @@ def test_threads_of_a_solve_are_planned_for(large: CheckpointReader, ptq: dict[s
     """All of a worker's threads solve where memory is ample, and the plan grows by at least the tiles they hold."""
     cards = {"pipeline_parallel_size": 8, "data_parallel_size": 2}
     facts = [ClusterFacts(num_cpus=16 * n, num_npus=16, memory_bytes=8192 * GIB) for n in (1, 12)]
-    one, many = (planned(large, recipe(ptq=ptq, **cards), known) for known in facts)
+    config = recipe(ptq=ptq, calibration={"reduction_blocks": 2}, **cards)
+    one, many = (planned(large, config, known) for known in facts)
     assert (one.solver_threads, many.solver_threads) == (1, many.threads_per_worker) == (1, 12)
     for alone, shared in zip(one.stages, many.stages, strict=True):
         assert alone.waves == shared.waves
@@ -364,11 +373,48 @@ def test_threads_of_a_solve_are_planned_for(large: CheckpointReader, ptq: dict[s
         assert shared.memory.host_peak == alone.memory.host_peak + more
 
 
+def test_a_worker_observes_and_solves_one_after_the_other(large: CheckpointReader) -> None:
+    """Its peak is the larger of both: partial sums of several blocks, or one sum beside what the solve takes."""
+    settings = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "layers_per_wave": 1, "device": "cpu"}
+    facts = ClusterFacts(num_cpus=1, num_npus=0, memory_bytes=4096 * GIB)
+    by_blocks = {
+        blocks: planned(large, recipe(ptq=W4_AWQ_GPTQ, calibration={"reduction_blocks": blocks}, **settings), facts)
+        .stages[0]
+        .memory
+        for blocks in (1, 2, 8, 64)
+    }
+    one, few, many, most = by_blocks.values()
+    assert one.items["solver workspace"] > one.items["statistics"] > 0
+    # Blocks are merged as they end: two of them, or four where there are eight, stand beside each other.
+    assert few.items == one.items
+    assert (many.items["statistics"], many.items["solver workspace"]) == (4 * one.items["statistics"], 0)
+    assert most.items["statistics"] == 7 * one.items["statistics"]
+    assert one.peak == few.peak < many.peak < most.peak
+
+
+@given(num_samples=st.integers(1, 300), exponent=st.integers(0, 6))
+def test_fewer_blocks_than_asked_sum_in_the_same_order(num_samples: int, exponent: int) -> None:
+    """Where there are fewer micro-batches than reduction blocks, each block that holds one stays a block of its own."""
+    asked = recipe(calibration={"num_samples": num_samples, "reduction_blocks": 1 << exponent}).calibration
+
+    def tree(blocks: list[tuple[int, int]]) -> Any:
+        filled: list[Any] = [block if block[0] < block[1] else None for block in blocks]
+        while len(filled) > 1:
+            pairs = zip(filled[::2], filled[1::2], strict=True)
+            filled = [left if right is None else right if left is None else (left, right) for left, right in pairs]
+        return filled[0]
+
+    assert asked.num_blocks <= asked.reduction_blocks
+    full, fewer = (block_bounds(asked.num_micro_batches, n) for n in (asked.reduction_blocks, asked.num_blocks))
+    assert tree(full) == tree(fewer)
+    assert asked.num_blocks < 2 * asked.num_micro_batches
+
+
 @pytest.mark.parametrize("device", ["cpu", "ascend"])
 def test_no_more_threads_solve_than_memory_has_room_for(large: CheckpointReader, device: str) -> None:
     """With less memory fewer threads solve: as many as fit, and one before a job is refused or takes more waves."""
     settings = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "layers_per_wave": 1, "device": device}
-    config = recipe(ptq=W4_AWQ_GPTQ, **settings)
+    config = recipe(ptq=W4_AWQ_GPTQ, calibration=ONE_BLOCK, **settings)
     npus = 1 if device == "ascend" else 0
 
     def on(memory_bytes: int, num_cpus: int = 20) -> CalibrationPlan:

@@ -160,7 +160,7 @@ def test_plan_shows_stages_memory_and_totals(recipe: Path) -> None:
         assert part in result.stdout
     assert "model model: llama, 2 layers, float32; 14 of 15 linears are quantised" in result.stdout
     assert "workers: 2 stages x 1 replica on cpu" in result.stdout
-    assert "samples: 8 x 32 tokens in 1 micro-batch of 8, 8 reduction blocks" in result.stdout
+    assert "samples: 8 x 32 tokens in 1 micro-batch of 8, 1 reduction block" in result.stdout
 
 
 def test_plan_prints_the_effective_policy_of_each_kind_of_linear(recipe: Path) -> None:
