@@ -5,7 +5,7 @@ hidden states between blocks, what a block adds to them, what linears put out (a
 with the up NaN, not 0), products of queries and keys, keys and values themselves, the last norm's output and logits.
 (What linears read, the product of gate and up among it, is observed, and has a gate of its own.) Most of these are
 bounded by norms of what was captured anyway; what a bound cannot rule out is computed for the tokens, rows and heads in
-question. Linears of routed experts are not looked at: which tokens reach them is not known here.
+question. Linears of a routed expert are looked at for the tokens that were given to it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gs_dist.calibration.network import rotary_tables
 from gs_dist.errors import LayerError
 from gs_dist.model.decoder import GroupedQueryAttention, LayerSpec
+from gs_dist.model.mlp import expert_input
 
 __all__ = ["FLOAT16_MAX", "Float16Watch"]
 
@@ -68,6 +69,7 @@ class Float16Watch:
         after: Array,
         captured: Mapping[str, Array],
         mask: npt.NDArray[np.bool_] | None = None,
+        routed: Mapping[str, tuple[Array, Array]] | None = None,
     ) -> None:
         """Looks at one micro-batch.
 
@@ -77,6 +79,8 @@ class Float16Watch:
             after: what it gave.
             captured: what its linears read, keys and values, (b, t, channels) by name.
             mask: (b, t) False for padding.
+            routed: by name what an expert's last linear reads, (r, channels), and of which tokens, (r,) numbers among
+                the b * t.
 
         Raises:
             LayerError: something is beyond float16; the message says what, how far, and what to do.
@@ -95,6 +99,10 @@ class Float16Watch:
             "the product of a query and a key reaches": self._scores(captured, mask),
             "the output of the model's last norm reaches": self._last_norm(states),
             **{f"the output of {name} reaches": most for name, most in self._outputs(real, captured)},
+            **{
+                f"the output of {name} reaches": most
+                for name, most in self._outputs_of_experts(captured, routed or {}, mask)
+            },
             "the largest logit reaches": self._logits(states),
         }
         for what, largest in found.items():
@@ -155,6 +163,28 @@ class Float16Watch:
             x = real(captured[layer_input.name])
             for name in names:
                 yield name, self._largest_output(f"{name}.weight", x)
+
+    def _outputs_of_experts(
+        self,
+        captured: Mapping[str, Array],
+        routed: Mapping[str, tuple[Array, Array]],
+        mask: npt.NDArray[np.bool_] | None,
+    ) -> Iterator[tuple[str, float]]:
+        """The same of routed experts, for the tokens given to each: engines weight an output behind the linear."""
+        if not routed:
+            return
+        everything = np.asarray(captured["mlp_input"])
+        everything = everything.reshape(-1, everything.shape[-1])
+        for number, (gate, up, down) in enumerate(self._spec.mlp.experts):
+            if expert_input(number) not in routed:
+                continue
+            activation, tokens = routed[expert_input(number)]
+            counted = tokens >= 0 if mask is None else (tokens >= 0) & mask.reshape(-1)[tokens]
+            x = everything[tokens[counted]].astype(np.float32, copy=False)
+            for linear in (gate, up):
+                yield linear.name, self._largest_output(f"{linear.name}.weight", x)
+            read = np.asarray(activation)[counted].astype(np.float32, copy=False)
+            yield down.name, self._largest_output(f"{down.name}.weight", read)
 
     def _largest_output(self, name: str, x: Float32) -> float:
         bias = self._tensors.get(_bias_of(name))

@@ -148,14 +148,18 @@ class StagePass:
     ) -> None:
         """Refuses what a server of a float16 checkpoint would turn into infinity."""
         # A card computes in float16 itself, so that its hidden states tell all.
-        seen = captured if self._device.kind.on_host else {}
-        seen = {name: found for name, found in seen.items() if not isinstance(found, RoutedActivation)}
+        found = captured if self._device.kind.on_host else {}
+        routed = {name: part for name, part in found.items() if isinstance(part, RoutedActivation)}
         self._float16_watch(index).look(
             micro_batch,
             self._device.to_numpy(before),
             self._device.to_numpy(after),
-            {name: self._device.to_numpy(activation) for name, activation in seen.items()},
+            {name: self._device.to_numpy(activation) for name, activation in found.items() if name not in routed},
             mask,
+            {
+                name: (self._device.to_numpy(part.values)[: part.num_routed], part.tokens[: part.num_routed])
+                for name, part in routed.items()
+            },
         )
 
     def _float16_watch(self, index: int) -> Float16Watch:

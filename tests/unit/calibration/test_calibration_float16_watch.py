@@ -35,8 +35,12 @@ class Model:
         network = DecoderNetwork(self.architecture, open_device("cpu"))
         weights = network.layer_weights(0, self.tensors)
         after, captured = network.forward_layer(weights, network.device.to_tensor(self.hidden))
-        whole = {name: array for name, array in captured.items() if not isinstance(array, RoutedActivation)}
-        return after.asnumpy(), {name: array.asnumpy() for name, array in whole.items()}
+        routed = {name: part for name, part in captured.items() if isinstance(part, RoutedActivation)}
+        self.routed = {
+            name: (part.values.asnumpy()[: part.num_routed], part.tokens[: part.num_routed])
+            for name, part in routed.items()
+        }
+        return after.asnumpy(), {name: array.asnumpy() for name, array in captured.items() if name not in routed}
 
     def watch(self, final_norm: Any = None, head: Any = None) -> Float16Watch:
         return Float16Watch(
@@ -50,7 +54,7 @@ class Model:
 
     def look(self, mask: Any = None, final_norm: Any = None, head: Any = None) -> None:
         after, captured = self.run()
-        self.watch(final_norm, head).look(3, self.hidden, after, captured, mask)
+        self.watch(final_norm, head).look(3, self.hidden, after, captured, mask, self.routed)
 
 
 def told(refused: pytest.ExceptionInfo[LayerError]) -> float:
@@ -202,6 +206,32 @@ def test_what_a_linear_puts_out_is_looked_at_though_the_next_step_makes_it_small
     true = np.abs(x.astype(np.float64) @ weight.astype(np.float64).T).max()
     assert true > float16_watch.FLOAT16_MAX
     assert told(refused) == pytest.approx(true, rel=0.01)
+
+
+@pytest.mark.parametrize("leaf", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_what_a_routed_experts_linear_puts_out_is_looked_at_for_its_own_tokens(model_type: str, leaf: str) -> None:
+    """What stands behind it is small again; an expert that no real token reaches is not asked."""
+    model = Model(model_type, **({"first_k_dense_replace": 0} if model_type == "deepseek_v3" else {}))
+    model.look()
+    mlp = model.architecture.layers[0].mlp
+    number = max(range(mlp.num_experts), key=lambda n: model.routed[f"expert.{n}"][1].size)
+    linear = mlp.experts[number][("gate_proj", "up_proj", "down_proj").index(leaf)].name
+    after, captured = model.run()
+    activation, tokens = model.routed[f"expert.{number}"]
+    read = activation if leaf == "down_proj" else captured["mlp_input"].reshape(-1, 64)[tokens]
+    weight = model.tensors[f"{linear}.weight"]
+    made = np.abs(read @ weight.astype(np.float32).T)
+    factor = np.float16(min(6e4 / np.abs(weight.astype(np.float32)).max(), 1.5e5 / made.max()))
+    model.tensors[f"{linear}.weight"] = weight * factor
+    wanted = np.abs(read @ model.tensors[f"{linear}.weight"].astype(np.float32).T).max()
+    assert wanted > 65504
+    with pytest.raises(LayerError, match=re.escape(f"the output of {linear} reaches")) as refused:
+        model.watch().look(3, model.hidden, after, captured, None, model.routed)
+    assert told(refused) == pytest.approx(wanted, rel=1e-2)
+    padding = np.ones((2, TOKENS), bool)
+    padding.reshape(-1)[tokens] = False
+    model.watch().look(3, model.hidden, after, captured, padding, model.routed)
 
 
 def test_what_stands_before_a_norm_behind_a_block_is_looked_at() -> None:
