@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, lay_out, publish
+from gs_dist.storage import begin_sync
 
 __all__ = ["ShardStream", "stream_safetensors"]
 
 _CHUNK = 4 << 20  # bytes hashed at a time
+_SYNCED = 16 << 20  # bytes sent to disk at a time
 
 
 class ShardStream:
@@ -31,6 +33,7 @@ class ShardStream:
         self._name = name
         self._tensors = tensors
         header, self._next = lay_out(tensors)
+        self._synced = dict(self._next)  # where each tensor's bytes begin that are not on their way to disk
         self._end = {tensor: begin + tensors[tensor].nbytes for tensor, begin in self._next.items()}
         self._size = max(self._end.values(), default=len(header))
         self._record: ShardRecord | None = None
@@ -48,6 +51,10 @@ class ShardStream:
         assert begin + len(data) <= self._end[tensor], f"{self._name}: more values of {tensor} than it has"
         _write(self._descriptor, data, begin)
         self._next[tensor] = begin + len(data)
+        waiting = self._next[tensor] - self._synced[tensor]
+        if waiting >= _SYNCED or self._next[tensor] == self._end[tensor]:
+            begin_sync(self._descriptor, self._synced[tensor], waiting)
+            self._synced[tensor] = self._next[tensor]
 
     def close(self) -> None:
         """Takes the hash, once all values are there."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS
 from gs_dist.errors import OutputError
-from gs_dist.storage import LockState, rename, sync_directory, sync_file, try_lock
+from gs_dist.storage import LockState, begin_sync, rename, sync_directory, sync_file, try_lock
 
 __all__ = [
     "ShardRecord",
@@ -164,9 +164,13 @@ def write_safetensors(
             flat = np.ascontiguousarray(tensors[name]).reshape(-1)
             data = flat.view(np.uint8).data  # a memoryview; bfloat16 itself has no buffer protocol
             for start in range(0, len(data), _CHUNK):
-                digest.update(data[start : start + _CHUNK])
-                file.write(data[start : start + _CHUNK])
-            nbytes += len(data)
+                chunk = data[start : start + _CHUNK]
+                file.write(chunk)
+                if len(chunk) == _CHUNK:  # of what is less, the flush at the end has little to wait for
+                    file.flush()
+                    begin_sync(file.fileno(), nbytes, len(chunk))
+                digest.update(chunk)
+                nbytes += len(chunk)
     return ShardRecord(file=path.name, sha256=digest.hexdigest(), nbytes=nbytes, tensors=stored)
 
 

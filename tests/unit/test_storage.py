@@ -12,7 +12,7 @@ import pytest
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.writer import remove_leftovers, write_bytes
 from gs_dist.errors import OutputError
-from gs_dist.storage import LockState, try_lock
+from gs_dist.storage import LockState, begin_sync, sync_file, try_lock
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 NO_DIRECTORY_SYNC = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF]
@@ -142,3 +142,16 @@ def test_entries_of_storage_itself_are_no_strangers(tmp_path: Path, name: str) -
     (tmp_path / "out" / f"my{name}").mkdir()
     with pytest.raises(OutputError, match="which is not of a job"), locked(tmp_path / "out"):
         pass
+
+
+def test_bytes_are_on_their_way_to_disk_and_the_file_stays_readable(tmp_path: Path) -> None:
+    """Advice changes nothing of what a file holds, and what has no disk behind it takes none without an error."""
+    with (tmp_path / "file").open("w+b", buffering=0) as file:
+        file.write(b"abc" * 5000)
+        begin_sync(file.fileno(), 0, 15000)
+        sync_file(file.fileno())
+    assert (tmp_path / "file").read_bytes() == b"abc" * 5000
+    reading, writing = os.pipe()
+    begin_sync(writing, 0, 1)
+    os.close(reading)
+    os.close(writing)
