@@ -9,6 +9,7 @@ from gs_dist.ptq.config import BackendTarget, PTQConfig, PTQMode, QuantGranulari
 from gs_dist.ptq.decoder import CausalDecoder, DecoderHelper
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
+from gs_dist.ptq.saving import save_pretrained
 from gs_dist.recipe.policy import OutliersSuppressionType, PrecisionRecovery
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "KVCache",
     "CausalDecoder",
     "DecoderHelper",
+    "save_pretrained",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -15,7 +15,8 @@ from gs_dist.ptq.calibration_rows import read_rows
 from gs_dist.ptq.cells import FakeQuantDense, LinearForm, QuantDense
 from gs_dist.ptq.checkpoint_loading import load_parameters
 from gs_dist.ptq.config import PTQConfig, PTQMode, check_schemes, config_from_fields
-from gs_dist.ptq.decoder import DecoderLayer
+from gs_dist.ptq.decoder import CausalDecoder, DecoderLayer
+from gs_dist.ptq.decoder_solving import solve_decoder
 from gs_dist.ptq.kv_cache import KVCache, QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.policies import checked_layer_policies, resolve_cells
@@ -113,9 +114,14 @@ class PTQ:
         caches = {name: cell for name, cell in network.cells_and_names() if isinstance(cell, KVCache)}
         policies = self._resolve(network, layers, list(caches))
         if deploy:
-            return copy_network(network, dict(_placeholders(network, caches, policies)))
+            return self._exchanged(network, dict(_placeholders(network, caches, policies)))
+        if isinstance(network, CausalDecoder):
+            solved = solve_decoder(network, policies, rows, network_helper, propagation=propagation)
+            applied = self._exchanged(network, solved.cells)
+            applied.solved = solved.layers
+            return applied
         cells = solve_network(network, layers, caches, policies, rows, network_helper, propagation=propagation)
-        return copy_network(network, cells)
+        return self._exchanged(network, cells)
 
     def convert(self, net_opt: Any, ckpt_path: str = "") -> Any:
         """Returns a copy of a fake-quantised network that holds integers, and prints its summary.
@@ -140,7 +146,7 @@ class PTQ:
         if not any(isinstance(cell, FakeQuantDense | QuantDense | QuantKVCache) for cell in cells.values()):
             raise UserError("net_opt holds no quantised cell: convert takes the network that apply returned")
         exchanged = {name: cell.converted() for name, cell in cells.items() if isinstance(cell, FakeQuantDense)}
-        converted = copy_network(net_opt, exchanged, share_parameters=not ckpt_path)
+        converted = self._exchanged(net_opt, exchanged, share_parameters=not ckpt_path)
         if ckpt_path:
             load_parameters(converted, ckpt_path)
         self.summary(converted)
@@ -158,6 +164,10 @@ class PTQ:
         table = strategy_table(strategy_rows(network))
         if table:
             print(printable(table))
+
+    def _exchanged(self, network: Any, cells: Mapping[str, Any], *, share_parameters: bool = True) -> Any:
+        """The network with cells exchanged: a copy of it. `share_parameters` lets the copy hold the others'."""
+        return copy_network(network, cells, share_parameters=share_parameters)
 
     def _require_initialized(self) -> None:
         if not isinstance(getattr(self, "_config", None), PTQConfig):

@@ -8,7 +8,7 @@ same as in a recipe. It recomputes everything for each token it generates: made 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from gs_dist.model.decoder import DecoderArchitecture, GatedMlp, GroupedQueryAtt
 from gs_dist.ptq.kv_cache import KVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.published import float_tensors
+from gs_dist.results.quantized import QuantizedLayer
 
-__all__ = ["CausalDecoder", "DecoderHelper", "DecoderLayer"]
+__all__ = ["CausalDecoder", "DecoderHelper", "DecoderLayer", "SolvedLayers"]
 
 Array = npt.NDArray[Any]
 
@@ -160,18 +161,32 @@ class _Model(nn.Cell):
         self.norm = source.norm("model.norm")
 
 
+@dataclass(frozen=True)
+class SolvedLayers:
+    """Decoder layers in quantised form by index, as `save_pretrained` writes them. Copies of a network share them."""
+
+    layers: Mapping[int, QuantizedLayer] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SolvedLayers:
+        return self
+
+
 class CausalDecoder(nn.Cell):
     """A decoder with the weights of a checkpoint; a tied head holds a copy of the embedding.
 
     Args:
         architecture: of the checkpoint.
         tensors: all its tensors by full name.
+
+    Attributes:
+        solved: what `PTQ.apply` made of its layers; empty before.
     """
 
     def __init__(self, architecture: DecoderArchitecture, tensors: Mapping[str, Array]) -> None:
         super().__init__()
         source = _Source(architecture, tensors)
         self.architecture = architecture
+        self.solved = SolvedLayers()
         self.model = _Model(source)
         # A tied head gets a tensor of its own, so that exchanging the head leaves the embedding alone.
         tied = architecture.tie_word_embeddings
@@ -250,7 +265,7 @@ def _causal_mask(tokens: int, window: int | None) -> Array:
 
 def _sizes(architecture: DecoderArchitecture) -> dict[str, Any]:
     """What the architecture states of the whole model, by name."""
-    stated = {field.name: getattr(architecture, field.name) for field in fields(architecture)}
+    stated = {found.name: getattr(architecture, found.name) for found in fields(architecture)}
     del stated["layers"]
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
     return stated | {name: getattr(architecture, name) for name in names}

@@ -27,7 +27,7 @@ from gs_dist.solvers.layer import LayerProblem, above_ceilings, solve_layer
 from gs_dist.solvers.strategy import strategy
 from gs_dist.wording import printable
 
-__all__ = ["STATISTICS_BYTES", "Propagation", "solve_network"]
+__all__ = ["CHEAP", "STATISTICS_BYTES", "Propagation", "observe", "solve_network", "statistics_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _NUM_BLOCKS = 8  # reduction blocks, the recipe's default
 _MOST_LOST: float | None = CalibrationConfig.model_fields["max_relative_error"].default
 _MOST_LOST_BY_TOKEN: float | None = CalibrationConfig.model_fields["max_token_error"].default
 
-_CHEAP = StatisticsSettings(gram=False)
+CHEAP = StatisticsSettings(gram=False)
 
 
 def solve_network(
@@ -124,9 +124,9 @@ def _solve_part(
     for name in asked:
         cells[name] = QuantKVCache(name, caches[name].channels, asked[name])
     if static:
-        _fill_caches(static, cells, _observe(observed, dict.fromkeys(_cache_names(static), _CHEAP), rows))
+        _fill_caches(static, cells, observe(observed, dict.fromkeys(_cache_names(static), CHEAP), rows))
     for group in _passes(linears, settings):
-        statistics = _observe(observed, {form.name: settings[form.name] for _, form in group}, rows)
+        statistics = observe(observed, {form.name: settings[form.name] for _, form in group}, rows)
         for index in sorted({index for index, _ in group}):
             chosen = [form for layer, form in group if layer == index]
             cells.update(_solve_linears(index, chosen, policies, statistics, observed))
@@ -146,7 +146,7 @@ def _passes(
     group: list[tuple[int, LinearForm]] = []
     held = 0
     for index, form in linears:
-        needed = _statistics_bytes(form.in_features, settings[form.name])
+        needed = statistics_bytes(form.in_features, settings[form.name])
         if group and held + needed > STATISTICS_BYTES:
             yield group
             group, held = [], 0
@@ -156,14 +156,19 @@ def _passes(
         yield group
 
 
-def _statistics_bytes(channels: int, settings: StatisticsSettings) -> int:
+def statistics_bytes(channels: int, settings: StatisticsSettings) -> int:
     """Bytes of one input's statistics over all live partial sums of the reduction tree."""
     return settings.nbytes(channels) * (_NUM_BLOCKS.bit_length() + 1)
 
 
-def _observe(
+def observe(
     observed: ObservedNetwork, settings: Mapping[str, StatisticsSettings], rows: Sequence[Row]
 ) -> LayerStatistics:
+    """Statistics of those activations over all rows.
+
+    Raises:
+        UserError: a linear was never reached.
+    """
     observed.observe_only(settings)
     loop = LayerLoop(
         [observed],

@@ -1,7 +1,6 @@
-"""Finding what can be quantised in a network, and copying a network with some cells exchanged.
+"""Finding what can be quantised in a network, and exchanging some of its cells, in a copy or in place.
 
-The caller's network is never changed. What is handed back is a structural copy: its cells are new, its
-parameters are the caller's own unless a cell was exchanged.
+A copy is structural: its cells are new, its parameters are the caller's own unless a cell was exchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ from mindspore import mint, nn
 from gs_dist.errors import UserError
 from gs_dist.ptq.cells import LinearForm, linear_form
 
-__all__ = ["NetworkLayer", "copy_network", "display_name", "find_layers", "find_linears", "is_linear"]
+__all__ = [
+    "NetworkLayer",
+    "copy_network",
+    "display_name",
+    "exchange_cells",
+    "find_layers",
+    "find_linears",
+    "is_linear",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +103,42 @@ def copy_network(network: Any, exchanged: Mapping[str, Any] | None = None, *, sh
             f"{type(network).__name__} cannot be copied ({error}): keep what copy.deepcopy does not take, such as open "
             "files and locks, out of its attributes"
         ) from error
+
+
+def exchange_cells(network: Any, exchanged: Mapping[str, Any]) -> None:
+    """Replaces the cells named in `exchanged` within the network itself.
+
+    Children, and entries of lists, tuples and dicts that cells have as attributes, are replaced wherever they occur.
+    References that a Python closure or the caller holds cannot be seen.
+
+    Args:
+        network: any Cell; changed.
+        exchanged: full dotted name to the cell that takes its place.
+
+    Raises:
+        UserError: the network itself is to be replaced, which only a copy can do.
+    """
+    if "" in exchanged:
+        raise UserError(
+            f"{type(network).__name__} is itself the linear, and a network cannot take its own place: put it into a "
+            "cell, or use gs_dist.ptq, whose apply returns a new network"
+        )
+    cells = dict(network.cells_and_names())
+    replacements = {id(cells[name]): cell for name, cell in exchanged.items()}
+    for holder in cells.values():
+        for name, child in holder._cells.items():
+            if id(child) in replacements:
+                holder._cells[name] = replacements[id(child)]
+        for name, value in list(vars(holder).items()):
+            replaced = value if name.startswith("_") else _with_replaced(value, replacements)
+            if replaced is not value:
+                object.__setattr__(holder, name, replaced)  # MindSpore's own would take a list of cells apart
+
+
+def _with_replaced(value: Any, replacements: Mapping[int, Any]) -> Any:
+    """A list, tuple or dict of an attribute with its cells replaced; anything else as it is."""
+    if type(value) in (list, tuple) and any(id(entry) in replacements for entry in value):
+        return type(value)(replacements.get(id(entry), entry) for entry in value)
+    if type(value) is dict and any(id(entry) in replacements for entry in value.values()):
+        return {key: replacements.get(id(entry), entry) for key, entry in value.items()}
+    return replacements.get(id(value), value)

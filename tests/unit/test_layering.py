@@ -32,6 +32,7 @@ ALLOWED = {
     "data": {"words", "recipe", "data"},
     "calibration": PLAIN | {"solvers", "checkpoint", "data", "calibration"},
     "ptq": PLAIN | {"solvers", "checkpoint", "data", "calibration", "ptq"},
+    "golden_stick": PLAIN | {"ptq", "golden_stick"},
     "conversion": PLAIN | {"planning", "solvers", "checkpoint", "conversion"},
     "runtime": PLAIN | {"planning", "solvers", "checkpoint", "data", "calibration", "conversion", "report", "runtime"},
     "terminal": PLAIN | {"planning", "checkpoint", "data", "ptq", "conversion", "report", "runtime", "terminal"},
