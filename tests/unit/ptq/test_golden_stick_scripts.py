@@ -230,6 +230,8 @@ def test_saved_directory_is_what_a_job_publishes(propagation: str, tmp_path: Pat
         for name, array in theirs.items():
             if array.dtype.kind == "f":
                 np.testing.assert_allclose(mine[name], array, rtol=2e-3, err_msg=name)
+            elif name.endswith("quant_bias"):  # zero point times sum of codes
+                assert np.abs(mine[name] - array).max() <= 2 * 128, name
             else:
                 assert np.mean(mine[name] != array) < 0.01, name
 
