@@ -208,9 +208,9 @@ def _cells(network: CausalDecoder, task: _Task, layer: QuantizedLayer) -> dict[s
     """What takes the place of the layer's cells: quantised linears, the cache, and floats that were folded into."""
     cells = dict(network.cells_and_names())
     found: dict[str, Any] = {}
-    for name, quantised in layer.linears.items():
+    for name, quantized in layer.linears.items():
         form = linear_form(task.prefix + name, cells[task.prefix + name])
-        found[task.prefix + name] = FakeQuantDense(form, strategy(quantised.policy), quantised)
+        found[task.prefix + name] = FakeQuantDense(form, strategy(quantized.policy), quantized)
     if task.cache is not None:
         full = task.prefix + _CACHE
         cache = QuantKVCache(full, cells[full].channels, task.cache)

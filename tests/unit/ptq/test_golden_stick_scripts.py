@@ -183,25 +183,25 @@ def test_three_calls_make_a_directory_that_engines_load(fields: dict[str, Any], 
         "calibrate", str(calibration_file(tmp_path)), "train", 1, 64, 16, tokenizer, 0, 1, False, n_samples=8
     )
     assert len(rows) == 8
-    quantised = AutoQuantForCausalLM.from_pretrained(model)
-    quantised.calibrate(PTQConfig(opname_blacklist=["lm_head"], **fields), OrderedDict(), datasets=rows)
-    out = Path(quantised.save_quantized(tmp_path / "out" / "model", backend=BackendTarget.ASCEND, format=format))
+    quantized = AutoQuantForCausalLM.from_pretrained(model)
+    quantized.calibrate(PTQConfig(opname_blacklist=["lm_head"], **fields), OrderedDict(), datasets=rows)
+    out = Path(quantized.save_quantized(tmp_path / "out" / "model", backend=BackendTarget.ASCEND, format=format))
     assert check(out).clean
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
     ids = rows[0]["input_ids"]
-    logits = quantised.network(ms.Tensor(ids)).asnumpy()
+    logits = quantized.network(ms.Tensor(ids)).asnumpy()
     loaded = deployed(out, fields)
     cells = dict(loaded.cells_and_names())
-    quantised_cells = [cell for cell in quantised.network.cells_and_names() if hasattr(cell[1], "quantised")]
-    assert len(quantised_cells) == 14
-    for name, cell in quantised_cells:
+    quantized_cells = [cell for cell in quantized.network.cells_and_names() if hasattr(cell[1], "quantized")]
+    assert len(quantized_cells) == 14
+    for name, cell in quantized_cells:
         np.testing.assert_array_equal(cells[name].float_weight().asnumpy(), cell.weight.asnumpy(), err_msg=name)
         if cell.input_scale is not None:  # which the formats round to half precision
             np.testing.assert_allclose(cells[name].input_scale.asnumpy(), cell.input_scale.asnumpy(), rtol=2**-8)
     difference = loaded(ms.Tensor(ids)).asnumpy() - logits
     assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(logits)
     with pytest.raises(OutputError, match="in use"):
-        quantised.save_quantized(out, format=format)
+        quantized.save_quantized(out, format=format)
 
 
 def deployed(model: Path, fields: dict[str, Any]) -> Any:
