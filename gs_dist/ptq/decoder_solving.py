@@ -25,12 +25,19 @@ from gs_dist.ptq.decoder import CausalDecoder, SolvedLayers
 from gs_dist.ptq.kv_cache import QuantKVCache
 from gs_dist.ptq.network_helper import NetworkHelper
 from gs_dist.ptq.observed_network import ObservedNetwork
-from gs_dist.ptq.solving import CHEAP, STATISTICS_BYTES, Propagation, observe, solve_network, statistics_bytes
+from gs_dist.ptq.solving import (
+    CHEAP,
+    STATISTICS_BYTES,
+    Propagation,
+    observe,
+    solve_and_warn,
+    solve_network,
+    statistics_bytes,
+)
 from gs_dist.ptq.structure import copy_network
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
 from gs_dist.results.quantized import QuantizedLayer
-from gs_dist.solvers.blas import one_thread
-from gs_dist.solvers.layer import LayerProblem, solve_layer
+from gs_dist.solvers.layer import LayerProblem
 from gs_dist.solvers.strategy import strategy
 
 __all__ = ["SolvedDecoder", "solve_decoder"]
@@ -190,8 +197,7 @@ def _solve(network: CausalDecoder, task: _Task, statistics: LayerStatistics) -> 
         scale_dtype=architecture.dtype,
         divides_inputs=False,
     )
-    with one_thread():  # on several BLAS sums in another order
-        return solve_layer(problem)
+    return solve_and_warn(problem)
 
 
 def _tensors(network: CausalDecoder, prefix: str) -> dict[str, npt.NDArray[Any]]:

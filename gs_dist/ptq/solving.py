@@ -20,14 +20,14 @@ from gs_dist.ptq.observed_network import ObservedNetwork
 from gs_dist.ptq.structure import NetworkLayer, copy_network, display_name, find_linears
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
-from gs_dist.results.quantized import QuantizedKVCache
+from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer
 from gs_dist.solvers.blas import one_thread
 from gs_dist.solvers.kv_cache import cache_scale
 from gs_dist.solvers.layer import LayerProblem, above_ceilings, solve_layer
 from gs_dist.solvers.strategy import strategy
 from gs_dist.wording import printable
 
-__all__ = ["CHEAP", "STATISTICS_BYTES", "Propagation", "observe", "solve_network", "statistics_bytes"]
+__all__ = ["CHEAP", "STATISTICS_BYTES", "Propagation", "observe", "solve_and_warn", "solve_network", "statistics_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -209,19 +209,25 @@ def _solve_linears(
             policies={form.name: policies[form.name] for form in alike},
             scale_dtype=dtype,
         )
-        with one_thread():  # on several BLAS sums in another order
-            layer = solve_layer(problem)
-        for name, why in above_ceilings(layer.rows, _MOST_LOST, _MOST_LOST_BY_TOKEN).items():
-            logger.warning(
-                "%s is destroyed by rounding: %s, from which a job would refuse it; give it another config in "
-                "layer_policies, or None",
-                printable(display_name(name)),
-                why,
-            )
+        layer = solve_and_warn(problem)
         for form in alike:
             quantized = layer.linears[form.name]
             solved[form.name] = FakeQuantDense(form, strategy(quantized.policy), quantized)
     return solved
+
+
+def solve_and_warn(problem: LayerProblem) -> QuantizedLayer:
+    """The layer quantised, with a warning of each linear that a job would refuse by default."""
+    with one_thread():  # on several BLAS sums in another order
+        layer = solve_layer(problem)
+    for name, why in above_ceilings(layer.rows, _MOST_LOST, _MOST_LOST_BY_TOKEN).items():
+        logger.warning(
+            "%s is destroyed by rounding: %s, from which a job would refuse it; give it another config in "
+            "layer_policies, or None",
+            printable(display_name(name)),
+            why,
+        )
+    return layer
 
 
 def _cache_names(caches: Sequence[str]) -> list[str]:
