@@ -10,19 +10,18 @@ from gs_dist.checkpoint.finished_model import unjudged
 from gs_dist.checkpoint.kept_statistics import StatisticsOrigin, holds_statistics, remove_statistics, write_origin
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.model_card import CARD, write_model_card
-from gs_dist.checkpoint.output_lock import REPORT
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.checkpoint.writer import write_bytes
 from gs_dist.errors import RefusedError
 from gs_dist.progress import Progress
-from gs_dist.recipe.config import CalibrationConfig, published_recipe
+from gs_dist.recipe.config import published_recipe
 from gs_dist.recipe.text import PUBLISHED_RECIPE
-from gs_dist.report.page import render_report
 from gs_dist.results.summary import CalibrationSummary, write_summary
 from gs_dist.runtime.account import as_told_before, summarize, versions
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
+from gs_dist.runtime.report_file import publish_report
 from gs_dist.runtime.software import Software
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.seal import sealed_text
@@ -103,28 +102,18 @@ def _judged(
         summary, recipe = as_told_before(run.path, summary, config, progress.message)
     write_bytes(run.path / PUBLISHED_RECIPE, sealed_text(published_recipe(recipe)).encode())
     write_summary(run.path, summary)  # of use where the probe fails, too
-    _report(run, summary, recipe, progress)
+    publish_report(run.path, summary, recipe, progress.message)
     _settle_statistics(job, run, finished, progress)
     if probe is not None:
         for name in config.dialects:  # cards of a model that is not judged yet
             (unjudged(run.path, name) / CARD).unlink(missing_ok=True)
         summary = probe.run(summary, make_evaluation_group, progress)
         write_summary(run.path, summary)
-        _report(run, summary, recipe, progress)
+        publish_report(run.path, summary, recipe, progress.message)
     for name in config.dialects:
         write_model_card(unjudged(run.path, name), recipe, summary, reader.architecture)
     run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.dialects)})
     return summary
-
-
-def _report(run: RunDirectory, summary: CalibrationSummary, recipe: CalibrationConfig, progress: Progress) -> None:
-    """Writes report.html. It is drawn by foreign code, and no fault of a picture is worth a model."""
-    try:
-        page = render_report(summary, recipe)
-    except Exception as error:
-        progress.message(f"{REPORT} was not made ({type(error).__name__}: {error}); `gs-dist report` tries again")
-    else:
-        write_bytes(run.path / REPORT, page.encode())
 
 
 def _settle_statistics(job: Job, run: RunDirectory, finished: Mapping[int, LayerManifest], progress: Progress) -> None:

@@ -138,6 +138,8 @@ def convert_as_told(
     made = _show_plan(config, console)
     if dry_run:
         return
+    from gs_dist.runtime.report_file import publish_report  # draws, which nothing before needs
+
     with show_progress() as progress:
         if address is None:
             found = convert(made, progress)
@@ -149,6 +151,8 @@ def convert_as_told(
                 address=address, workers=workers, memory_per_worker=made.memory_per_worker, tell=progress.message
             )
             found = convert(made, progress, pool)
-    print_summary(console, read_summary(Path(config.output)))
+        summary = read_summary(Path(config.output))
+        publish_report(Path(config.output), summary, None, progress.message)
+    print_summary(console, summary)
     for path in found.values():
         console.print(f"model: {path}", markup=False, highlight=False, soft_wrap=True)
