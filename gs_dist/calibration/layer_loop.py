@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +26,7 @@ from gs_dist.model.statistics import (
 )
 from gs_dist.model.token_sample import token_ids
 from gs_dist.solvers.blas import one_thread
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["LayerLoop", "ObservableLayer", "Watch"]
 
@@ -75,7 +75,7 @@ class LayerLoop:
         channels: likewise the channels of each input.
         blocks: bounds of the reduction blocks, as `statistics.block_bounds` gives them.
         observer: makes the observer of an input; the host's by default.
-        num_threads: how many inputs are observed at a time.
+        threads: share the inputs that are observed, and what observers share of an input's work.
         watch: told of each observed layer its index, the micro-batch's, hidden states before and behind it, what was
             captured, and the mask; it refuses what it must.
     """
@@ -88,7 +88,7 @@ class LayerLoop:
         channels: Mapping[int, Mapping[str, int]],
         blocks: Sequence[tuple[int, int]],
         observer: Callable[[int, StatisticsSettings], InputObserver] = HostObserver,
-        num_threads: int = 1,
+        threads: Threads = ONE_THREAD,
         watch: Watch | None = None,
     ) -> None:
         self._watch = watch
@@ -104,7 +104,7 @@ class LayerLoop:
             for index, inputs in settings.items()
         }
         self._block: int | None = None
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._threads = threads
 
     def run(self, micro_batch: int, state: Any, mask: npt.NDArray[np.bool_] | None = None) -> Any:
         """Runs one micro-batch through all layers; micro-batches of one loop come in ascending order.
@@ -145,11 +145,7 @@ class LayerLoop:
             observer.observe(activation, mask, token_ids(micro_batch, num_tokens))
 
         with one_thread():
-            if self._pool is None:
-                for pair in shown:
-                    observe(pair)
-            else:
-                list(self._pool.map(observe, shown))
+            self._threads.map(observe, shown)
 
     def _enter_block(self, micro_batch: int) -> None:
         block = next(i for i, (start, stop) in enumerate(self._blocks) if start <= micro_batch < stop)

@@ -15,9 +15,9 @@ import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 from mindspore import mint, ops
-from scipy.linalg.blas import ssyrk
 from scipy.sparse import csr_matrix
 
+from gs_dist.calibration.gram_sums import GramSums
 from gs_dist.model.sketch import Sketch, rows_and_signs
 from gs_dist.model.statistics import (
     HISTOGRAM_BINS,
@@ -29,6 +29,7 @@ from gs_dist.model.statistics import (
 )
 from gs_dist.model.token_sample import SAMPLE_TOKENS, merge_samples, token_keys
 from gs_dist.solvers.blas import one_thread
+from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = ["MIN_EXPERT_TOKENS", "CardObserver", "ExpertObserver", "HostObserver", "InputObserver", "observe"]
 
@@ -42,7 +43,6 @@ _LOWER_BITS = 21  # of a float32: the mantissa without its upper two bits, log2 
 _FIRST_QUARTER = (_FLOAT32_EXPONENT_BIAS + HISTOGRAM_MIN_EXPONENT) * HISTOGRAM_BINS_PER_OCTAVE
 _END_QUARTER = _FIRST_QUARTER + HISTOGRAM_BINS
 _TOKENS_AT_ONCE, _CHANNELS_AT_ONCE = 32, 32  # what is made of so many stays in cache
-_MIRROR_TILE = 2048  # columns mirrored at a time, so that the copy stays in cache
 
 
 class InputObserver(Protocol):
@@ -64,12 +64,17 @@ class InputObserver(Protocol):
 class HostObserver:
     """Statistics by NumPy and BLAS, for activations in host memory.
 
-    The Gram matrix is a symmetric rank-k update in place: half the work of a product, and no copy of a
-    matrix that has gigabytes at 28672 channels. The caller holds BLAS to one thread
-    (`blas.one_thread`), since OpenBLAS sums in another order on two.
+    The Gram matrix is summed in place: no copy of a matrix that has gigabytes at 28672 channels. The caller holds
+    BLAS to one thread (`blas.one_thread`), since OpenBLAS sums in another order on two.
+
+    Args:
+        channels: of the activation.
+        settings: what is taken of it.
+        threads: share the Gram matrix's work, with the same bytes at any number.
     """
 
-    def __init__(self, channels: int, settings: StatisticsSettings) -> None:
+    def __init__(self, channels: int, settings: StatisticsSettings, *, threads: Threads = ONE_THREAD) -> None:
+        self._threads = threads
         self._channels = channels
         self._settings = settings
         self._places = _Places()
@@ -86,9 +91,9 @@ class HostObserver:
         self._sum_squares = np.zeros(channels, dtype=np.float64)
         plain, weighted = settings.gram, settings.weighted_gram
         sketched = settings.sketches(channels)
-        self._gram = _square(channels) if plain and not sketched else None
-        self._weighted_gram = _square(channels) if weighted and not sketched else None
-        self._blended_gram = _square(channels) if settings.blended_gram else None
+        self._gram = GramSums(channels) if plain and not sketched else None
+        self._weighted_gram = GramSums(channels) if weighted and not sketched else None
+        self._blended_gram = GramSums(channels) if settings.blended_gram else None
         self._sketch = _SketchSums(settings.sketch_rows, channels) if plain and sketched else None
         self._weighted_sketch = _SketchSums(settings.sketch_rows, channels) if weighted and sketched else None
         self._histogram = np.zeros((channels, 2, HISTOGRAM_BINS), np.int32) if settings.histogram else None
@@ -116,12 +121,11 @@ class HostObserver:
         if self._histogram is not None:
             self._histogram += _count_magnitudes(tokens)
         if self._gram is not None:
-            self._gram = ssyrk(1.0, tokens.T, beta=1.0, c=self._gram, overwrite_c=1)
+            self._gram.add(tokens, self._threads)
         if self._weighted_gram is not None:
-            self._weighted_gram = _add_weighted(self._weighted_gram, tokens, _token_weights(energy))
+            self._weighted_gram.add(_weighted(tokens, _token_weights(energy)), self._threads)
         if self._blended_gram is not None:
-            weights = blended_weights(energy, samples)
-            self._blended_gram = _add_weighted(self._blended_gram, tokens, weights)
+            self._blended_gram.add(_weighted(tokens, blended_weights(energy, samples)), self._threads)
         if self._sketch is not None:
             self._sketch.add(tokens, places, np.ones(len(tokens)))
         if self._weighted_sketch is not None:
@@ -155,13 +159,13 @@ class HostObserver:
             maximum=self._maximum,
             sum_abs=self._sum_abs,
             sum_squares=self._sum_squares,
-            gram=_mirror(self._gram),
-            weighted_gram=_mirror(self._weighted_gram),
+            gram=None if self._gram is None else self._gram.taken(),
+            weighted_gram=None if self._weighted_gram is None else self._weighted_gram.taken(),
             histogram=self._histogram,
             **_taken(self._sampler),
             sketch=None if self._sketch is None else self._sketch.taken(),
             weighted_sketch=None if self._weighted_sketch is None else self._weighted_sketch.taken(),
-            blended_gram=_mirror(self._blended_gram),
+            blended_gram=None if self._blended_gram is None else self._blended_gram.taken(),
         )
         self._allocated = False
         del self._gram, self._weighted_gram, self._blended_gram, self._sketch, self._weighted_sketch
@@ -243,34 +247,14 @@ def _samples_of(shape: tuple[int, ...]) -> Array:
     return np.repeat(np.arange(math.prod(shape[:-2]) if len(shape) > 2 else 1), shape[-2])
 
 
-def _square(channels: int) -> Array:
-    """Column-major, as BLAS updates it without a copy; symmetric once mirrored, so order is no matter."""
-    return np.zeros((channels, channels), np.float32, order="F")
-
-
 def _token_weights(energy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """1 / x.x of each token, 0 where it has no energy."""
     return np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
 
 
-def _add_weighted(gram: Array, tokens: Array, weights: npt.NDArray[np.float64]) -> Array:
-    """`gram` plus the sum of w x xT, in place."""
-    weighted = tokens * np.sqrt(weights).astype(np.float32)[:, None]
-    return np.asarray(ssyrk(1.0, weighted.T, beta=1.0, c=gram, overwrite_c=1))
-
-
-def _mirror(upper: Array | None) -> Array | None:
-    """Fills the lower triangle from the upper one, in place."""
-    if upper is None:
-        return None
-    size = upper.shape[0]
-    for start in range(0, size, _MIRROR_TILE):
-        stop = min(start + _MIRROR_TILE, size)
-        tile = upper[start:stop, start:stop]
-        tile[...] = np.triu(tile) + np.triu(tile, 1).T
-        upper[stop:, start:stop] = upper[start:stop, stop:].T
-    # Symmetric, so the transpose is the same matrix in row-major order.
-    return upper.T
+def _weighted(tokens: Array, weights: npt.NDArray[np.float64]) -> Array:
+    """Tokens whose Gram matrix is the sum of w x xT."""
+    return np.asarray(tokens * np.sqrt(weights).astype(np.float32)[:, None])
 
 
 def _count_magnitudes(tokens: Array) -> Array:

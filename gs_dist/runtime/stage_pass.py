@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gs_dist.runtime.job import Job
 from gs_dist.runtime.layer_statistics import Mask, MergedStatistics, Origin, Payload, write_kept
 from gs_dist.runtime.partial_sums import PartialSums, check_partial_sums
 from gs_dist.runtime.schedule import StageWave
+from gs_dist.solvers.threads import Threads
 
 __all__ = ["StagePass"]
 
@@ -48,6 +50,7 @@ class StagePass:
         self._device = device
         self._reader = reader
         self._network = DecoderNetwork(reader.architecture, device)
+        self._threads = Threads(job.plan.threads_per_worker)
         self._layers: dict[tuple[int, bool], DecoderLayer] = {}
         self._outer: Any = None
         self._store = ActivationStore()
@@ -138,8 +141,8 @@ class StagePass:
             settings={index: plan.layer_settings(index) for index in wave.observed if index in layers},
             channels={index: self._reader.architecture.layers[index].channels for index in wave.observed},
             blocks=plan.blocks,
-            observer=HostObserver if self._device.kind.on_host else CardObserver,
-            num_threads=plan.threads_per_worker,
+            observer=partial(HostObserver, threads=self._threads) if self._device.kind.on_host else CardObserver,
+            threads=self._threads,
             watch=self._watch_float16 if self._reader.architecture.dtype == "float16" else None,
         )
 
