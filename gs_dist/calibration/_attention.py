@@ -16,7 +16,7 @@ from gs_dist.calibration._operations import (
     round_input,
 )
 
-__all__ = ["GroupedQueryForm", "LatentForm", "attention_block"]
+__all__ = ["GroupedQueryForm", "LatentForm", "attention_block", "mixed_in", "projected"]
 
 
 class GroupedQueryForm(NamedTuple):
@@ -92,8 +92,22 @@ def _grouped_query(
     hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, norm_after: bool, form: Any
 ) -> Any:
     static = GroupedQueryForm(*form)
-    size, epsilon, schemes, kv_schemes = static.head_dim, static.epsilon, static.schemes, static.kv_schemes
-    linears, own_norms, inputs, cache = weights
+    cache = weights[3]
+    attention_input, query, key, value = projected(hidden, weights, norm, rotary, norm_after, form)
+    cached_key = round_cache(key, static.kv_schemes[0], cache[0])
+    cached_value = round_cache(value, static.kv_schemes[1], cache[1])
+    attention_output = attend(
+        query, cached_key, cached_value, mask, tokens, static.num_kv_heads, static.block, static.window
+    )
+    hidden = mixed_in(hidden, attention_output, weights, norm, norm_after, form)
+    return hidden, attention_input, attention_output, key, value
+
+
+def projected(hidden: Tensor, weights: Any, norm: Any, rotary: Any, norm_after: bool, form: Any) -> Any:
+    """Input of a grouped-query attention, and its queries, keys (both turned) and values, before the cache rounds."""
+    static = GroupedQueryForm(*form)
+    size, epsilon, schemes = static.head_dim, static.epsilon, static.schemes
+    linears, own_norms, inputs, _ = weights
     attention_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
     query = linear(round_input(attention_input, schemes[0], inputs, 0), linears[0])
     key = linear(round_input(attention_input, schemes[1], inputs, 1), linears[1])
@@ -106,14 +120,15 @@ def _grouped_query(
         key = norm_of(key, own_norms[1], epsilon)
     query = rotate(query, rotary[0], rotary[1], size, static.turning)
     key = rotate(key, rotary[2], rotary[3], size, static.turning)
-    cached_key = round_cache(key, kv_schemes[0], cache[0])
-    cached_value = round_cache(value, kv_schemes[1], cache[1])
-    attention_output = attend(
-        query, cached_key, cached_value, mask, tokens, static.num_kv_heads, static.block, static.window
-    )
-    added = linear(round_input(attention_output, schemes[3], inputs, 3), linears[3])
-    hidden = hidden + (norm_of(added, norm, epsilon) if norm_after else added)
-    return hidden, attention_input, attention_output, key, value
+    return attention_input, query, key, value
+
+
+def mixed_in(hidden: Tensor, attended: Tensor, weights: Any, norm: Any, norm_after: bool, form: Any) -> Any:
+    """Hidden states after the output linear of a grouped-query attention that gave `attended`."""
+    static = GroupedQueryForm(*form)
+    linears, _, inputs, _ = weights
+    added = linear(round_input(attended, static.schemes[3], inputs, 3), linears[3])
+    return hidden + (norm_of(added, norm, static.epsilon) if norm_after else added)
 
 
 def _latent(

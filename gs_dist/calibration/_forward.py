@@ -14,10 +14,10 @@ from mindspore import Tensor, ops
 from gs_dist.calibration._attention import attention_block
 from gs_dist.calibration._operations import linear, norm_of, normalize, round_input
 
-__all__ = ["dense_forward", "divergence", "head_logits", "negative_log_likelihood"]
+__all__ = ["dense_forward", "divergence", "gated_mlp", "head_logits", "negative_log_likelihood"]
 
 
-def _gated_mlp(hidden: Tensor, weights: Any, norm: Any, norm_after: bool, epsilon: float, schemes: Any) -> Any:
+def gated_mlp(hidden: Tensor, weights: Any, norm: Any, norm_after: bool, epsilon: float, schemes: Any) -> Any:
     """Gated mlp on the hidden states (b * t, h): those after it, its input, and that of its last linear."""
     linears, inputs = weights
     mlp_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
@@ -53,7 +53,7 @@ def dense_forward(
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
     attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], norm_after, kind, attention_form)
-    ended = _gated_mlp(attended[0], mlp, norms[1], norm_after, epsilon, mlp_schemes)
+    ended = gated_mlp(attended[0], mlp, norms[1], norm_after, epsilon, mlp_schemes)
     output = ops.reshape(ended[0], (*samples, -1))
     if capture:
         seen = [output]

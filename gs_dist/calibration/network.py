@@ -34,7 +34,7 @@ from gs_dist.model.rotary import Rotary
 from gs_dist.numbers.token_step import TokenStep
 from gs_dist.results.quantized import QuantizedLayer, QuantizedLinear
 
-__all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "RoutedActivation", "rotary_tables"]
+__all__ = ["DecoderNetwork", "LayerWeights", "OuterWeights", "RoutedActivation", "attention_form", "rotary_tables"]
 
 Array = npt.NDArray[Any]
 
@@ -201,7 +201,7 @@ class DecoderNetwork:
         spec = weights.spec
         rotary, mask, block, window = self._table(hidden.shape[1], spec.attention)
         epsilon = self.architecture.rms_norm_eps
-        attention = _attention_form(weights, epsilon, block, window)
+        attention = attention_form(weights, epsilon, block, window)
         if isinstance(spec.mlp, MixtureOfExperts):
             routed = (_routing_form(spec.mlp.routing), epsilon, spec.attention.kind, attention)
             return self._forward_experts(weights, hidden, (rotary, mask, routed), capture, seen)
@@ -425,7 +425,7 @@ def _predicting(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return counted
 
 
-def _attention_form(weights: LayerWeights, epsilon: float, block: int, window: int) -> tuple[Any, ...]:
+def attention_form(weights: LayerWeights, epsilon: float, block: int, window: int) -> tuple[Any, ...]:
     """The fields of the form of the layer's kind of attention."""
     attention = weights.spec.attention
     if isinstance(attention, LatentAttention):

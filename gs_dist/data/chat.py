@@ -111,15 +111,15 @@ class ChatTemplate:
             found = _read_json(directory / name).get("chat_template")
         return cls(found, name, special) if isinstance(found, str) and found else None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a chat, nothing asked for behind it.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = False) -> str:
+        """The text of a chat; with `ask` it ends where the assistant is to speak.
 
         Raises:
             ValueError: the template refuses it, with what it says.
         """
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._special_tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
         except Exception as error:  # a template's own arithmetic and look-ups raise anything
             raise ValueError(f"{self._name} refuses the chat: {type(error).__name__}: {error}") from None

@@ -50,6 +50,10 @@ class TextTokenizer:
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [np.asarray(text.ids, np.int64) for text in encoded]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def token(self, index: int) -> str:
         """The token of an id, for messages."""
         return self._tokenizer.id_to_token(index) or "unknown"

@@ -1,4 +1,5 @@
-"""The command line: `gs-dist plan`, `recipe`, `quantize`, `convert`, `resolve`, `summary`, `evaluate`, `check`.
+"""The command line: `gs-dist plan`, `recipe`, `quantize`, `convert`, `resolve`, `summary`, `evaluate`,
+`generate`, `check`.
 
 Ray and MindSpore are imported inside the commands that need them, so that the others start at once.
 Exit codes: 0 done, 2 something of the user's must be changed, 1 the run failed.
@@ -43,6 +44,7 @@ from gs_dist.results.summary import (
     write_summary,
 )
 from gs_dist.terminal.console import PrintableConsole, say, show_progress, showing
+from gs_dist.terminal.continuations import continuations_json, print_continuations
 from gs_dist.terminal.conversion import asks_for_conversion, convert_as_told, published_texts, read_conversion
 from gs_dist.terminal.following import follow, status_json, status_line, status_of
 from gs_dist.terminal.initial_recipe import initial_recipe
@@ -767,6 +769,51 @@ def _record_perplexity(directory: Path, found: Sequence[PerplexitySummary]) -> N
         else:
             texts = card_texts(read_published_recipe(recipe), measured, architecture)
         write_card(run / name, texts, measured, architecture)
+
+
+@app.command(
+    epilog=examples(
+        "gs-dist generate runs/qwen3-w8a8 --model models/Qwen3-8B 'What is the capital of France?'",
+        "gs-dist generate runs/qwen3-w8a8/ascend --no-chat --max-new-tokens 200 'It is a truth'",
+    )
+)
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to answer or to continue.")],
+    *,
+    model: Annotated[Path | None, typer.Option(help="The float model, to show beside it.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="Format to run, all of the job's if left out; repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Put the prompt through the model's chat template; yes, if the model has one."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print texts and tokens as JSON.")] = False,
+) -> None:
+    """Show what a published model answers, and with --model what the float one answers beside it.
+
+    Each token is the likeliest one. The model runs in this process and must fit into its memory.
+    """
+    from gs_dist.runtime import generate as runtime  # imports MindSpore
+
+    with show_progress(quiet=_QUIET.get()) as progress:
+        found = runtime.generate(
+            str(directory),
+            prompts,
+            model=None if model is None else str(model),
+            dialects=tuple(format or ()),
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            progress=progress,
+        )
+    if json:
+        say(continuations_json(prompts, found), nl=False)
+    else:
+        print_continuations(_console(), prompts, found)
 
 
 @app.command(
