@@ -21,7 +21,7 @@ from gs_dist.recipe.dialects import DIALECTS
 __all__ = ["check_scale_biases", "described_layout", "told_by_description"]
 
 _DESCRIPTION = DIALECTS["ascend"].describing_file
-_TOLD_BY_ARCHITECTURE = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", "C8")
+_TOLD_BY_ARCHITECTURE = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A8_DYNAMIC", "C8")
 _FP8 = "float8_e4m3fn"
 _MX_BLOCK = 32
 _SHARES = 16  # columns of scale_bias where inputs are spread over ranks (w4a8.py, get_dynamic_quant_param_modelslim)

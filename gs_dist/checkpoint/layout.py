@@ -20,6 +20,7 @@ from gs_dist.recipe.dialects import DIALECTS, description_files
 
 __all__ = [
     "FLOAT_NAMES",
+    "STATIC_KINDS",
     "DialectLayout",
     "Expectation",
     "Layout",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 FLOAT_NAMES = tuple(FLOATS)
+STATIC_KINDS = ("W8A8", "W8A8_MIX")
+"""Kinds of linears with a static scale of their inputs, and what a kernel takes in its place."""
 _CACHE = "C8"  # label of scales of an int8 KV cache
 _FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 

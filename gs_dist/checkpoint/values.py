@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.finite import not_finite
 from gs_dist.checkpoint.inventory import Inventory
-from gs_dist.checkpoint.layout import Expectation, Layout
+from gs_dist.checkpoint.layout import STATIC_KINDS, Expectation, Layout
 from gs_dist.recipe.dialects import DIALECTS
 
 __all__ = ["check_static_linears", "check_tensors"]
@@ -232,7 +232,7 @@ def check_static_linears(inventory: Inventory, layout: Layout, sound: set[str], 
     """
     for name, kind in layout.kinds.items():
         leaves = [f"{name}.{leaf}" for leaf in ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias")]
-        if kind != "W8A8" or not sound.issuperset(leaves):
+        if kind not in STATIC_KINDS or not sound.issuperset(leaves):
             continue
         deq_scale = _deq_scale(inventory, name)
         scale = inventory.read(name + ".input_scale").astype(np.float64)

@@ -52,8 +52,9 @@ class QuantPolicy(BaseModel):
     """KV cache: int8, or null."""
     weight_quant_granularity: Literal["per_channel", "per_group"] = "per_channel"
     """A scale for each output channel, or for each group of input channels."""
-    act_quant_granularity: Literal["per_tensor", "per_token"] = "per_tensor"
-    """One static scale from calibration, or one for each token, taken while serving."""
+    act_quant_granularity: Literal["per_tensor", "per_token", "pd_mix"] = "per_tensor"
+    """One static scale from calibration, or one for each token, taken while serving. pd_mix has both: vLLM-Ascend's
+    W8A8_MIX takes a scale for each token while it prefills, and the static one on nodes that decode only."""
     kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
     """Static scales for each channel; per_token leaves nothing to publish and exists in gs_dist.ptq alone."""
     group_size: int = 0
@@ -191,8 +192,13 @@ class QuantPolicy(BaseModel):
 
     @property
     def is_static(self) -> bool:
-        """Whether activations are quantised with one scale found by calibration."""
-        return self.act_quant_dtype is not None and self.act_quant_granularity == "per_tensor"
+        """Whether activations are quantised with one scale found by calibration, be it while decoding alone."""
+        return self.act_quant_dtype is not None and self.act_quant_granularity != "per_token"
+
+    @property
+    def mixes_phases(self) -> bool:
+        """Whether prefilling takes a scale for each token, and decoding the static one."""
+        return self.act_quant_dtype is not None and self.act_quant_granularity == "pd_mix"
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> QuantPolicy:
@@ -215,8 +221,14 @@ def _contradictions(policy: QuantPolicy) -> Iterator[Contradiction]:
     if act is not None and weight is None:
         yield _either({"act_quant_dtype": act, "weight_quant_dtype": weight}, {"weight_quant_dtype": "int8"})
     for name, dtype in (("act_quant_dtype", act), ("weight_quant_dtype", weight)):
-        if act_per == "per_token" and dtype is None:
+        if act_per != "per_tensor" and dtype is None:
             yield _either({"act_quant_granularity": act_per, name: dtype}, {name: "int8"})
+    if act_per == "pd_mix" and policy.suppression.shifts:
+        yield Contradiction(
+            field="act_quant_granularity",
+            found="pd_mix prefills without the corrections that hold the shifts of outliers_suppression",
+            write=[{"act_quant_granularity": "per_tensor"}, {"outliers_suppression": "smooth"}],
+        )
     if w8a8 and weight_per != "per_channel":
         yield Contradiction(
             field="weight_quant_granularity",

@@ -8,7 +8,8 @@ here: operators of the card, as CANN's pages define them, and names of vLLM and 
 imported and not needed.
 
 A line holds the directory and its linears as the engine fuses them: kind, scheme class, parameters allocated and found,
-tensors left over, and what did not fit. Inputs and outputs of each go to OUTPUTS.npz, as `DIRECTORY NUMBER:linear:x`.
+tensors left over, and what did not fit. Inputs and outputs of each go to OUTPUTS.npz, as `DIRECTORY NUMBER:linear:x`,
+`:y` and, where a node that only decodes computes otherwise, `:decoded`.
 """
 
 from __future__ import annotations
@@ -340,6 +341,9 @@ def load(modules: Any, directory: Path, number: int, outputs: dict[str, Any]) ->
             x = torch.randn(5, width, generator=generator, dtype=torch.float32).to(dtype)
             y = scheme.apply(layer, x, bias)
             outputs[f"{number}:{prefix}:x"], outputs[f"{number}:{prefix}:y"] = x.float().numpy(), y.float().numpy()
+            if hasattr(layer, "is_kv_consumer"):  # set on nodes that only decode
+                layer.is_kv_consumer = True
+                outputs[f"{number}:{prefix}:decoded"] = scheme.apply(layer, x, bias).float().numpy()
     for layer_number in range(config["num_hidden_layers"]):
         found = load_cache(modules.cache, quantization, f"model.layers.{layer_number}.self_attn", tensors)
         linears += [] if found is None else [found]

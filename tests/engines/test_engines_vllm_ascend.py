@@ -32,6 +32,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"model_type": "qwen2", "dtype": "float16", "zero_point": 9},
     ),
     "W8A8, Outlier Suppression+": (dialects.W8A8_PLUS, {}),
+    "W8A8_MIX, llama": (dialects.W8A8_MIX, {}),
+    "W8A8_MIX, qwen2 (biases)": (dialects.W8A8_MIX, {"model_type": "qwen2"}),
     "W8A8_DYNAMIC, mistral": (dialects.W8A8_DYNAMIC, {"model_type": "mistral"}),
     "W8A8_DYNAMIC, qwen2 (biases)": (dialects.W8A8_DYNAMIC, {"model_type": "qwen2"}),
     "W8A16, qwen3": (dialects.W8A16, {"model_type": "qwen3"}),
@@ -96,11 +98,13 @@ def test_every_parameter_has_its_tensor_and_none_is_left_over(loaded: dict[str, 
     print("\n| scheme | parameters allocated | found | left over |\n|---|---|---|---|\n" + "\n".join(rows))
 
 
-def rounded(x: npt.NDArray[np.float64], linear: QuantizedLinear, dtype: Any) -> npt.NDArray[np.float64]:
+def rounded(
+    x: npt.NDArray[np.float64], linear: QuantizedLinear, dtype: Any, *, decodes: bool
+) -> npt.NDArray[np.float64]:
     """What the linear reads after the engine rounded it; a static scale's reciprocal has the served dtype."""
     if linear.policy.act_quant_dtype is None:
         return x
-    if linear.input_scale is None:
+    if linear.input_scale is None or (linear.policy.mixes_phases and not decodes):
         single = np.float32(x)
         steps = np.abs(single).max(axis=-1, keepdims=True) / np.float32(127)
         return np.asarray(np.rint(single / steps).astype(np.float64) * steps)
@@ -120,27 +124,28 @@ def test_it_computes_what_the_integers_stand_for(loaded: dict[str, Loaded]) -> N
     for name, found in loaded.items():
         stated = json.loads((found.directory / "config.json").read_text())["torch_dtype"]
         half, dtype = stated == "float16", DTYPES[stated]
-        for key in [key for key in found.outputs if key.endswith(":x")]:
-            prefix = key.removesuffix(":x")
+        for key in [key for key in found.outputs if not key.endswith(":x")]:
+            prefix, _, output = key.partition(":")
             parts = prefix.split(".")
             layer, inside = found.layers[int(parts[2])], ".".join(parts[3:-1])
             members = [layer.linears[f"{inside}.{member}"] for member in FUSED.get(parts[-1], (parts[-1],))]
-            x = found.outputs[key].astype(np.float64)
+            x = found.outputs[f"{prefix}:x"].astype(np.float64)
             expected = np.concatenate(
                 [
-                    rounded(x, linear, dtype) @ linear.dequantized().astype(np.float64).T
-                    + (0 if linear.bias is None else linear.bias)
-                    for linear in members
+                    rounded(x, m, dtype, decodes=output == "decoded") @ m.dequantized().astype(np.float64).T
+                    + (0 if m.bias is None else m.bias)
+                    for m in members
                 ],
                 axis=1,
             )
             steps = [np.ravel(m.scale * (m.input_scale or 0)) * (m.bias is not None) for m in members]
             slack = 2.0 ** (-10 if half else -7) * np.abs(expected) + 0.51 * np.concatenate(steps) + 2e-3
-            wrong = np.abs(found.outputs[f"{prefix}:y"] - expected) > slack
+            wrong = np.abs(found.outputs[key] - expected) > slack
             # A value on a rounding edge falls to either side by the last digit of a float32.
-            assert wrong.mean() < 0.01, (name, prefix, wrong.sum())
+            assert wrong.mean() < 0.01, (name, key, wrong.sum())
             compared += 1
-    assert compared == sum(4 * len(found.layers) for found in loaded.values())
+    outputs = {name: 1 + name.startswith("W8A8_MIX") for name in loaded}  # prefilled, and by a node that only decodes
+    assert compared == sum(4 * len(found.layers) * outputs[name] for name, found in loaded.items())
 
 
 def test_what_it_loads_passes_the_checker(loaded: dict[str, Loaded]) -> None:

@@ -21,6 +21,8 @@ from gs_dist.results.quantized import Float32, Int8, QuantizedLayer, QuantizedLi
 
 __all__ = [
     "FLOAT",
+    "MIX_REASON",
+    "STATIC_LABELS",
     "FUSED_LINEARS",
     "Array",
     "cast_scale",
@@ -43,6 +45,11 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
+MIX_REASON = (
+    "act_quant_granularity pd_mix is W8A8_MIX, which vLLM-Ascend alone serves: set format: [ascend], or per_tensor or "
+    "per_token"
+)
+
 FLOAT = "FLOAT"
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -50,9 +57,12 @@ FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
+STATIC_LABELS = ("W8A8", "W8A8_MIX")
+"""Those of linears with a static scale of their inputs."""
 _POLICIES: Mapping[str, Mapping[str, Any]] = {
     "W8A8": {"act_quant_dtype": "int8"},
     "W8A8_DYNAMIC": {"act_quant_dtype": "int8", "act_quant_granularity": "per_token"},
+    "W8A8_MIX": {"act_quant_dtype": "int8", "act_quant_granularity": "pd_mix"},
     "W8A16": {},
     "W4A16": {"weight_quant_dtype": "qint4x2"},
     "W4A8_DYNAMIC": {
@@ -66,13 +76,13 @@ _POLICIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def label_of(policy: QuantPolicy | None) -> str:
-    """The word that description files use: FLOAT, W8A8 (static), W8A8_DYNAMIC (per token), W8A16, W4A16 ..."""
+    """The word that description files use: FLOAT, W8A8 (static), W8A8_DYNAMIC (per token), W8A8_MIX, W8A16 ..."""
     if policy is None or not policy.quantizes_linear:
         return FLOAT
     weights = policy.weight_format.label
     if policy.act_quant_dtype is None:
         return f"{weights}A16"
-    return f"{weights}A8" + ("" if policy.is_static else "_DYNAMIC")
+    return f"{weights}A8" + ("_MIX" if policy.mixes_phases else "" if policy.is_static else "_DYNAMIC")
 
 
 def policy_of(label: str, group_size: int = 0, *, act_symmetric: bool = True) -> QuantPolicy:
@@ -191,7 +201,7 @@ def mixed_fusions(policies: Policies, architecture: DecoderArchitecture) -> dict
                 f"the engine fuses {short} into one linear, and they are {', '.join(labels)}: "
                 "let one entry of layer_policies (or of opname_blacklist) cover all of them"
             )
-        elif labels[0] == "W8A8" and len({input_settings(policy) for policy in found}) > 1:
+        elif labels[0] in STATIC_LABELS and len({input_settings(policy) for policy in found}) > 1:
             reason = (
                 f"the engine fuses {short} into one linear with one input scale: give them the same act_symmetric, "
                 "act_range, outliers_suppression and algo_args"

@@ -14,7 +14,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, s
 from gs_dist.checkpoint.engines.base import Engine, serve_command
 from gs_dist.checkpoint.engines.vllm_ascend_cache import CACHE_LOADERS, WITHOUT_CACHE_LOADER
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
-from gs_dist.checkpoint.layout import Layout
+from gs_dist.checkpoint.layout import STATIC_KINDS, Layout
 from gs_dist.checkpoint.problems import Note
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.numbers.token_step import TokenStep
@@ -24,7 +24,7 @@ __all__ = ["ENGINE"]
 
 _DESCRIPTION = DIALECTS["ascend"].describing_file
 # Kinds registered for "linear" by `register_scheme` that a dense int8 or int4 checkpoint can have.
-_LINEAR_KINDS = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16")
+_LINEAR_KINDS = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16")
 _EXPERT_KINDS = ("FLOAT", "W8A8_DYNAMIC", "W4A8_DYNAMIC")  # registered for "moe" by `register_scheme`
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -112,9 +112,10 @@ def _check_dtype(inventory: Inventory, layout: Layout) -> None:
     otherwise, so float32 passes.
     """
     dtype = inventory.config.get("torch_dtype", inventory.config.get("dtype"))
-    if "W8A8" in layout.kinds.values() and dtype is None:
+    static = any(kind in STATIC_KINDS for kind in layout.kinds.values())
+    if static and dtype is None:
         inventory.report(CONFIG_FILE, "engine-dtype", "no torch_dtype", "torch_dtype, which decides deq_scale's form")
-    elif "W8A8" in layout.kinds.values():
+    elif static:
         half = dtype in ("float16", "torch.float16")
         stored, lost = ("64-bit words", "float16") if half else ("float32", "bfloat16")
         wrong = "bfloat16" if half else "float16"

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from checkpoints import DTYPES, tiny_config
 
+from gs_dist.checkpoint.check import check
+from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.errors import LayerError, RecipeError
@@ -20,7 +22,7 @@ from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedLayer
 
 FORMAT = AscendCodec()
-POLICIES = (None, dialects.W8A8, dialects.W8A8_PLUS, dialects.W8A8_DYNAMIC, dialects.W8A16)
+POLICIES = (None, dialects.W8A8, dialects.W8A8_PLUS, dialects.W8A8_DYNAMIC, dialects.W8A8_MIX, dialects.W8A16)
 STATIC = {"weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias"}
 DYNAMIC = {"weight", "weight_scale", "weight_offset"}
 
@@ -94,7 +96,12 @@ def test_folded_bias_is_not_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "leaves"),
-    [(dialects.W8A8, STATIC), (dialects.W8A8_DYNAMIC, DYNAMIC), (dialects.W8A16, DYNAMIC)],
+    [
+        (dialects.W8A8, STATIC),
+        (dialects.W8A8_MIX, STATIC),
+        (dialects.W8A8_DYNAMIC, DYNAMIC),
+        (dialects.W8A16, DYNAMIC),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tensors_fit_the_parameters_that_the_engine_registers(
@@ -291,6 +298,46 @@ def test_fused_linears_with_two_input_scales_are_not_written(tmp_path: Path) -> 
     linears["self_attn.k_proj"] = type(linears["self_attn.k_proj"])(**changed)
     with pytest.raises(LayerError, match=r"layer 1, self_attn\.q_proj, self_attn\.k_proj"):
         FORMAT.encode_layer(QuantizedLayer(layer=1, linears=linears, tensors=layer.tensors), architecture)
+
+
+def test_an_input_whose_reciprocal_float16_cannot_hold_is_named(tmp_path: Path) -> None:
+    """The engine multiplies by it, in the dtype that it serves: all codes would be infinite."""
+    architecture, layer, _, _ = build(tmp_path, dialects.W8A8, "float16")
+    linears = {
+        name: type(linear)(**{**vars(linear), "input_scale": 2.0**-17 if name == "mlp.down_proj" else 0.5})
+        for name, linear in layer.linears.items()
+    }
+    with pytest.raises(LayerError, match=r"mlp\.down_proj: the engine multiplies inputs by 1 / 7\.629e-06, which"):
+        FORMAT.encode_layer(QuantizedLayer(layer=1, linears=linears, tensors=layer.tensors), architecture)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_linear_of_mixed_phases_holds_what_both_need(tmp_path: Path, model_type: str) -> None:
+    """Tensors of a static linear, byte for byte, whose weight_scale a missing one of is no trifle: prefilling reads it.
+
+    Other formats, experts and shifted inputs have no such linear.
+    """
+    architecture, layer, encoded, description = build(tmp_path / "mix", dialects.W8A8_MIX, model_type=model_type)
+    _, _, static, labels = build(tmp_path / "static", dialects.W8A8, model_type=model_type)
+    assert {name: array.tobytes() for name, array in encoded.items()} == {n: a.tobytes() for n, a in static.items()}
+    assert description["model_quant_type"] == "W8A8_MIX"
+    assert {n for n, label in description.items() if label == "W8A8_MIX"} == {
+        n for n, label in labels.items() if label == "W8A8"
+    }
+    decoded = FORMAT.decode_layer(CheckpointReader(tmp_path / "mix", quantized=True), 1)
+    assert {linear.policy.act_quant_granularity for linear in decoded.linears.values()} == {"pd_mix"}
+    assert {name: linear.input_scale for name, linear in decoded.linears.items()} == {
+        name: linear.input_scale for name, linear in layer.linears.items()
+    }
+    for engine in (None, "vllm-ascend", "vllm-ascend==0.23"):
+        assert check(tmp_path / "mix", engine).clean
+    assert not check(tmp_path / "mix", "sglang").clean
+    policies = dialects.uniform_policies(architecture, dialects.W8A8_MIX)
+    for dialect in ("compressed-tensors", "golden-stick"):
+        with pytest.raises(RecipeError, match=r"pd_mix is W8A8_MIX, which vLLM-Ascend alone serves: set format: .asc"):
+            codec_of(dialect).check_policies(policies, architecture)
+    with pytest.raises(ValueError, match="pd_mix prefills without the corrections"):
+        QuantPolicy(**{**dialects.W8A8_MIX.model_dump(), "outliers_suppression": "outlier-suppression+"})
 
 
 def test_a_bias_that_int32_cannot_hold_is_named(tmp_path: Path) -> None:

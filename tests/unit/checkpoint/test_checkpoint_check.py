@@ -853,6 +853,11 @@ def test_scales_that_float16_loses_are_computed(tmp_path: Path) -> None:
     put(name, 2.0**-25)(tmp_path / "m")
     (note,) = [note for note in check(tmp_path / "m").notes if note.rule == "scale-dtype"]
     assert note.text.startswith(f"{name} holds scales down to 2.98e-08, which float16 makes 0: serve with --dtype bf")
+    put(name, 1.5 * 2.0**-21)(tmp_path / "m")
+    assert "scale-dtype" not in {note.rule for note in check(tmp_path / "m").notes}
+    put(name, 1.1 * 2.0**-21)(tmp_path / "m")  # below float16's normal numbers: three binary digits are left of it
+    (note,) = [note for note in check(tmp_path / "m").notes if note.rule == "scale-dtype"]
+    assert note.text.startswith(f"{name} holds scales down to 5.253e-07, which float16 makes 5.364e-07: serve with")
     half = tmp_path / "half"
     dialects.save_model(half, CompressedTensorsCodec(), dialects.W8A8_DYNAMIC)
     edit_json("config.json", lambda config: config.update(torch_dtype="float16"))(half)
@@ -864,6 +869,20 @@ def test_scales_that_float16_loses_are_computed(tmp_path: Path) -> None:
     (problem,) = check(half).problems
     assert (problem.rule, problem.tensor) == ("scale-dtype", name)
     assert problem.found == "2.98e-08, which float16 makes 0"
+
+
+def test_a_static_input_whose_reciprocal_float16_loses_is_computed(tmp_path: Path) -> None:
+    """vLLM-Ascend multiplies by it in the served dtype; no other format has a reciprocal taken."""
+    for codec, told in ((AscendCodec(), True), (CompressedTensorsCodec(), False)):
+        directory = tmp_path / codec.name
+        dialects.save_model(directory, codec, dialects.W8A8)
+        put(UP + "input_scale", 2.0**-15)(directory)
+        assert "scale-dtype" not in {note.rule for note in check(directory).notes}
+        put(UP + "input_scale", 2.0**-17)(directory)
+        texts = [note.text for note in check(directory).notes if note.rule == "scale-dtype"]
+        assert [("down to 7.629e-06, whose reciprocal, by which inputs are multiplied" in text) for text in texts] == [
+            True
+        ] * told
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ Tensors of a linear `<p>` with weight (N, K), pd being the dtype that the model 
 * `W8A8`: weight int8 (N, K); input_scale pd (1,); input_offset int8 (1,); deq_scale (N,) float32, or for float16
   models int64 holding the float32's bits; quant_bias int32 (N,) with the linear's bias folded in, because the
   engine ignores `<p>.bias` there; weight_scale, weight_offset pd (N, 1), which the engine does not use; bias pd.
+* `W8A8_MIX`: the same (`w8a8_pdmix.py`); weight_scale is read, by the linear that prefills with a scale a token.
 * `W8A8_DYNAMIC`, `W8A16`: weight int8 (N, K); weight_scale, weight_offset (zero) pd (N, 1); bias pd.
 * `W4A8_DYNAMIC`, experts alone: see `int4_experts`.
 * After Outlier Suppression Plus, static, also for a source without biases: a norm's bias pd (hidden_size,), which
@@ -42,6 +43,7 @@ from gs_dist.checkpoint.dialects.ascend.int4_experts import (
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.description import (
     FLOAT,
+    STATIC_LABELS,
     Array,
     cast_scale,
     describe_tensors,
@@ -73,7 +75,7 @@ from gs_dist.results.quantized import Float32, QuantizedKVCache, QuantizedLayer,
 __all__ = ["CODEC", "DESCRIPTION_FILE", "KV_BLOCK", "LABELS", "AscendCodec"]
 
 DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
-LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16", INT4_EXPERTS)
+LABELS = (FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", INT4_EXPERTS)
 # Schemes registered for "moe" that need no more than a linear has (methods/registry.py).
 _EXPERT_LABELS = (FLOAT, "W8A8_DYNAMIC", INT4_EXPERTS)
 KV_BLOCK = 32  # last dimension of the NZ view of an int8 KV cache (attention_v1.py, NZ_FMT_LAST_DIM)
@@ -321,6 +323,11 @@ def _encode_linear(linear: QuantizedLinear, dtype: np.dtype[Any], where: str, *,
     if not linear.policy.is_static:
         return tensors
     input_scale, zero_point, deq_scale = static_parameters(linear, dtype, where)
+    if dtype == np.float16 and 1 / float(input_scale[0]) > np.finfo(np.float16).max:
+        raise LayerError(
+            f"{where}: the engine multiplies inputs by 1 / {float(input_scale[0]):.4g}, which is beyond float16; set "
+            "serving_dtype: bfloat16, or act_quant_granularity: per_token for this linear"
+        )
     bias = 0.0 if linear.bias is None else linear.bias.astype(np.float64) / deq_scale.astype(np.float64)
     quant_bias = np.rint(bias - float(zero_point) * row_sums(linear.codes))
     if quant_bias.min() < _INT32.min or quant_bias.max() > _INT32.max:
@@ -359,7 +366,7 @@ def _decode_linear(leaves: Mapping[str, Array], label: str, where: str) -> Quant
             return QuantizedLinear(policy=policy_of(label), codes=codes, scale=scale)
         codes, scale = leaves["weight"], leaves["weight_scale"].astype(np.float32).reshape(-1, 1)
         bias: Float32 | None = leaves["bias"].astype(np.float32) if "bias" in leaves else None
-        if label != "W8A8":
+        if label not in STATIC_LABELS:
             return QuantizedLinear(policy=policy_of(label), codes=codes, scale=scale, bias=bias)
         zero_point = int(leaves["input_offset"][0])
         deq_scale = leaves["deq_scale"]

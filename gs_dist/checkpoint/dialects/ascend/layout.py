@@ -15,6 +15,7 @@ from gs_dist.checkpoint.described_layout import check_scale_biases
 from gs_dist.checkpoint.inventory import Inventory
 from gs_dist.checkpoint.layout import (
     FLOAT_NAMES,
+    STATIC_KINDS,
     DialectLayout,
     Expectation,
     Layout,
@@ -30,7 +31,8 @@ __all__ = ["LAYOUT", "AscendLayout"]
 
 _DESCRIPTION = DIALECTS["ascend"].describing_file
 _INT4_EXPERTS = "W4A8_DYNAMIC"
-_LABELS = ("W8A8", "W8A8_DYNAMIC", "W8A16", _INT4_EXPERTS)
+_MIXED = "W8A8_MIX"  # needs the scales of a static linear and of one by token (w8a8_pdmix.py)
+_LABELS = ("W8A8", "W8A8_DYNAMIC", _MIXED, "W8A16", _INT4_EXPERTS)
 _SHARES = 16  # columns of scale_bias where a rank of tensor parallelism takes its share of the inputs (w4a8.py)
 
 
@@ -47,12 +49,13 @@ class AscendLayout:
             if layout.kinds[name] == _INT4_EXPERTS:
                 quantized[name] = _int4_expert(name, rows, columns)
                 continue
-            static = layout.kinds[name] == "W8A8"
+            static = layout.kinds[name] in STATIC_KINDS
+            unread = static and layout.kinds[name] != _MIXED
             leaves = {
                 "weight": Expectation(dtypes=("int8",), shape=(rows, columns), values="codes", limit=8),
                 "weight_rows": Expectation(dtypes=(), shape=(rows,)),
-                "weight_scale": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="scale", optional=static),
-                "weight_offset": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="zero", optional=static),
+                "weight_scale": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="scale", optional=unread),
+                "weight_offset": Expectation(dtypes=scale_dtypes, shape=(rows, 1), values="zero", optional=unread),
             }
             if static:
                 half = architecture.dtype == "float16"
@@ -93,7 +96,7 @@ class AscendLayout:
             scale = inventory.read(f"{name}.weight_scale")
             return np.asarray(paired.reshape(-1, octets.shape[1]).astype(np.float32) * scale)
         codes = inventory.read(f"{name}.weight").astype(np.float32)
-        if kind != "W8A8":
+        if kind not in STATIC_KINDS:
             return np.asarray(codes * inventory.read(f"{name}.weight_scale").astype(np.float32))
         scale = inventory.read(f"{name}.deq_scale")
         if scale.dtype == np.int64:
@@ -137,7 +140,8 @@ def _made_biases(layout: Layout, description: Mapping[str, Any], architecture: D
     for layer in range(architecture.num_layers):
         prefix = architecture.layer_prefix(layer)
         sizes = dict.fromkeys(architecture.layers[layer].norms, architecture.hidden_size)
-        static = [n for n in architecture.linears(layer) if not n.bias and layout.kinds.get(prefix + n.name) == "W8A8"]
+        linears = [linear for linear in architecture.linears(layer) if not linear.bias]
+        static = [linear for linear in linears if layout.kinds.get(prefix + linear.name) in STATIC_KINDS]
         for name, size in {**sizes, **{linear.name: linear.out_features for linear in static}}.items():
             if f"{prefix}{name}.bias" in description:
                 layout.tensors[f"{prefix}{name}.bias"] = Expectation(dtypes=FLOAT_NAMES, shape=(size,), values="float")

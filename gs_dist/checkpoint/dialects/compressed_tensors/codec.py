@@ -30,7 +30,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.schemes import (
     policy_of,
     quantization_args,
 )
-from gs_dist.checkpoint.dialects.description import kv_layers, mixed_experts, refuse, shift_notes
+from gs_dist.checkpoint.dialects.description import MIX_REASON, kv_layers, mixed_experts, refuse, shift_notes
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.writer import StoredTensor
 from gs_dist.errors import CheckpointError, UserError
@@ -68,7 +68,8 @@ class CompressedTensorsCodec:
                     f"{linear_name}: mxfp4 in compressed-tensors has no group index: set algo_args "
                     "static_groups: true, or desc_act: false"
                 )
-        refuse(self.name, mixed_experts(policies, architecture))
+        mixing = [name for name, policy in policies.items() if policy is not None and policy.mixes_phases]
+        refuse(self.name, mixed_experts(policies, architecture) | ({MIX_REASON: mixing} if mixing else {}))
         _check_kv(policies, architecture)
         return (*shift_notes(self.name, policies), *engine_notes(policies, architecture))
 

@@ -27,6 +27,7 @@ import numpy as np
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.description import (
     FLOAT,
+    MIX_REASON,
     Array,
     cast_scale,
     describe_tensors,
@@ -204,6 +205,8 @@ def _unwritable(policy: QuantPolicy | None, out_features: int) -> list[str]:
             "Golden Stick writes W4A8 for mixture-of-experts networks only: set act_quant_dtype: null (W4A16), or "
             "format: [compressed-tensors]"
         )
+    if policy.mixes_phases:
+        reasons.append(MIX_REASON)
     if not policy.weight_symmetric:
         reasons.append("Golden Stick's readers take weights without zero points: set weight_symmetric: true")
     if policy.weight_format is INT4 and out_features % 2:
