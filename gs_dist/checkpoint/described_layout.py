@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from gs_dist.checkpoint.dialects.compressed_tensors.layout import SchemeGroup, listed_patterns, scheme_groups
+from gs_dist.checkpoint.dialects.compressed_tensors.layout import (
+    FLOAT_FORMATS,
+    SchemeGroup,
+    listed_patterns,
+    scheme_groups,
+)
 from gs_dist.checkpoint.inventory import CONFIG_FILE, Inventory
 from gs_dist.checkpoint.layout import FLOAT_NAMES, Expectation, Layout, Leaves
 from gs_dist.model.families import FAMILIES
@@ -46,7 +51,7 @@ def told_by_description(inventory: Inventory, dialect: str) -> bool:
         return inventory.architecture is None or bool(labels - set(_TOLD_BY_ARCHITECTURE))
     if dialect == "compressed-tensors":
         floats = [group for group in scheme_groups(inventory) if group.weights.get("type") == "float"]
-        known = all(group.format == "mxfp4-pack-quantized" and group.inputs is None for group in floats)
+        known = all(group.format in FLOAT_FORMATS and group.inputs is None for group in floats)
         return inventory.architecture is None or not known
     return False
 
@@ -204,7 +209,7 @@ def _of_groups(inventory: Inventory, layout: Layout) -> Iterator[tuple[str, Leav
 
 
 _FLOAT_KINDS: Mapping[str, str] = {
-    "mxfp4-pack-quantized": "MXFP4",
+    **{name: form.kind.removesuffix("A16") for name, form in FLOAT_FORMATS.items()},
     "mxfp8-quantized": "MXFP8",
     "float-quantized": "FP8",
 }
@@ -231,9 +236,9 @@ def _group_tensors(group: SchemeGroup, shape: tuple[int, ...]) -> Leaves | None:
         return {"weight": weight, "weight_scale": Expectation(dtypes=FLOAT_NAMES, shape=scales, values="scale")}
     if group.format == "mxfp8-quantized":
         return _mxfp8(rows, stored)
-    if group.format == "mxfp4-pack-quantized":
-        leaves = _mxfp4(rows, stored)
-        return {"weight_packed": leaves["weight"], "weight_scale": leaves["weight_scale"]}
+    form = FLOAT_FORMATS.get(str(group.format))
+    if form is not None:
+        return form.tensors(rows, 2 * stored)
     if group.format == "pack-quantized" and bits in (4, 8):
         columns = stored * 32 // bits  # of words that are full
         scales = (rows, columns // size if size else 1)

@@ -150,7 +150,7 @@ class _Layer:
 
     def _judge(self, name: str, weight: Array, expected: Array) -> float:
         kind = self.layout.kinds[name]
-        limits = LIMITS[kind if kind == "FLOAT" else kind[:2]]
+        limits = LIMITS[kind if kind == "FLOAT" else f"W{next(filter(str.isdigit, kind))}"]  # W4A16, MXFP4A16
         return judge_weight(self.inventory, name, weight, expected, limits, self.source.directory.name)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.inventory import Inventory
 
-__all__ = ["code_tensors", "has_shape", "linear_bits", "restored_weight"]
+__all__ = ["code_tensors", "has_shape", "linear_bits", "restored_weight", "stored_scales"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -48,14 +48,22 @@ def linear_bits(inventory: Inventory, name: str, columns: int) -> int:
     return 4 if packed.dtype == "uint8" or scales.shape[0] == 2 * packed.shape[0] else 8
 
 
+def stored_scales(inventory: Inventory, name: str) -> Float32:
+    """A tensor of scales in float32; bytes are exponents of two, plus 127."""
+    stored = inventory.read(name)
+    return (
+        np.ldexp(np.float32(1), stored.astype(np.int32) - 127)
+        if stored.dtype == np.uint8
+        else stored.astype(np.float32)
+    )
+
+
 def restored_weight(inventory: Inventory, name: str, columns: int) -> Float32:
     """The weight (out, in) that codes and scales of a sound linear with so many input channels stand for."""
     packed = f"{name}.weight_packed" in inventory.tensors
     stored = inventory.read(f"{name}.weight_packed" if packed else f"{name}.weight")
-    scale = inventory.read(f"{name}.weight_scale")
-    exponents = scale.dtype == np.uint8
-    steps = np.ldexp(np.float32(1), scale.astype(np.int32) - 127) if exponents else scale.astype(np.float32)
-    values = _values(stored, len(scale), columns)
+    steps = stored_scales(inventory, f"{name}.weight_scale")
+    values = _values(stored, len(steps), columns)
     if len(steps) != len(values) or columns % steps.shape[1]:  # blocks, those at the edges cut short
         side = 128
         return np.asarray(values * np.kron(steps, np.ones((side, side), np.float32))[: len(values), :columns])

@@ -24,7 +24,7 @@ from gs_dist.checkpoint.provenance import (
     read_provenance,
 )
 from gs_dist.checkpoint.sealed_json import read_sealed_json
-from gs_dist.checkpoint.stored_linear import code_tensors
+from gs_dist.checkpoint.stored_linear import code_tensors, stored_scales
 from gs_dist.errors import CheckpointError, DamagedError, OutputError
 from gs_dist.results.summary import read_summary, table_sha256
 from gs_dist.seal import unsealed_text
@@ -151,9 +151,7 @@ def _file_of(inventory: Inventory, name: str) -> str:
 
 
 def _compare_scales(inventory: Inventory, name: str, row: ScaleRange) -> None:
-    stored = inventory.read(name)
-    # A byte is an exponent of two, plus 127.
-    scales = np.ldexp(1.0, stored.astype(np.int32) - 127) if stored.dtype == np.uint8 else stored.astype(np.float32)
+    scales = stored_scales(inventory, name)
     found, noted = np.array([scales.min(), scales.max()], np.float64), np.array([row.low, row.high])
     if (np.abs(found - noted) > _CLOSE * noted).any():
         expected = f"{row.low:.6g} to {row.high:.6g} by {PROVENANCE_FILE}"

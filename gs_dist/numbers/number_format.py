@@ -29,6 +29,7 @@ class NumberFormat(ABC):
         scale_bits: of a stored scale, None where it has the checkpoint's dtype.
         zero_points: whether ranges may be asymmetric.
         activations: number formats of activations that its products are made with, beside floats.
+        unit: a code is a value of the format times this, so that codes of few bits are whole numbers.
         range_ratios: shares of a range worth trying in a search; empty where a method's own list does.
     """
 
@@ -39,6 +40,7 @@ class NumberFormat(ABC):
     group_sizes: tuple[int, ...]
     scale_bits: int | None = None
     activations: tuple[str, ...] = ()
+    unit: float = 1.0
     range_ratios: tuple[float, ...] = ()
     zero_points: ClassVar[bool] = False
 

@@ -25,15 +25,13 @@ _EXPONENT = np.int32(0x7F800000)  # of a float32
 
 @dataclass(frozen=True, kw_only=True)
 class SmallFloat(NumberFormat):
-    """Values of a NumPy dtype, times `unit` so that codes of few bits are whole numbers.
+    """Values of a NumPy dtype.
 
     Attributes:
         dtype: of ml_dtypes, whose bit patterns are what is stored.
-        unit: a code is a value of that dtype times this.
     """
 
     dtype: npt.DTypeLike
-    unit: float = 1.0
 
     @property
     def limits(self) -> tuple[float, float]:

@@ -45,7 +45,7 @@ class QuantPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     weight_quant_dtype: WeightFormatName | None = "int8"
-    """Weights: int8, qint4x2 (int4), mxfp4 (4-bit floats in blocks of 32), or null to leave them in float."""
+    """Number format of weights; null leaves them in float."""
     act_quant_dtype: Literal["int8"] | None = None
     """Activations: int8, or null for weights alone (A16)."""
     kvcache_quant_dtype: Literal["int8"] | None = None
@@ -58,7 +58,7 @@ class QuantPolicy(BaseModel):
     kvcache_quant_granularity: Literal["per_channel", "per_token"] = "per_channel"
     """Static scales for each channel; per_token leaves nothing to publish and exists in gs_dist.ptq alone."""
     group_size: int = 0
-    """Input channels of a group: 64, 128 or 256, for mxfp4 32; 0 with per_channel."""
+    """Input channels of a group, of a size that the number format has; 0 with per_channel."""
     weight_symmetric: bool = True
     """Weights without zero points."""
     act_symmetric: bool = True

@@ -116,6 +116,11 @@ class QuantizedLinear:
     smooth_scale: Float32 | None = None
     smooth_shift: Float32 | None = None
 
+    @property
+    def stored_scale(self) -> Float32:
+        """(out, groups) float32: what a value of the number format is multiplied by, as files say it; see `unit`."""
+        return self.scale * np.float32(self.policy.weight_format.unit)
+
     def dequantized(self) -> Float32:
         """The weight (out, in) float32 that the integers stand for."""
         return dequantize(self.codes, self.scale, self.zero_point, self.group_index)

@@ -334,8 +334,8 @@ def _solve_linear(
         activation_error=None
         if unknown or rounding is None
         else _ratio(output_error.activation_term(figures.columns, rounding), energy),
-        scale_min=float(solved.scale.min()),
-        scale_max=float(solved.scale.max()),
+        scale_min=float(solved.stored_scale.min()),
+        scale_max=float(solved.stored_scale.max()),
         num_tokens=statistics.num_tokens,
         token_error=None if figures.tokens is None else figures.tokens.median,
         **input_figures(statistics),

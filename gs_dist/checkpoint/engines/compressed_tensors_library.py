@@ -15,7 +15,10 @@ from gs_dist.checkpoint.layout import Layout
 
 __all__ = ["check_library", "is_symmetric"]
 
-_FORMATS = ("dense", "int-quantized", "pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "naive-quantized")
+_FORMATS = (
+    *("dense", "mixed-precision", "int-quantized", "pack-quantized", "naive-quantized", "float-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 _STATUSES = ("compressed", "frozen")
 _ARGS = {
     "num_bits",
@@ -31,7 +34,7 @@ _ARGS = {
     "observer",
     "observer_kwargs",
 }
-_STRATEGIES = ("tensor", "channel", "group", "token")
+_STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block", "token")
 
 
 def check_library(inventory: Inventory, layout: Layout) -> bool:

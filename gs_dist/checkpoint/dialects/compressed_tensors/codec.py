@@ -15,12 +15,11 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.dialects.base import Codec, KVKind, Policies
 from gs_dist.checkpoint.dialects.compressed_tensors.notes import engine_notes
+from gs_dist.checkpoint.dialects.compressed_tensors.packed_floats import PACKED_FLOATS, packed_float
 from gs_dist.checkpoint.dialects.compressed_tensors.packing import (
     pack_int32,
-    pack_pairs,
     packed_size,
     unpack_int32,
-    unpack_pairs,
 )
 from gs_dist.checkpoint.dialects.compressed_tensors.schemes import (
     actorder,
@@ -38,7 +37,6 @@ from gs_dist.model.decoder import DecoderArchitecture, Linear
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.integer import INT4, INT8
-from gs_dist.numbers.small_float import MXFP4
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import QuantizedKVCache, QuantizedLayer, QuantizedLinear
 
@@ -53,7 +51,7 @@ class CompressedTensorsCodec:
     """Writes and reads back compressed-tensors checkpoints."""
 
     name = "compressed-tensors"
-    number_formats = (INT8, INT4, MXFP4)
+    number_formats = (INT8, INT4, *(packed.form for packed in PACKED_FLOATS.values()))
     makes_biases = False
 
     def check_policies(self, policies: Policies, architecture: DecoderArchitecture) -> tuple[str, ...]:
@@ -63,10 +61,10 @@ class CompressedTensorsCodec:
                 num_groups(linear.in_features, policy.group_size, policy.weight_format.group_sizes)
             except UserError as error:
                 raise UserError(f"{linear_name}: {error}, for {linear.name} in layer_policies") from None
-            if policy.column_order == "group" and policy.weight_format is MXFP4:
+            if policy.column_order == "group" and packed_float(policy) is not None:
                 raise UserError(
-                    f"{linear_name}: mxfp4 in compressed-tensors has no group index: set algo_args "
-                    "static_groups: true, or desc_act: false"
+                    f"{linear_name}: {policy.weight_format.name} in compressed-tensors has no group index: set "
+                    "algo_args static_groups: true, or desc_act: false"
                 )
         mixing = [name for name, policy in policies.items() if policy is not None and policy.mixes_phases]
         refuse(self.name, mixed_experts(policies, architecture) | ({MIX_REASON: mixing} if mixing else {}))
@@ -93,7 +91,7 @@ class CompressedTensorsCodec:
                 raise ValueError(f"{prefix}{name}: has a bias, and {architecture.model_type} has no place for it")
             if linear.smooth_scale is not None or linear.smooth_shift is not None:
                 raise ValueError(f"{prefix}{name}: reads a rescaled input, and nothing in the model rescales it")
-            parts = _encode_linear(prefix + name, linear, scale_dtype)
+            parts = _encode_linear(prefix + name, linear, scale_dtype, _largest_scale(name, layer, architecture))
             tensors.update({f"{prefix}{name}.{part}": array for part, array in parts.items()})
         if layer.kv_cache is not None:
             for part, scale in zip(_KV_PARTS, (layer.kv_cache.key_scale, layer.kv_cache.value_scale), strict=True):
@@ -200,11 +198,9 @@ def _check_kv(policies: Policies, architecture: DecoderArchitecture) -> None:
 def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str, StoredTensor]:
     rows, columns, bits = linear.out_features, linear.in_features, policy.weight_format.bits
     groups = columns // policy.group_size if policy.group_size else 1
-    if policy.weight_format is MXFP4:
-        return {
-            "weight_packed": StoredTensor(dtype="uint8", shape=(rows, columns // 2)),
-            "weight_scale": StoredTensor(dtype="uint8", shape=(rows, groups)),
-        }
+    packed = packed_float(policy)
+    if packed is not None:
+        return packed.tensors(rows, columns)
     parts = {"weight_scale": StoredTensor(dtype=dtype, shape=(rows, groups))}
     if policy.act_quant_dtype is None:
         parts["weight_packed"] = StoredTensor(dtype="int32", shape=(rows, packed_size(columns, bits)))
@@ -224,10 +220,24 @@ def _linear_tensors(linear: Linear, policy: QuantPolicy, dtype: str) -> dict[str
     return parts
 
 
-def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any]) -> dict[str, Array]:
+def _largest_scale(name: str, layer: QuantizedLayer, architecture: DecoderArchitecture) -> float:
+    """Of a linear and of those that read the same input in the same number format, which engines fuse with it."""
+    form = layer.linears[name].policy.weight_format
+    readers = next(found.linears for found in architecture.inputs(layer.layer) if name in found.linears)
+    solved = [layer.linears[reader] for reader in readers if reader in layer.linears]
+    return max(float(linear.scale.max()) for linear in solved if linear.policy.weight_format is form)
+
+
+def _encode_linear(
+    name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any], largest_scale: float
+) -> dict[str, Array]:
     policy, codes = linear.policy, linear.codes
-    if policy.weight_format is MXFP4:
-        return _encode_mxfp4(name, linear, scale_dtype)
+    packed_form = packed_float(policy)
+    if packed_form is not None:
+        if linear.group_index is not None:
+            raise ValueError(f"{name}: has a group index, which {policy.weight_format.title} has no place for")
+        bias = {} if linear.bias is None else {"bias": linear.bias.astype(scale_dtype)}
+        return {**packed_form.encode(linear, largest_scale), **bias}
     scale = linear.scale.astype(scale_dtype)
     if not np.array_equal(scale.astype(np.float32), linear.scale):
         raise ValueError(f"{name}: its scales are not rounded to {scale_dtype.name}, so codes and scales disagree")
@@ -262,28 +272,6 @@ def _encode_linear(name: str, linear: QuantizedLinear, scale_dtype: np.dtype[Any
     return parts
 
 
-def _encode_mxfp4(name: str, linear: QuantizedLinear, bias_dtype: np.dtype[Any]) -> dict[str, Array]:
-    if linear.group_index is not None:
-        raise ValueError(f"{name}: has a group index, which {MXFP4.title} has no place for")
-    parts: dict[str, Array] = {
-        "weight_packed": pack_pairs(MXFP4.encode(linear.codes.astype(np.float32))),
-        "weight_scale": MXFP4.encode_scale(linear.scale),
-    }
-    if linear.bias is not None:
-        parts["bias"] = linear.bias.astype(bias_dtype)
-    return parts
-
-
-def _decode_mxfp4(policy: QuantPolicy, parts: Mapping[str, Array]) -> QuantizedLinear:
-    bias = parts.get("bias")
-    return QuantizedLinear(
-        policy=policy,
-        codes=MXFP4.decode(unpack_pairs(parts["weight_packed"])).astype(np.int8),
-        scale=MXFP4.decode_scale(parts["weight_scale"]),
-        bias=None if bias is None else bias.astype(np.float32),
-    )
-
-
 def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: dict[str, Array]) -> QuantizedLinear:
     policy = policy_of(name, group)
     for part, stored in _linear_tensors(linear, policy, "").items():
@@ -293,8 +281,9 @@ def _decode_linear(name: str, linear: Linear, group: Mapping[str, Any], parts: d
             raise CheckpointError(
                 f"{name}.{part}: {stored.dtype or 'a scale'} {stored.shape} is called for, found {found}"
             )
-    if policy.weight_format is MXFP4:
-        return _decode_mxfp4(policy, parts)
+    packed_form = packed_float(policy)
+    if packed_form is not None:
+        return packed_form.decode(parts)
     bits, rows, columns = policy.weight_format.bits, linear.out_features, linear.in_features
     packed = policy.act_quant_dtype is None
     zero_point = parts.get("weight_zero_point")

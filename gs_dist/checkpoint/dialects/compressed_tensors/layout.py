@@ -5,7 +5,7 @@ Sources: compressed_tensors quant_config.py, compressors/quantized_compressors/{
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -27,7 +27,15 @@ from gs_dist.checkpoint.name_patterns import NamePatterns
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
 
-__all__ = ["LAYOUT", "CompressedTensorsLayout", "SchemeGroup", "listed_patterns", "scheme_groups"]
+__all__ = [
+    "FLOAT_FORMATS",
+    "LAYOUT",
+    "CompressedTensorsLayout",
+    "FloatFormat",
+    "SchemeGroup",
+    "listed_patterns",
+    "scheme_groups",
+]
 
 _PACKED_BITS = (4, 8)
 
@@ -78,10 +86,9 @@ class CompressedTensorsLayout:
 
     def dequantized(self, inventory: Inventory, name: str, kind: str) -> npt.NDArray[np.float32]:
         """See `DialectLayout.dequantized`; compressed_tensors forward.py, `dequantize`."""
-        if kind == "MXFP4A16":
-            return _mxfp4_values(
-                inventory.read(f"{name}.weight_packed"), inventory.read(f"{name}.weight_scale").astype(np.int32)
-            )
+        for form in FLOAT_FORMATS.values():
+            if form.kind == kind:
+                return form.values(inventory, name)
         scale = inventory.read(f"{name}.weight_scale").astype(np.float32)
         packed = f"{name}.weight_packed" in inventory.tensors
         bits = int(kind[1])
@@ -150,8 +157,9 @@ def _scheme_tensors(
     bits, size = weights.get("num_bits"), weights.get("group_size") or 0
     rows, columns = linear.out_features, linear.in_features
     grouped = weights.get("strategy") == "group"
-    if group.format == "mxfp4-pack-quantized":
-        return _mxfp4_tensors(inventory, group, linear, name)
+    form = FLOAT_FORMATS.get(str(group.format))
+    if form is not None:
+        return _float_tensors(inventory, group, form, linear, name)
     if (
         not isinstance(bits, int)
         or bits not in _PACKED_BITS
@@ -192,34 +200,73 @@ def _scheme_tensors(
     return leaves, kind
 
 
-def _mxfp4_tensors(inventory: Inventory, group: SchemeGroup, linear: Linear, name: str) -> tuple[Leaves, str]:
-    """compressed_tensors compressors/mxfp4/base.py and quant_scheme.py, MXFP4A16."""
-    wanted = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
-    found = {key: group.weights.get(key) for key in wanted}
-    if found != wanted or group.inputs is not None or not group.weights.get("symmetric", True):
-        expected = "symmetric float of 4 bits in groups of 32, and no quantised inputs"
-        inventory.report(CONFIG_FILE, "scheme", f"weights {dict(group.weights)!r:.160}", expected, name)
-        return {}, "?"
-    rows, columns = linear.out_features, linear.in_features
-    if columns % 32:
-        inventory.report(CONFIG_FILE, "group-size", "group_size 32", f"a divisor of {columns}", name)
-        return {}, "?"
-    leaves = {
-        "weight_rows": Expectation(dtypes=(), shape=(rows,)),
-        "weight_packed": Expectation(dtypes=("uint8",), shape=(rows, columns // 2)),
-        "weight_scale": Expectation(dtypes=("uint8",), shape=(rows, columns // 32), values="exponent"),
-    }
-    return leaves, "MXFP4A16"
+@dataclass(frozen=True, kw_only=True)
+class FloatFormat:
+    """Floats of 4 bits, two a byte, and their scales.
+
+    Attributes:
+        kind: what the linear is called.
+        arguments: that its weights must have.
+        leaves: scales of (rows, groups).
+        scales: what codes are multiplied by, (rows, groups) float32.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    leaves: Callable[[int, int], Leaves]
+    scales: Callable[[Inventory, str], npt.NDArray[np.float32]]
+
+    def tensors(self, rows: int, columns: int) -> Leaves:
+        """All tensors of a linear but its bias."""
+        packed = Expectation(dtypes=("uint8",), shape=(rows, columns // 2))
+        return {"weight_packed": packed, **self.leaves(rows, columns // self.arguments["group_size"])}
+
+    def values(self, inventory: Inventory, name: str) -> npt.NDArray[np.float32]:
+        """Two values a byte, the first in the low half; each times the scale of its group."""
+        packed, scales = inventory.read(f"{name}.weight_packed"), self.scales(inventory, name)
+        nibbles = np.stack([packed & 0x0F, packed >> 4], axis=2).reshape(len(packed), -1)
+        values = np.where(nibbles & 8, -_E2M1[nibbles & 7], _E2M1[nibbles & 7])
+        return np.asarray(values * np.repeat(scales, self.arguments["group_size"], axis=1), dtype=np.float32)
 
 
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=np.float32)
 
 
-def _mxfp4_values(packed: npt.NDArray[np.uint8], exponents: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Two values a byte, the first in the low half; each times 2^(exponent - 127) of its 32."""
-    nibbles = np.stack([packed & 0x0F, packed >> 4], axis=2).reshape(len(packed), -1)
-    values = np.where(nibbles & 8, -_E2M1[nibbles & 7], _E2M1[nibbles & 7])
-    return np.asarray(values * np.repeat(np.ldexp(np.float32(1), exponents - 127), 32, axis=1), dtype=np.float32)
+def _exponents(rows: int, groups: int) -> Leaves:
+    return {"weight_scale": Expectation(dtypes=("uint8",), shape=(rows, groups), values="exponent")}
+
+
+def _powers_of_two(inventory: Inventory, name: str) -> npt.NDArray[np.float32]:
+    return np.ldexp(np.float32(1), inventory.read(f"{name}.weight_scale").astype(np.int32) - 127)
+
+
+FLOAT_FORMATS: Mapping[str, FloatFormat] = {
+    # compressors/mxfp4/base.py and quant_scheme.py, MXFP4A16
+    "mxfp4-pack-quantized": FloatFormat(
+        kind="MXFP4A16",
+        arguments={"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        leaves=_exponents,
+        scales=_powers_of_two,
+    ),
+}
+"""By the name in config.json."""
+
+
+def _float_tensors(
+    inventory: Inventory, group: SchemeGroup, form: FloatFormat, linear: Linear, name: str
+) -> tuple[Leaves, str]:
+    found = {key: group.weights.get(key) for key in form.arguments}
+    size = form.arguments["group_size"]
+    if found != form.arguments or group.inputs is not None or not group.weights.get("symmetric", True):
+        told = ", ".join(f"{key} {value}" for key, value in form.arguments.items())
+        expected = f"symmetric, {told}, and no quantised inputs"
+        inventory.report(CONFIG_FILE, "scheme", f"weights {dict(group.weights)!r:.160}", expected, name)
+        return {}, "?"
+    rows, columns = linear.out_features, linear.in_features
+    if columns % size:
+        inventory.report(CONFIG_FILE, "group-size", f"group_size {size}", f"a divisor of {columns}", name)
+        return {}, "?"
+    return {"weight_rows": Expectation(dtypes=(), shape=(rows,)), **form.tensors(rows, columns)}, form.kind
 
 
 def _unpacked(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.float32]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gs_dist.checkpoint.dialects.base import Policies
+from gs_dist.checkpoint.dialects.compressed_tensors.packed_floats import packed_float
 from gs_dist.checkpoint.dialects.compressed_tensors.schemes import actorder, layer_policies, scheme_key
 from gs_dist.checkpoint.dialects.description import fused_members, input_settings
 from gs_dist.checkpoint.engines.vllm_kernels import PackedWeights, describe_tensor_parallel
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.numbers.integer import INT4, INT8, Integer
-from gs_dist.numbers.small_float import MXFP4
 from gs_dist.recipe.policy import QuantPolicy
 
 __all__ = ["engine_notes"]
@@ -30,11 +30,11 @@ def engine_notes(policies: Policies, architecture: DecoderArchitecture) -> tuple
             "which transformers runs; vLLM refuses to load them, vLLM-Ascend ignores them: for an int8 KV cache set "
             "format: [ascend]"
         )
-    floats = _names(quantized, lambda policy: policy.weight_format is MXFP4)
+    floats = _names(quantized, lambda policy: packed_float(policy) is not None)
     if floats and architecture.dtype != "bfloat16":
         notes.append(
-            f"{floats}: compressed-tensors turns mxfp4 back into bfloat16, so that transformers runs the model only if "
-            "it is loaded with dtype bfloat16"
+            f"{floats}: compressed-tensors turns floats of 4 bits back into bfloat16, so that transformers runs the "
+            "model only if it is loaded with dtype bfloat16"
         )
     notes += _fusion_notes(quantized, architecture)
     integers = {name: policy for name, policy in quantized.items() if isinstance(policy.weight_format, Integer)}

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from gs_dist.checkpoint.dialects.base import Policies
+from gs_dist.checkpoint.dialects.compressed_tensors.packed_floats import PACKED_FLOATS, packed_float
 from gs_dist.checkpoint.name_patterns import matches
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, Linear
-from gs_dist.numbers.small_float import MXFP4
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 
 __all__ = [
@@ -30,18 +30,7 @@ __all__ = [
 
 _NUMBER = re.compile(r"\\\.\d+\\\.")  # of an expert, in an escaped name
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
-_INT, _PACK, _MXFP4 = "int-quantized", "pack-quantized", "mxfp4-pack-quantized"
-# MXFP4A16 of compressed_tensors quant_scheme.py, without keys that have their defaults.
-_MXFP4_WEIGHTS: Mapping[str, Any] = {
-    "num_bits": 4,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": 32,
-    "dynamic": False,
-    "scale_dtype": "torch.uint8",
-    "zp_dtype": "torch.uint8",
-}
+_INT, _PACK = "int-quantized", "pack-quantized"
 
 
 def layer_policies(policies: Policies, architecture: DecoderArchitecture) -> Iterable[tuple[str, QuantPolicy, Linear]]:
@@ -67,9 +56,9 @@ def quantization_args(bits: int, *, strategy: str, symmetric: bool = True, **oth
 
 def _scheme(policy: QuantPolicy) -> dict[str, Any]:
     """The group's entry without its targets (compressed_tensors `QuantizationScheme`)."""
-    if policy.weight_format is MXFP4:
-        sides = {"weights": dict(_MXFP4_WEIGHTS), "input_activations": None, "output_activations": None}
-        return {**sides, "format": _MXFP4}
+    packed = packed_float(policy)
+    if packed is not None:
+        return packed.scheme()
     weights = quantization_args(
         policy.weight_format.bits,
         strategy="group" if policy.group_size else "channel",
@@ -179,8 +168,10 @@ def policy_of(name: str, group: Mapping[str, Any]) -> QuantPolicy:
     weights, activations = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, Mapping) or not isinstance(activations, (Mapping, NoneType)):
         raise CheckpointError(f"config.json: the scheme of {name} is {dict(group)!r:.200}, which is none")
-    if weights.get("type") == "float" and group.get("format") == _MXFP4 and activations is None:
-        return QuantPolicy(weight_quant_dtype="mxfp4", weight_quant_granularity="per_group", group_size=32)
+    if weights.get("type") == "float" and activations is None:
+        for packed in PACKED_FLOATS.values():
+            if group.get("format") == packed.format:
+                return packed.policy
     bits, grouped = weights.get("num_bits"), weights.get("strategy") == "group"
     if bits not in (4, 8) or weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise CheckpointError(f"config.json: the weights of {name} are {dict(weights)}; served are int of 4 or 8 bits")
