@@ -49,8 +49,10 @@ def linear_bits(inventory: Inventory, name: str, columns: int) -> int:
 
 
 def stored_scales(inventory: Inventory, name: str) -> Float32:
-    """A tensor of scales in float32; bytes are exponents of two, plus 127."""
-    stored = inventory.read(name)
+    """A tensor of scales in float32; bytes are exponents of two, plus 127, and a scale of the whole divides."""
+    stored, whole = inventory.read(name), name.removesuffix("weight_scale") + "weight_global_scale"
+    if whole in inventory.tensors:
+        return np.asarray(stored.astype(np.float32) / inventory.read(whole), dtype=np.float32)
     return (
         np.ldexp(np.float32(1), stored.astype(np.int32) - 127)
         if stored.dtype == np.uint8

@@ -240,7 +240,26 @@ def _powers_of_two(inventory: Inventory, name: str) -> npt.NDArray[np.float32]:
     return np.ldexp(np.float32(1), inventory.read(f"{name}.weight_scale").astype(np.int32) - 127)
 
 
+def _block_scales(rows: int, groups: int) -> Leaves:
+    return {
+        "weight_scale": Expectation(dtypes=("float8_e4m3fn",), shape=(rows, groups), values="scale"),
+        "weight_global_scale": Expectation(dtypes=("float32",), shape=(1,), values="scale"),
+    }
+
+
+def _divided(inventory: Inventory, name: str) -> npt.NDArray[np.float32]:
+    scale = inventory.read(f"{name}.weight_scale").astype(np.float32)
+    return np.asarray(scale / inventory.read(f"{name}.weight_global_scale"), dtype=np.float32)
+
+
 FLOAT_FORMATS: Mapping[str, FloatFormat] = {
+    # compressors/nvfp4/base.py and quant_scheme.py, NVFP4A16
+    "nvfp4-pack-quantized": FloatFormat(
+        kind="NVFP4A16",
+        arguments={"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        leaves=_block_scales,
+        scales=_divided,
+    ),
     # compressors/mxfp4/base.py and quant_scheme.py, MXFP4A16
     "mxfp4-pack-quantized": FloatFormat(
         kind="MXFP4A16",

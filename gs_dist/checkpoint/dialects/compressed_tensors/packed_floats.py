@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.dialects.compressed_tensors.packing import pack_pairs, unpack_pairs
 from gs_dist.checkpoint.writer import StoredTensor
+from gs_dist.numbers.nvfp4 import NVFP4, BlockScaledFloat
 from gs_dist.numbers.small_float import MXFP4, SmallFloat
 from gs_dist.recipe.policy import QuantPolicy
 from gs_dist.results.quantized import Float32, QuantizedLinear
@@ -102,6 +103,35 @@ class _Mxfp4(PackedFloat):
         return self.form.decode_scale(parts["weight_scale"])
 
 
+class _Nvfp4(PackedFloat):
+    """`weight_scale` E4M3, and `weight_global_scale` float32 (1,), which values are divided by.
+
+    vLLM fuses linears that read one input and takes one global scale for all of them, so theirs are the same.
+    """
+
+    form: BlockScaledFloat
+
+    def _scale_tensors(self, rows: int, groups: int) -> dict[str, StoredTensor]:
+        return {
+            "weight_scale": StoredTensor(dtype="float8_e4m3fn", shape=(rows, groups)),
+            "weight_global_scale": StoredTensor(dtype="float32", shape=(1,)),
+        }
+
+    def _encode_scales(self, linear: QuantizedLinear, largest_scale: float) -> tuple[Array, dict[str, Array]]:
+        whole = self.form.tensor_scale(largest_scale)
+        stored = self.form.block_scales(linear.scale, whole)
+        scale = self.form.scales(stored, whole)
+        tensors: dict[str, Array] = {"weight_scale": stored, "weight_global_scale": np.array([whole])}
+        if np.array_equal(scale, linear.scale):
+            return linear.codes, tensors
+        values = (linear.dequantized().reshape(*scale.shape, -1) / scale[:, :, None]).reshape(linear.codes.shape)
+        self.form.snap(values)
+        return values.astype(np.int8), tensors
+
+    def _decode_scales(self, parts: Mapping[str, Array]) -> Float32:
+        return self.form.scales(parts["weight_scale"], np.float32(parts["weight_global_scale"][0]))
+
+
 _FLOAT_ARGUMENTS: Mapping[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True}
 
 PACKED_FLOATS: Mapping[str, PackedFloat] = MappingProxyType(
@@ -118,6 +148,18 @@ PACKED_FLOATS: Mapping[str, PackedFloat] = MappingProxyType(
                     "dynamic": False,
                     "scale_dtype": "torch.uint8",
                     "zp_dtype": "torch.uint8",
+                },
+            ),
+            _Nvfp4(
+                form=NVFP4,
+                format="nvfp4-pack-quantized",
+                arguments={
+                    **_FLOAT_ARGUMENTS,
+                    "strategy": "tensor_group",
+                    "group_size": 16,
+                    "dynamic": False,
+                    "scale_dtype": "torch.float8_e4m3fn",
+                    "zp_dtype": "torch.float8_e4m3fn",
                 },
             ),
         )
