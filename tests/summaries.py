@@ -33,7 +33,7 @@ def linear_row(layer: int, role: str, error: float, **fields: object) -> LinearS
         "outlier_channels": (7, 1031),
         **fields,
     }
-    return LinearSummary(layer=layer, name=f"model.layers.{layer}.{role}", relative_error=error, **given)  # type: ignore[arg-type]
+    return LinearSummary(layer=layer, name=f"model.layers.{layer}.{role}", relative_error=error, **given)  # type: ignore[arg-type]  # values of any field
 
 
 def dense_rows(num_layers: int) -> tuple[LinearSummary, ...]:
@@ -83,7 +83,7 @@ def worker(stage: int, replica: int, layers: int, **fields: object) -> StageSumm
         **fields,
     }
     end = (stage + 1) * layers
-    return StageSummary(stage=stage, replica=replica, first_layer=stage * layers, end_layer=end, **given)  # type: ignore[arg-type]
+    return StageSummary(stage=stage, replica=replica, first_layer=stage * layers, end_layer=end, **given)  # type: ignore[arg-type]  # values of any field
 
 
 def a_summary(rows: tuple[LinearSummary, ...], **fields: object) -> CalibrationSummary:
@@ -126,4 +126,4 @@ def a_summary(rows: tuple[LinearSummary, ...], **fields: object) -> CalibrationS
         ),
         **fields,
     }
-    return CalibrationSummary(rows=rows, **given)  # type: ignore[arg-type]
+    return CalibrationSummary(rows=rows, **given)  # type: ignore[arg-type]  # values of any field

@@ -6,7 +6,7 @@ its weight as it stands. No network need be known. Memory is bounded by the larg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class _Comparison:
                 yield linear.name, judge_weight(self._inventory, linear.name, restored, values, limits, self._source)
 
     @staticmethod
-    def _read(read, linear: LinearRows, columns: int) -> Float32:  # type: ignore[no-untyped-def]
+    def _read(read: Callable[[int, Float32], None], linear: LinearRows, columns: int) -> Float32:
         values = np.empty((linear.rows, columns), dtype=np.float32)
         for start in range(0, linear.rows, _ROWS):
             block = values[start : start + _ROWS]

@@ -21,7 +21,7 @@ from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
 from gs_dist.conversion.rows import row_of
 from gs_dist.conversion.schemes import Scheme
 from gs_dist.errors import CheckpointError, DamagedError
-from gs_dist.results.quantized import LinearSummary
+from gs_dist.results.quantized import Float32, LinearSummary
 from gs_dist.solvers.weight_loss import WeightLoss
 from gs_dist.solvers.weight_rounding import RoundedRows
 
@@ -128,7 +128,7 @@ class _Streaming:
                 rows.append(rounding.row())
         return rows
 
-    def _write_floats(self, weight: Weight, linear: LinearRows, values: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _write_floats(self, weight: Weight, linear: LinearRows, values: Float32) -> None:
         cast = values.astype(numpy_dtype(weight.matrix.float_dtype))
         for stream in self._streams.values():
             stream.append(f"{linear.name}.weight", cast)
@@ -179,7 +179,7 @@ class _Rounding:
         """The linear's row of the summary, once all its blocks were written."""
         return row_of(self._shape.name, self._scheme, self._loss)
 
-    def write(self, block: np.ndarray) -> None:  # type: ignore[type-arg]
+    def write(self, block: Float32) -> None:
         self._loss.keep(block)
         rounded = self._round(block)
         for name, encoding in self._encodings.items():
@@ -188,7 +188,7 @@ class _Rounding:
         self._scheme.weights.restore(rounded, block)
         self._loss.add(block, rounded)
 
-    def _round(self, block: np.ndarray) -> RoundedRows:  # type: ignore[type-arg]
+    def _round(self, block: Float32) -> RoundedRows:
         try:
             return self._rounder.round(block)
         except ValueError as error:

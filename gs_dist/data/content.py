@@ -225,7 +225,7 @@ class Texts(Content):
 
     def texts(self, rows: RowBatch) -> Sequence[str]:
         """What is tokenised of each row."""
-        return rows.columns[0].to_pylist()  # type: ignore[no-any-return]
+        return rows.columns[0].to_pylist()  # type: ignore[no-any-return]  # pyarrow is untyped
 
     def tokens(self, rows: RowBatch, tally: Tally) -> Tokens:
         """As the tokenizer gives them, and an end where texts are packed."""

@@ -16,9 +16,9 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
         """As `logging.Logger.setLevel`."""
         self.logger.setLevel(level)
 
-    def log(self, level: int, msg: object, *args: object, flush: bool = False, **kwargs: object) -> None:  # type: ignore[override]
+    def log(self, level: int, msg: object, *args: object, flush: bool = False, **kwargs: object) -> None:  # type: ignore[override]  # `flush` is its own
         """As `logging.Logger.log`; a record is written at once in any case."""
-        super().log(level, msg, *args, **kwargs)  # type: ignore[arg-type]
+        super().log(level, msg, *args, **kwargs)  # type: ignore[arg-type]  # passed on as they came
 
 
 logger = _Logger(logging.getLogger("gs_dist.golden_stick"), {})

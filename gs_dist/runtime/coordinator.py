@@ -10,9 +10,7 @@ from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.dataset import open_dataset, samples_fingerprint
-from gs_dist.errors import OutputError
 from gs_dist.model.device_kind import DeviceKind
-from gs_dist.planning.workload import make_workload
 from gs_dist.progress import Progress
 from gs_dist.recipe.config import CalibrationConfig, recipe_fingerprint
 from gs_dist.results.summary import CalibrationSummary
@@ -20,7 +18,7 @@ from gs_dist.runtime.cluster import cluster, nodes_now
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.job_output import run_of
 from gs_dist.runtime.job_run import run_job, run_locked_job
-from gs_dist.runtime.planned import PlannedJob, plan_here, plan_job
+from gs_dist.runtime.planned import PlannedJob, plan_early, plan_job
 from gs_dist.runtime.ray_workers import evaluation_workers, stage_workers
 from gs_dist.runtime.replanning import FixedPlan, PlanOfNodes, Replanning
 from gs_dist.runtime.statistics_origin import origin_of, software_note
@@ -44,7 +42,7 @@ def quantize(
         JobFailure: the run failed; what was finished is kept.
     """
     reader = CheckpointReader(Path(config.model), serving_dtype=config.serving_dtype)
-    planned = _planned_early(config, reader, address)
+    planned = plan_early(config, reader, address)
     dataset = open_dataset(
         config.calibration,
         reader.architecture.vocab_size,
@@ -98,38 +96,12 @@ def resolve(
     if note is not None:
         progress.message(note)
     fingerprints = Fingerprints(recipe=recipe_fingerprint(config), source=source, data=origin.data)
-    planned = _planned_early(config, reader, address, statistics_at_hand=True)
+    planned = plan_early(config, reader, address, statistics_at_hand=True)
     with locked(Path(config.output)) as without_lock:
         if without_lock:
             progress.message(without_lock)
         return _run_on_ray(
             config, reader, fingerprints, address, planned, progress, num_nodes=num_nodes, statistics_from=run
-        )
-
-
-def _planned_early(
-    config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, statistics_at_hand: bool = False
-) -> PlannedJob | None:
-    """The plan on this machine, before a sample is read; None where a cluster is to be joined and asked first."""
-    _refuse_working_directory(config.output)
-    reader.companions()  # refuses what could not be carried over in the end
-    if address is None:
-        return plan_here(config, reader, statistics_at_hand=statistics_at_hand)
-    make_workload(config, reader.architecture, reader.tensors)  # refuses what no cluster could mend
-    return None
-
-
-def _refuse_working_directory(output: str) -> None:
-    """`ray job submit --working-dir` runs in a copy that Ray deletes; a relative output would lie in it.
-
-    Raises:
-        OutputError: it would.
-    """
-    path = os.path.realpath(output)
-    if "/runtime_resources/working_dir_files/" in f"{path}/":
-        raise OutputError(
-            f"output {output!r} leads to {path}, into the copy of the working directory that Ray makes for a job and "
-            "deletes behind it: set output to an absolute path on storage that stays"
         )
 
 

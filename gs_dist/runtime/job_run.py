@@ -13,21 +13,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from gs_dist.checkpoint.job_log import JobLog
 from gs_dist.checkpoint.manifest import LayerManifest
 from gs_dist.checkpoint.merge import refuse_foreign_weights
 from gs_dist.checkpoint.output_lock import locked
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import RefusedError
-from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import Progress
 from gs_dist.results.summary import CalibrationSummary
 from gs_dist.runtime.attempt import MakeGroup
 from gs_dist.runtime.job import Job
 from gs_dist.runtime.job_output import run_of
-from gs_dist.runtime.job_watch import JobWatch, watched
-from gs_dist.runtime.pace import Pace, solves_per_pass
+from gs_dist.runtime.job_watch import JobWatch, watch_of, watched
 from gs_dist.runtime.probe import MakeEvaluationGroup, Probe
 from gs_dist.runtime.publication import publish
 from gs_dist.runtime.replanning import FixedPlan, Replanning
@@ -89,7 +86,7 @@ def run_locked_job(
         for name in job.config.dialects:
             refuse_foreign_weights(run.path, name, num_layers)
     times = StageTimes()
-    with _refusals_noted(run), watched(_watch(job, progress, len(finished))) as watch:
+    with _refusals_noted(run), watched(watch_of(job, progress, len(finished))) as watch:
         if finished:
             watch.message(f"resuming: {len(finished)} of {num_layers} layers are finished")
         solved, outer = _solve_beside_outer(job, run, reader, finished, make_group, replanning, watch, times)
@@ -148,22 +145,3 @@ def _tell_failure(watch: JobWatch, outer: Future[LayerManifest]) -> None:
     error = outer.exception()
     if error is not None:
         watch.message(f"what stands outside the layers is not carried over, for which the job will fail: {error}")
-
-
-def _watch(job: Job, progress: Progress, layers_done: int) -> JobWatch:
-    """Tells of the job from here on, in its output too."""
-    config, plan = job.config, job.plan
-    probed = 0.0
-    if config.max_perplexity_increase is not None:
-        models, batch = 1 + len(config.dialects), config.probe_data.samples_per_micro_batch
-        longest_stage = max(len(stage.layers) for stage in plan.stages)
-        new_tokens, data = config.probe.max_new_tokens, config.calibration
-        generated = new_tokens * (PROMPT_TOKENS + new_tokens) / (data.samples_per_micro_batch * data.sequence_length)
-        probed = (models * -(-config.probe_data.num_samples // batch) + generated) * longest_stage
-    return JobWatch(
-        progress,
-        JobLog(Path(config.output)),
-        Pace(prior=solves_per_pass(plan), probe=probed, began=time.monotonic()),
-        layers_done=layers_done,
-        num_layers=plan.architecture.num_layers,
-    )

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from gs_dist.checkpoint.job_log import JobLog, utc_now
 from gs_dist.errors import RefusedError
+from gs_dist.planning.probe import PROMPT_TOKENS
 from gs_dist.progress import JobState, JobStatus, Progress, StageStatus, WorkLeft
-from gs_dist.runtime.pace import Pace
+from gs_dist.runtime.job import Job
+from gs_dist.runtime.pace import Pace, solves_per_pass
 
-__all__ = ["JobWatch", "watched"]
+__all__ = ["JobWatch", "watch_of", "watched"]
 
 _INTERVAL = 5.0  # seconds between two publications
 _LOG_INTERVAL = 60.0  # between two lines of the log that tell where the job stands
@@ -157,3 +160,22 @@ def watched(watch: JobWatch) -> Iterator[JobWatch]:
         over.set()
         thread.join()
         watch.finish(state, reason)
+
+
+def watch_of(job: Job, progress: Progress, layers_done: int) -> JobWatch:
+    """Tells of the job from here on, in its output too."""
+    config, plan = job.config, job.plan
+    probed = 0.0
+    if config.max_perplexity_increase is not None:
+        models, batch = 1 + len(config.dialects), config.probe_data.samples_per_micro_batch
+        longest_stage = max(len(stage.layers) for stage in plan.stages)
+        new_tokens, data = config.probe.max_new_tokens, config.calibration
+        generated = new_tokens * (PROMPT_TOKENS + new_tokens) / (data.samples_per_micro_batch * data.sequence_length)
+        probed = (models * -(-config.probe_data.num_samples // batch) + generated) * longest_stage
+    return JobWatch(
+        progress,
+        JobLog(Path(config.output)),
+        Pace(prior=solves_per_pass(plan), probe=probed, began=time.monotonic()),
+        layers_done=layers_done,
+        num_layers=plan.architecture.num_layers,
+    )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from gs_dist.checkpoint.dialects import check_policies
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.errors import ClusterError, RecipeError
+from gs_dist.errors import ClusterError, OutputError, RecipeError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan, make_plan
-from gs_dist.planning.workload import runs_model
+from gs_dist.planning.workload import make_workload, runs_model
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["PlannedJob", "plan_here", "plan_job"]
+__all__ = ["PlannedJob", "plan_early", "plan_job"]
 
 
 class PlannedJob(NamedTuple):
@@ -24,7 +25,37 @@ class PlannedJob(NamedTuple):
     notes: tuple[str, ...]
 
 
-def plan_here(config: CalibrationConfig, reader: CheckpointReader, *, statistics_at_hand: bool = False) -> PlannedJob:
+def plan_early(
+    config: CalibrationConfig, reader: CheckpointReader, address: str | None, *, statistics_at_hand: bool = False
+) -> PlannedJob | None:
+    """The plan on this machine, before a sample is read; None where a cluster is to be joined and asked first.
+
+    Raises:
+        UserError: something in recipe, checkpoint, output or machine that no cluster could mend.
+    """
+    _refuse_working_directory(config.output)
+    reader.companions()  # refuses what could not be carried over in the end
+    if address is None:
+        return _plan_here(config, reader, statistics_at_hand=statistics_at_hand)
+    make_workload(config, reader.architecture, reader.tensors)  # refuses what no cluster could mend
+    return None
+
+
+def _refuse_working_directory(output: str) -> None:
+    """`ray job submit --working-dir` runs in a copy that Ray deletes; a relative output would lie in it.
+
+    Raises:
+        OutputError: it would.
+    """
+    path = os.path.realpath(output)
+    if "/runtime_resources/working_dir_files/" in f"{path}/":
+        raise OutputError(
+            f"output {output!r} leads to {path}, into the copy of the working directory that Ray makes for a job and "
+            "deletes behind it: set output to an absolute path on storage that stays"
+        )
+
+
+def _plan_here(config: CalibrationConfig, reader: CheckpointReader, *, statistics_at_hand: bool = False) -> PlannedJob:
     """The plan of a job on this machine.
 
     Raises:

@@ -42,7 +42,7 @@ def _look_up(form: SmallFloat, codes: npt.NDArray[np.uint8], target: Float32) ->
     np.take(_VALUES[form.bits], codes, out=target, mode="clip")
 
 
-def _refuse_not_finite(largest: npt.NDArray[np.floating]) -> None:  # type: ignore[type-arg]
+def _refuse_not_finite(largest: Float32) -> None:
     if not np.isfinite(largest).all():
         raise ValueError("a value is not finite")
 

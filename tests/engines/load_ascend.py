@@ -130,7 +130,7 @@ class PerTensorScaleParameter(torch.nn.Parameter):
     """As vLLM's, without its loader."""
 
     def __new__(cls, data: torch.Tensor, weight_loader: Any) -> PerTensorScaleParameter:
-        return torch.nn.Parameter.__new__(cls, data, requires_grad=False)  # type: ignore[no-any-return]
+        return torch.nn.Parameter.__new__(cls, data, requires_grad=False)  # type: ignore[no-any-return]  # torch is untyped
 
 
 class WeightsMapper:

@@ -45,7 +45,7 @@ PLAIN = dialects.Dialect(
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one row that an addition costs outside of its own package."""
-    monkeypatch.setitem(dialects.DIALECTS, "plain", PLAIN)  # type: ignore[arg-type]
+    monkeypatch.setitem(dialects.DIALECTS, "plain", PLAIN)  # type: ignore[arg-type]  # a table is read-only
 
 
 def a_recipe(output: Path, source: Path, **changes: object) -> CalibrationConfig:

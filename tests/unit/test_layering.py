@@ -1,4 +1,4 @@
-"""The tree is the diagram: imports go one way, and each framework stays in its rooms."""
+"""The tree is the diagram: imports go one way, each framework stays in its rooms, and names have one spelling."""
 
 from __future__ import annotations
 
@@ -201,3 +201,47 @@ def test_the_fast_lane_leaves_out_the_rooms_that_start_a_framework_and_no_other_
             reached.add(name)
             pending |= further.get(name, set()) - reached
         assert not {name.split(".")[0] for name in reached} & {"ray", "mindspore"}, path
+
+
+# A word of a name in small letters or in capitals, between underscores and humps.
+ISE = re.compile(
+    r"[A-Z]?[a-z]+is(?:e|es|ed|er|ing|able|ations?)(?![a-z])|[A-Z]+IS(?:E|ES|ED|ER|ING|ABLE|ATIONS?)(?![A-Z])"
+)
+# These are never spelt otherwise.
+ALWAYS_ISE = {
+    *(
+        "raise",
+        "raises",
+        "raised",
+        "raising",
+        "advise",
+        "madvise",
+        "fadvise",
+        "promise",
+        "promises",
+        "promised",
+        "disable",
+    ),
+    *("noise", "precise", "premises", "rises", "likewise", "otherwise", "bitwise", "elementwise", "pairwise"),
+}
+COMMENT_OR_STRING = re.compile(
+    r'"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\\n])*"' + r"|'(?:\\.|[^'\\\n])*'|#[^\n]*", re.DOTALL
+)
+
+
+def words(text: str) -> set[str]:
+    """Words with -ise in the identifiers of a module; its comments and strings are prose, which has -ise."""
+    return {word for word in ISE.findall(COMMENT_OR_STRING.sub(" ", text)) if word.lower() not in ALWAYS_ISE}
+
+
+def test_a_name_in_ise_is_found_and_prose_is_none() -> None:
+    """In whatever case, as a part or the whole; not in comments and strings, nor where there is no other spelling."""
+    text = "def dequantised(x): raise Normalise(_QUANTISES, noise, x.is_initialised)  # quantised\n'summarise'\n"
+    assert words(text) == {"dequantised", "Normalise", "QUANTISES", "initialised"}
+
+
+def test_names_are_spelt_as_those_of_libraries_are() -> None:
+    """`quantize`, never `quantize`: one spelling beside NumPy's, transformers' and MindSpore's own names."""
+    modules = [path for folder in (PACKAGE, TESTS, JOBS) for path in folder.rglob("*.py")]
+    found = {path: wrong for path in modules if (wrong := words(path.read_text(encoding="utf-8")))}
+    assert not found, f"spell these -ize: {found}"

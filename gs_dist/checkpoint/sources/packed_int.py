@@ -9,8 +9,10 @@ scale. Kimi-K2's experts are of this form. Source: compressed_tensors
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gs_dist.checkpoint.header import TensorInfo
 from gs_dist.checkpoint.sources.directory import TensorBytes
@@ -87,7 +89,7 @@ class _PackedReader:
         grouped *= self._scale[start : start + count, :, None]
 
 
-def _unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:  # type: ignore[type-arg]
+def _unpack(words: npt.NDArray[Any], bits: int, columns: int) -> npt.NDArray[Any]:
     from gs_dist.checkpoint.dialects.compressed_tensors.packing import unpack_int32
 
     return unpack_int32(words, bits, columns)

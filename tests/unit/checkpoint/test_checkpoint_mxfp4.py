@@ -167,8 +167,8 @@ def test_dialects_without_it_refuse_it_by_name(tmp_path: Path) -> None:
 @pytest.mark.interop
 def test_compressed_tensors_reads_the_same_values(tmp_path: Path) -> None:
     """Its own decompressor turns every linear back into the weight that was solved."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch", reason="needs the [interop] extra")
+    pytest.importorskip("compressed_tensors", reason="needs the [interop] extra")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 

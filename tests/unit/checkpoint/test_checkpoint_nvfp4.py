@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ def shipped() -> dict[str, Any]:
     return found
 
 
-def solved(weight: np.ndarray) -> QuantizedLinear:  # type: ignore[type-arg]
+def solved(weight: npt.NDArray[np.float32]) -> QuantizedLinear:
     codes, scale, _ = quantize_weight(weight, form=NVFP4, group_size=16, symmetric=True, scale_dtype="bfloat16")
     return QuantizedLinear(policy=POLICY, codes=codes, scale=scale)
 
@@ -52,7 +53,7 @@ def test_what_compressed_tensors_packed_is_read_as_it_reads_it() -> None:
 
 
 @given(arrays(np.float32, (2, 32), elements=st.floats(-4, 4, width=32)), st.integers(-100, 100))
-def test_a_weight_comes_back_as_it_was_solved(weight: np.ndarray, exponent: int) -> None:  # type: ignore[type-arg]
+def test_a_weight_comes_back_as_it_was_solved(weight: npt.NDArray[np.float32], exponent: int) -> None:
     """At any magnitude; blocks that are some tens of thousands of times smaller than the largest are rounded anew."""
     linear = solved(np.ldexp(weight, exponent))
     parts = FORM.encode(linear, float(linear.scale.max()))
@@ -80,8 +81,8 @@ def test_linears_that_engines_fuse_share_the_tensor_scale() -> None:
 @pytest.mark.interop
 def test_compressed_tensors_reads_ours() -> None:
     """Its own decompressor turns a linear back into the weight that was solved."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch", reason="needs the [interop] extra")
+    pytest.importorskip("compressed_tensors", reason="needs the [interop] extra")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 

@@ -37,7 +37,7 @@ def test_a_tensor_that_someone_holds_is_not_decoded_again() -> None:
     """However many others were asked for since; one that nobody holds is given up."""
     decoded = Counter[str]()
 
-    def loader(name: str):  # type: ignore[no-untyped-def]
+    def loader(name: str):  # type: ignore[no-untyped-def]  # torch is untyped
         def load() -> np.ndarray:
             decoded[name] += 1
             return np.zeros(2)

@@ -81,7 +81,7 @@ def create_ptq(kind: str, mode: PTQMode) -> PTQ:
 
 
 @pytest.mark.parametrize("kind", ["smoothquant", "awq-a16w4"])
-def test_script_that_discards_what_apply_returns_saves_a_quantised_network(
+def test_script_that_discards_what_apply_returns_saves_a_quantized_network(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The network passed in is quantised, saved by its parameters_dict, and loads into a network DEPLOY made."""
@@ -149,7 +149,7 @@ def test_settings_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="act_range"):
         ptq._config.act_range = "median"
     with pytest.raises(AttributeError, match="weight_symetric"):
-        ptq._config.weight_symetric = False  # type: ignore[attr-defined]
+        ptq._config.weight_symetric = False  # type: ignore[attr-defined]  # misspelt on purpose
     assert SmoothQuant(PTQConfig(**SMOOTH))._config.outliers_suppression is OutliersSuppressionType.SMOOTH
 
 

@@ -398,7 +398,7 @@ def test_there_is_no_perplexity_over_no_tokens() -> None:
             return [BatchLosses(losses=(0.0,), tokens=(0,))] * num_micro_batches
 
     with pytest.raises(DatasetError, match="the float model predicts nothing on these samples"):
-        perplexity_of(Model(), 3, SilentProgress())  # type: ignore[arg-type]
+        perplexity_of(Model(), 3, SilentProgress())  # type: ignore[arg-type]  # stands in for one
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -164,7 +164,7 @@ def test_nodes_that_come_and_go_cannot_keep_a_job_from_its_work(undisturbed: tup
     directory, expected = undisturbed
     config = automatic(directory, "out-flaps")
     nodes, count = Nodes(1, 1), iter([1, 1, 2, 1, 2, 2])
-    nodes.now = lambda device: NODE.of_nodes(next(count, 1))  # type: ignore[method-assign]
+    nodes.now = lambda device: NODE.of_nodes(next(count, 1))  # type: ignore[method-assign]  # a cluster that grows
     run(config, nodes)
     assert published_hashes(config) == expected
     assert sum(solved == 0 for solved in nodes.solved) == 1
