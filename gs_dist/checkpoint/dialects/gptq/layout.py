@@ -82,10 +82,11 @@ def _form(inventory: Inventory) -> tuple[int, int] | None:
         "sym": config.get("sym") is True,
         "desc_act": isinstance(config.get("desc_act"), bool),
         "checkpoint_format": config.get("checkpoint_format", "gptq") == "gptq",
+        "lm_head": config.get("lm_head", False) is False,  # else a loader looks for a quantised head
     }
     for key, right in faults.items():
         if not right:
-            expected = "symmetric weights of 4 or 8 bits, group_size -1 or above 0, and desc_act true or false"
+            expected = "symmetric weights of 4 or 8 bits, group_size -1 or above 0, desc_act a boolean; a float head"
             inventory.report(CONFIG_FILE, "scheme", f"{key} {config.get(key)!r:.60}", expected)
     return (bits, size) if type(bits) is int and type(size) is int and all(faults.values()) else None
 
