@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import mmap
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from gs_dist.checkpoint.companions import Companions, find_companions
 from gs_dist.checkpoint.finite import refuse_not_finite
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
+from gs_dist.checkpoint.published_config import refuse_unwritable
 from gs_dist.checkpoint.source_kind import refuse_adapter, refuse_quantized
 from gs_dist.checkpoint.source_tensors import settle_tensors
 from gs_dist.checkpoint.source_views import LazyTensors, decode, decodes, view_tensors
@@ -67,7 +67,7 @@ class CheckpointReader:
             refuse_adapter(self.directory)
         self._config_path = contained_path(self.directory, CONFIG_FILE)
         self.config = read_json(self._config_path, CONFIG_FILE)
-        _refuse_unwritable(self.config)
+        refuse_unwritable(self.config)
         self.quantization_config: Any = self.config.get("quantization_config")  # checked by the format that reads it
         if quantized:
             self._refuse_float()
@@ -227,19 +227,3 @@ def _config_notes(config: Mapping[str, Any]) -> list[str]:
             f"of {config['model_type']} models is computed, and published without that code"
         )
     return notes
-
-
-def _refuse_unwritable(config: Mapping[str, Any]) -> None:
-    """Refuses values that no JSON file holds: Python reads Infinity, NaN and 1e999, and cannot publish them again.
-
-    Raises:
-        CheckpointError: there is one; the message names the key.
-    """
-    for key, value in config.items():
-        try:
-            json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:  # half a surrogate pair is a ValueError, too
-            raise CheckpointError(
-                f"{CONFIG_FILE}: {key!r:.100} holds what JSON cannot ({error!s:.100}): {value!r:.100}; correct the "
-                "value, or remove the key if it says nothing of the model"
-            ) from error

@@ -6,7 +6,7 @@ People point at adapters, at quantised models and at rerankers. Each is refused 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.dialects import DIALECTS
 
-__all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantized"]
+__all__ = ["refuse_adapter", "refuse_foreign_names", "refuse_quantized", "refuse_stale_config", "refuse_unmerged"]
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -44,8 +44,9 @@ _QUANTIZED_LEAVES: Mapping[str, str] = {
     "input_scale": "compressed-tensors, ModelOpt or ModelSlim",
 }
 _FLOATS = ("float64", *FLOATS)
-_LORA = re.compile(
-    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\."
+_ADAPTERS = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module|ia3_l"
+    r"|vera_lambda_[bd]|boft_[RS]|oft_R|hada_[wt][12]_?[ab]?|lokr_[wt][12]_?[ab]?)(\.|$)"
 )
 _FLOAT_MODEL = "set model to the directory of the float checkpoint it was made from"
 _OTHER_HEADS: Mapping[str, str] = {
@@ -99,12 +100,8 @@ def refuse_quantized(directory: Path, config: Mapping[str, Any], tensors: Mappin
     if found is None and marker is None:
         return
     if found is None:
-        assert marker is not None
-        where, method, remedy = marker
-        raise CheckpointError(
-            f"{where} speaks of quantised weights ({method}), and every tensor is in float, as when an adapter was "
-            f"merged into a model that had been loaded in few bits; {remedy} if the weights are what they should be"
-        )
+        refuse_stale_config(directory, config, tensors)
+        return
     name, kind = found
     info = tensors[name]
     tensor = f"{info.file}: tensor {name!r:.200} ({info.dtype}) is of quantised weights ({kind})"
@@ -115,6 +112,22 @@ def refuse_quantized(directory: Path, config: Mapping[str, Any], tensors: Mappin
         )
     where, method, _ = marker
     raise CheckpointError(f"{where} describes quantised weights ({method}), and {tensor}: {_FLOAT_MODEL}")
+
+
+def refuse_stale_config(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuses what says of weights that they are quantised, where every one is in float.
+
+    Raises:
+        CheckpointError: a key of config.json or a file does; the message names it, the method, and what to change.
+    """
+    marker = _marker(directory, config)
+    if marker is None or _quantized_tensor(tensors) is not None:
+        return
+    where, method, remedy = marker
+    raise CheckpointError(
+        f"{where} speaks of quantised weights ({method}), and every tensor is in float, as when an adapter was "
+        f"merged into a model that had been loaded in few bits; {remedy} if the weights are what they should be"
+    )
 
 
 def _marker(directory: Path, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -150,6 +163,27 @@ def _quantized_tensor(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | No
     return None
 
 
+def refuse_unmerged(names: Sequence[str]) -> None:
+    """Refuses names by which an adapter that is not merged, or a training framework's wrapper, is known.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    lora = next((name for name in names if _ADAPTERS.search(name)), None)
+    if lora is not None:
+        raise CheckpointError(
+            f"tensor {lora!r:.200} belongs to an adapter (LoRA or its like) that is not merged; merge it (peft: "
+            "merge_and_unload(), save_pretrained), then set model to the new directory"
+        )
+    for prefix, wrapper in _WRAPPERS.items():
+        wrapped = next((name for name in names if name.startswith(prefix)), None)
+        if wrapped is not None:
+            raise CheckpointError(
+                f"tensor {wrapped!r:.200}: names begin with {prefix!r}, as {wrapper} saves them, and loaders look for "
+                f"{wrapped.removeprefix(prefix)!r:.200}; save the model itself with save_pretrained"
+            )
+
+
 def refuse_foreign_names(tensors: Iterable[str], *, tied: bool) -> None:
     """Refuses names by which another kind of model is known.
 
@@ -161,19 +195,7 @@ def refuse_foreign_names(tensors: Iterable[str], *, tied: bool) -> None:
         CheckpointError: adapters that are not merged, another head, a decoder without prefix, a wrapper's names.
     """
     names = list(tensors)
-    lora = next((name for name in names if _LORA.search(name)), None)
-    if lora is not None:
-        raise CheckpointError(
-            f"tensor {lora!r:.200} belongs to an adapter (LoRA) that is not merged; merge it (peft: "
-            "merge_and_unload(), save_pretrained), then set model to the new directory"
-        )
-    for prefix, wrapper in _WRAPPERS.items():
-        wrapped = next((name for name in names if name.startswith(prefix)), None)
-        if wrapped is not None:
-            raise CheckpointError(
-                f"tensor {wrapped!r:.200}: names begin with {prefix!r}, as {wrapper} saves them, and loaders look for "
-                f"{wrapped.removeprefix(prefix)!r:.200}; save the model itself with save_pretrained"
-            )
+    refuse_unmerged(names)
     for head, kind in _OTHER_HEADS.items():
         other = next((name for name in names if name.startswith(head)), None)
         if other is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,16 @@ from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
 
-__all__ = ["HEAD", "HEAD_KEPT", "SourceTensors", "settle_tensors", "stands_apart"]
+__all__ = ["HEAD", "HEAD_KEPT", "SourceTensors", "same_values", "settle_tensors"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_KEPT = (
-    f"{HEAD} holds other values than {EMBEDDING}, though config.json ties the two (tie_word_embeddings: true): "
+    "{head} holds other values than {embedding}, though config.json ties the two or leaves it open "
+    "(tie_word_embeddings): "
     "the head is kept as one of its own, as in transformers, and the published config.json says so"
 )
-"""What people are told of such a head."""
+"""What people are told of a head, by its name and the embedding's."""
 
 _CHUNK = 1 << 22  # values compared at a time
 # Buffers that older transformers saved; rotary frequencies follow from config.json.
@@ -68,11 +69,11 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
             f"{HEAD} is stored and {EMBEDDING} is not, and config.json ties the two (tie_word_embeddings): it is both, "
             "as in transformers, and is published as the embedding"
         )
-    elif tied and stands_apart(files, found):
+    elif tied and _stands_apart(files, found):
         tied = False
-        notes.append(HEAD_KEPT)
+        notes.append(HEAD_KEPT.format(head=HEAD, embedding=EMBEDDING))
     settled = dataclasses.replace(architecture, tie_word_embeddings=tied)
-    tensors, ignored = _checked(found, settled)
+    tensors, ignored = _checked(found, settled, files.notes)
     further = [name for name in ignored if _is_further(name, settled)]
     if further:
         notes.append(
@@ -87,9 +88,9 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
     )
 
 
-def stands_apart(files: WeightFiles, found: Mapping[str, TensorInfo]) -> bool:
+def _stands_apart(files: WeightFiles, found: Mapping[str, TensorInfo]) -> bool:
     """Whether a head is stored beside the embedding and holds other values."""
-    return HEAD in found and EMBEDDING in found and not _same_values(files, found[EMBEDDING], found[HEAD])
+    return HEAD in found and EMBEDDING in found and not same_values(files, found[EMBEDDING], found[HEAD])
 
 
 def _notes_on(ignored: tuple[str, ...]) -> list[str]:
@@ -102,7 +103,8 @@ def _notes_on(ignored: tuple[str, ...]) -> list[str]:
     return notes
 
 
-def _same_values(files: WeightFiles, first: TensorInfo, second: TensorInfo) -> bool:
+def same_values(files: WeightFiles, first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two float tensors hold the same numbers, whatever their dtypes."""
     if first.dtype == second.dtype or first.shape != second.shape:
         return same_bytes(files.paths[first.file], first, files.paths[second.file], second)
     one, other = (_flat(files, info) for info in (first, second))
@@ -119,7 +121,7 @@ def _flat(files: WeightFiles, info: TensorInfo) -> npt.NDArray[np.generic]:
 
 
 def _checked(
-    found: Mapping[str, TensorInfo], architecture: DecoderArchitecture
+    found: Mapping[str, TensorInfo], architecture: DecoderArchitecture, notes: Sequence[str] = ()
 ) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     """The tensors a decoder of this architecture has, in its order, and the names of harmless others."""
     expected = architecture.outer_tensors()
@@ -128,8 +130,14 @@ def _checked(
         expected.update({prefix + name: shape for name, shape in architecture.layer_tensors(layer).items()})
     missing = [name for name in expected if name not in found]
     if missing:
-        hint = "complete the download, or correct config.json"
-        if missing == [HEAD]:
+        hint = "; ".join(["complete the download, or correct config.json", *notes])
+        others = [name for name in found if name not in expected and not _is_harmless(name, architecture)]
+        if missing == [HEAD] and others:
+            hint = (
+                f"{some(others)} may be a head of another kind, as of a classifier or a reward model: causal language "
+                "models are served"
+            )
+        elif missing == [HEAD]:
             hint = "complete the download, or set tie_word_embeddings: true in config.json if the head is tied"
         elif not any(name.startswith("model.layers.") for name in found):
             hint = f"names begin with {next(iter(found), 'nothing')!r:.100} here: save the causal language model itself"

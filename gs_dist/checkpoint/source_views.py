@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from gs_dist.checkpoint.header import DTYPES, SPELLINGS, TensorInfo
 from gs_dist.checkpoint.sources.directory import FileStamp, TensorBytes
-from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding
+from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding, is_decoded
 from gs_dist.checkpoint.sources.matrix import PlainMatrix, RowsOfMatrix, StoredMatrix, TransposedMatrix
 from gs_dist.checkpoint.weight_files import WeightFiles, some
 from gs_dist.errors import CheckpointError
@@ -74,6 +74,11 @@ def view_tensors(files: WeightFiles, config: Mapping[str, Any], architecture: De
             f"{len(coded)} weights are in {encoding.name}: they are decoded to {encoding.float_dtype} as they are "
             f"read{stay}"
         )
+    elif decodes(config):
+        notes.append(
+            f"config.json: quantization_config speaks of weights in {encoding.name}, and every tensor is in float, as "
+            "where they were decoded before: they are taken as they are"
+        )
     if parts.wholes:
         fused = sorted(name for name in parts.wholes if ".experts." in name)
         tensors = {name: info for name, info in tensors.items() if name not in parts.wholes} | parts.tensors
@@ -87,13 +92,7 @@ def decodes(config: Mapping[str, Any]) -> bool:
 
     That is FP8 with a scale a block, MXFP4, or compressed-tensors' packed integers.
     """
-    stated = config.get("quantization_config")
-    if not isinstance(stated, Mapping):
-        return False
-    method = stated.get("quant_method")
-    if method == "compressed-tensors":
-        return stated.get("format") == "pack-quantized"
-    return method == "mxfp4" or (method == "fp8" and stated.get("weight_block_size") is not None)
+    return is_decoded(config.get("quantization_config"))
 
 
 def _as_floats(name: str, info: TensorInfo, matrix: StoredMatrix) -> TensorInfo:

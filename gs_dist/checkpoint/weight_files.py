@@ -66,7 +66,9 @@ class WeightFiles:
         for file in files:
             if not os.path.isfile(contained_path(directory, file)):
                 raise CheckpointError(f"{file:.200}: is listed in {INDEX_FILE} and missing; complete the download")
-        return _of_files(directory, files, weight_map, ())
+        unlisted = sorted(path.name for path in directory.glob("model*.safetensors") if path.name not in files)
+        note = f"{some(unlisted)}: left out, since {INDEX_FILE} does not list {'it' if len(unlisted) == 1 else 'them'}"
+        return _of_files(directory, files, weight_map, (note,) if unlisted else ())
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -148,6 +148,11 @@ def _notes(catalogue: Catalogue) -> list[str]:
             f"model type {catalogue.model_type} is not known: linears of the usual names are quantised, all others "
             "stay in floats; name more of them in layer_policies"
         )
+    if catalogue.encoding and not catalogue.encoded:
+        notes.append(
+            f"config.json: quantization_config speaks of weights in {catalogue.encoding}, and every tensor is in "
+            "float, as where they were decoded before: they are taken as they are"
+        )
     odd = [
         carried.info
         for carried in catalogue.carried

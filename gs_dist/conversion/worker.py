@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gs_dist.checkpoint.finite import not_finite
 from gs_dist.checkpoint.part_manifest import PartManifest, read_part, write_part
 from gs_dist.checkpoint.shard_records import record_faults
 from gs_dist.checkpoint.shard_stream import ShardStream, stream_safetensors
@@ -21,6 +22,7 @@ from gs_dist.conversion.parts import Part, Piece, block_rows, row_step
 from gs_dist.conversion.rows import row_of
 from gs_dist.conversion.schemes import Scheme
 from gs_dist.errors import CheckpointError, DamagedError
+from gs_dist.model.dtypes import FLOATS
 from gs_dist.results.quantized import Float32, LinearSummary
 from gs_dist.solvers.weight_loss import WeightLoss
 from gs_dist.solvers.weight_rounding import RoundedRows
@@ -129,6 +131,11 @@ class _Streaming:
         return rows
 
     def _write_floats(self, weight: Weight, linear: LinearRows, values: Float32) -> None:
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{weight.matrix.tensors[0].file}: {linear.name}: a value is not finite: the weight is damaged; "
+                "download the file again, or mend the value"
+            )
         cast = values.astype(numpy_dtype(weight.matrix.float_dtype))
         for stream in self._streams.values():
             stream.append(f"{linear.name}.weight", cast)
@@ -139,6 +146,7 @@ class _Streaming:
             row = np.empty(info.shape[1], dtype=numpy_dtype(info.dtype))
             self._files.read_into(info, carried.expert * row.nbytes, row)
             values = row[carried.start :: carried.step][: carried.count]
+            self._refuse_damaged(carried, values)
             for stream in self._streams.values():
                 stream.append(carried.name, values)
             return
@@ -146,8 +154,21 @@ class _Streaming:
         for begin in range(0, info.nbytes, _COPIED):
             piece = chunk[: min(_COPIED, info.nbytes - begin)]
             self._files.read_into(info, begin, piece)
+            if info.dtype in FLOATS:
+                self._refuse_damaged(carried, piece.view(numpy_dtype(info.dtype)))
             for stream in self._streams.values():
                 stream.append_bytes(carried.name, piece)
+
+    def _refuse_damaged(self, carried: Carried, values: np.ndarray) -> None:  # type: ignore[type-arg]
+        """Refuses NaN, and in what linears and norms multiply by, infinities; masks are made of these."""
+        bad = not_finite(values)
+        if not bad.any():
+            return
+        if carried.name.endswith((".weight", ".bias")) or np.isnan(values[bad].astype(np.float32)).any():
+            raise CheckpointError(
+                f"{carried.info.file}: tensor {carried.info.name!r:.200} holds {values[int(np.argmax(bad))]}: the "
+                "checkpoint is damaged; download the file again, or mend the value"
+            )
 
 
 class _Rounding:
@@ -193,8 +214,7 @@ class _Rounding:
             return self._rounder.round(block)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._where}: {error}: the weight is damaged; download the file again, or leave the linear in "
-                "floats (layer_policies: null)"
+                f"{self._where}: {error}: the weight is damaged; download the file again, or mend the value"
             ) from None
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_dist.checkpoint.header import TensorInfo
+from gs_dist.checkpoint.source_kind import refuse_quantized, refuse_stale_config, refuse_unmerged
 from gs_dist.checkpoint.sources.directory import SourceDirectory
-from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding
+from gs_dist.checkpoint.sources.encoded import EncodedSource, find_encoding, is_decoded, stated_encoding
 from gs_dist.checkpoint.sources.matrix import PlainMatrix, StoredMatrix, TransposedMatrix, numpy_dtype
 from gs_dist.errors import CheckpointError
 from gs_dist.model.dtypes import FLOATS
@@ -96,6 +97,7 @@ class Catalogue:
         family: what is known of the model type.
         dtype: of floats and scales: what config.json states, or the largest share of the float tensors.
         encoding: what the source is quantised with already, "" for floats.
+        encoded: whether any tensor is in that, and not decoded already.
         weights: what can be quantised, in the order of storage.
         carried: every other tensor.
         used_up: names of source tensors that go into decoding weights.
@@ -105,6 +107,7 @@ class Catalogue:
     family: Family
     dtype: str
     encoding: str
+    encoded: bool
     weights: tuple[Weight, ...]
     carried: tuple[Carried, ...]
 
@@ -131,7 +134,13 @@ def take_catalogue(source: SourceDirectory) -> Catalogue:
     if not family.known:
         family = family_of(model_type)
     dtype = _float_dtype(source)
+    refuse_unmerged(list(source.tensors))
+    stated = stated_encoding(source.config)
+    if stated is None or not is_decoded(stated):
+        refuse_stale_config(source.directory, {"quantization_config": stated}, source.tensors)
     encoding = find_encoding(source.config, source.tensors, dtype)
+    if stated is None:
+        refuse_quantized(source.directory, source.config, source.tensors)
     builder = _Builder(text, family, encoding)
     builder.sort(source.tensors)
     return Catalogue(
@@ -139,6 +148,7 @@ def take_catalogue(source: SourceDirectory) -> Catalogue:
         family=family,
         dtype=dtype,
         encoding=encoding.name,
+        encoded=any(encoding.encodes(name) for name in source.tensors),
         weights=tuple(builder.weights),
         carried=tuple(builder.carried),
     )

@@ -19,8 +19,10 @@ import numpy.typing as npt
 from gs_dist.checkpoint.companions import Companions, find_companions
 from gs_dist.checkpoint.header import TensorInfo, read_json
 from gs_dist.checkpoint.paths import contained_path
+from gs_dist.checkpoint.published_config import refuse_unwritable
 from gs_dist.checkpoint.source_kind import refuse_adapter
-from gs_dist.checkpoint.source_tensors import HEAD_KEPT, stands_apart
+from gs_dist.checkpoint.source_tensors import HEAD_KEPT
+from gs_dist.checkpoint.sources.own_head import own_head, says_tied, with_own_head
 from gs_dist.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, WeightFiles, fingerprint_of, some
 from gs_dist.errors import CheckpointError
 
@@ -45,7 +47,7 @@ class SourceDirectory:
 
     Attributes:
         directory: where it lies.
-        config: content of config.json; with `tie_word_embeddings` false where a head of other values is stored.
+        config: content of config.json; with `tie_word_embeddings` false wherever a head of other values is stored.
         tensors: name to `TensorInfo`, in the order in which they lie on storage: by file, then by offset.
         stamps: each file as it was when its header was read.
         notes: where index and files disagree, and no loader minds.
@@ -64,6 +66,7 @@ class SourceDirectory:
         refuse_adapter(self.directory)
         self._config_path = contained_path(self.directory, CONFIG_FILE)
         self.config: dict[str, Any] = read_json(self._config_path, CONFIG_FILE)
+        refuse_unwritable(self.config)
         self._files = WeightFiles.find(self.directory)
         ordered = sorted(self._files.tensors.values(), key=lambda info: (info.file, info.offset, info.name))
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in ordered}
@@ -71,9 +74,9 @@ class SourceDirectory:
         self.notes = self._files.notes
         self._refuse_absent()
         # Engines that go by the flag alone would leave the head out.
-        if self.config.get("tie_word_embeddings") is True and stands_apart(self._files, self._files.tensors):
-            self.config["tie_word_embeddings"] = False
-            self.notes = (*self.notes, HEAD_KEPT)
+        if says_tied(self.config) and (found := own_head(self._files)) is not None:
+            self.config = with_own_head(self.config)
+            self.notes = (*self.notes, HEAD_KEPT.format(head=found[0], embedding=found[1]))
 
     def _refuse_absent(self) -> None:
         """No network says which tensors there must be; the index does."""

@@ -16,7 +16,7 @@ from gs_dist.checkpoint.sources.mxfp4 import GROUP, Mxfp4Matrix
 from gs_dist.checkpoint.sources.packed_int import PackedIntMatrix
 from gs_dist.errors import CheckpointError
 
-__all__ = ["EncodedSource", "find_encoding"]
+__all__ = ["EncodedSource", "find_encoding", "is_decoded", "stated_encoding"]
 
 _FP8 = "float8_e4m3fn"
 
@@ -53,6 +53,26 @@ class EncodedSource:
         raise NotImplementedError
 
 
+def stated_encoding(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantised weights, at its top or of its language model; None where nothing."""
+    stated = config.get("quantization_config")
+    for key in ("text_config", "llm_config", "language_config"):
+        part = config.get(key)
+        if stated is None and isinstance(part, Mapping):
+            stated = part.get("quantization_config")
+    return stated
+
+
+def is_decoded(stated: Any) -> bool:
+    """Whether that names an encoding which is decoded: FP8 with a scale a block, MXFP4, packed integers."""
+    if not isinstance(stated, Mapping):
+        return False
+    method = stated.get("quant_method")
+    if method == "compressed-tensors":
+        return stated.get("format") == "pack-quantized"
+    return method == "mxfp4" or (method == "fp8" and stated.get("weight_block_size") is not None)
+
+
 def find_encoding(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], dtype: str) -> EncodedSource:
     """What the checkpoint's weights are encoded with.
 
@@ -64,11 +84,7 @@ def find_encoding(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], 
     Raises:
         CheckpointError: an encoding that is not served, or codes whose scales are missing or of another shape.
     """
-    stated = config.get("quantization_config")
-    for key in ("text_config", "llm_config", "language_config"):
-        part = config.get(key)
-        if stated is None and isinstance(part, Mapping):
-            stated = part.get("quantization_config")
+    stated = stated_encoding(config)
     if stated is None:
         return _without_config(tensors, dtype)
     if not isinstance(stated, Mapping):

@@ -62,12 +62,12 @@ KINDS: list[tuple[str, Callable[[Tensors], Any], str]] = [
     (
         "LoRA not merged",
         renamed(lambda name: name.replace("up_proj.weight", "up_proj.base_layer.weight")),
-        "'model.layers.0.mlp.up_proj.base_layer.weight' belongs to an adapter (LoRA) that is not merged; merge it",
+        "up_proj.base_layer.weight' belongs to an adapter (LoRA or its like) that is not merged; merge",
     ),
     (
         "LoRA beside the weights",
         lambda tensors: tensors.update({UP.replace("weight", "lora_A.weight"): np.ones((4, 64), np.float32)}),
-        "up_proj.lora_A.weight' belongs to an adapter (LoRA) that is not merged",
+        "up_proj.lora_A.weight' belongs to an adapter (LoRA or its like) that is not merged",
     ),
     (
         "peft's names",
@@ -214,3 +214,27 @@ def test_weights_in_another_form_are_named(file: str, message: str, tmp_path: Pa
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(CheckpointError, match=message):
         CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["regression_layer.weight", "classification_head.weight", "my_head.0.weight"])
+def test_a_head_of_a_name_that_nobody_knows_is_told_from_a_tied_one(head: str, tmp_path: Path) -> None:
+    """To tie the embedding would lead to the next refusal."""
+    config = tiny_config()
+    tensors = random_tensors(config)
+    del tensors["lm_head.weight"]
+    tensors[head] = np.ones((1, 64), np.float32)
+    with pytest.raises(CheckpointError, match=f"'{head}' may be a head of another kind") as refused:
+        CheckpointReader(save_checkpoint(tmp_path / "m", config, tensors))
+    assert "tie_word_embeddings" not in str(refused.value)
+
+
+def test_files_that_the_index_leaves_out_are_told(tmp_path: Path) -> None:
+    """One of another download, and a model.safetensors that loaders take in the index's place."""
+    config = tiny_config()
+    model = save_checkpoint(tmp_path / "m", config, random_tensors(config), shards=2)
+    (model / "model-00003-of-00003.safetensors").write_bytes((model / "model-00001-of-00002.safetensors").read_bytes())
+    (note,) = CheckpointReader(model).notes
+    assert note == "'model-00003-of-00003.safetensors': left out, since model.safetensors.index.json does not list it"
+    (model / "model.safetensors").write_bytes((model / "model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors holds the model; .*index\.json .* not read"):
+        CheckpointReader(model)

@@ -13,6 +13,7 @@ from conversions import read_tensors, run_conversion, unpacked_int32, within_hal
 from gs_dist.checkpoint.check import check
 from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.checkpoint.sources.directory import SourceDirectory
 from gs_dist.errors import PolicyConflictError, UserError
 from gs_dist.numbers.integer import INT8
 from gs_dist.recipe.policy import QuantPolicy
@@ -75,6 +76,45 @@ def test_a_head_of_its_own_is_kept_and_the_config_says_so(tmp_path: Path, dialec
     assert json.loads((published / "config.json").read_text())["tie_word_embeddings"] is False
     np.testing.assert_array_equal(read_tensors(published)["lm_head.weight"], tensors["lm_head.weight"])
     assert check(published).clean
+
+
+@pytest.mark.parametrize("tied", [(True, True), (True, False), (False, True), (None, True), (True, None), (None, None)])
+@pytest.mark.parametrize("prefix", ["language_model.", ""])
+def test_a_wrappers_own_head_is_told_by_every_flag(
+    tmp_path: Path, prefix: str, tied: tuple[bool | None, bool | None]
+) -> None:
+    """Outer and inner config may say different things of the head, or nothing; loaders differ on which one counts."""
+    text = tiny_config(tie_word_embeddings=False)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in random_tensors(text).items()}
+    tensors["visual.patch_embed.weight"] = np.ones((8, 8), np.float32)
+    text.pop("tie_word_embeddings")
+    outer, inner = tied
+    config = {"model_type": "a_wrapper", "text_config": text, "vision_config": {"depth": 1}}
+    for part, flag in ((config, outer), (text, inner)):
+        if flag is not None:
+            part["tie_word_embeddings"] = flag
+    model = save_checkpoint(tmp_path / "model", config, tensors)
+    published = run_conversion(model, tmp_path / "out", scheme="W8A8_DYNAMIC")["compressed-tensors"]
+    found = json.loads((published / "config.json").read_text())
+    assert found["tie_word_embeddings"] is False
+    assert found["text_config"].get("tie_word_embeddings") is (None if inner is None else False)
+    assert read_tensors(published)[f"{prefix}lm_head.weight"].tobytes() == tensors[f"{prefix}lm_head.weight"].tobytes()
+    told = [note for note in SourceDirectory(model).notes if "lm_head.weight holds other values than" in note]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_wrappers_tied_head_stays_tied(tmp_path: Path, stored: bool) -> None:
+    """Whether a copy of the embedding is stored as head or none is, flags stay as they are."""
+    text = tiny_config(tie_word_embeddings=True)
+    tensors = {f"language_model.{name}": tensor for name, tensor in random_tensors(text).items()}
+    if stored:
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].copy()
+    model = save_checkpoint(tmp_path / "model", {"model_type": "a_wrapper", "text_config": text}, tensors)
+    published = run_conversion(model, tmp_path / "out", scheme="W8A8_DYNAMIC")["compressed-tensors"]
+    found = json.loads((published / "config.json").read_text())
+    assert "tie_word_embeddings" not in found
+    assert found["text_config"]["tie_word_embeddings"] is True
 
 
 def test_groups_of_four_bits_are_within_half_a_step(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import save_checkpoint, save_safetensors, tiny_checkpoint
+from checkpoints import random_tensors, save_checkpoint, save_safetensors, tiny_config
 from conversions import (
     Array,
     family_checkpoint,
@@ -20,7 +21,10 @@ from conversions import (
     within_half_a_step,
 )
 
+from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.sources.fp8_block import decode_e4m3
+from gs_dist.conversion.config import ConversionConfig
+from gs_dist.conversion.plan import plan_conversion
 from gs_dist.errors import CheckpointError
 
 BLOCK = 24  # divides neither 64 nor 96 outputs or inputs: blocks at the edges are cut short
@@ -236,11 +240,99 @@ def test_packed_integers_are_decoded_and_rounded_anew(tmp_path: Path, symmetric:
 
 def test_another_quantization_is_refused_by_name(tmp_path: Path) -> None:
     """The message lists what is decoded."""
-    model = tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    config = tiny_config(quantization_config={"quant_method": "gptq"})
+    tensors = random_tensors(config)
+    del tensors[Q]
+    model = save_checkpoint(tmp_path / "model", config, {**tensors, f"{Q[:-6]}qweight": np.zeros((8, 64), np.int32)})
     with pytest.raises(CheckpointError, match="is of 'gptq'; decoded are fp8 with blocks, mxfp4 and"):
         run_conversion(model, tmp_path / "out")
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def under(prefix: str) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return change
+
+
+def damaged(name: str, value: float) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors[name].reshape(-1)[7] = value
+
+    return change
+
+
+def stored(name: str, array: Any) -> Change:
+    return lambda config, tensors: tensors.update({name: array})
+
+
+def stated(**keys: Any) -> Change:
+    return lambda config, tensors: config.update(keys)
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "stale bitsandbytes": (
+        stated(quantization_config={"quant_method": "bitsandbytes"}),
+        r"speaks of quantised weights \(bitsandbytes\), and every tensor is in float.* remove the key from config.json",
+    ),
+    "stale, within": (
+        stated(text_config={"quantization_config": {"quant_method": "awq"}}),
+        r"speaks of quantised weights \(awq\), and every tensor is in float",
+    ),
+    "GPTQ without config": (
+        stored(f"{Q[:-6]}qweight", np.zeros((8, 64), np.int32)),
+        r"qweight' \(int32\) is of quantised weights \(GPTQ or AWQ\), though config.json has no quantization_config",
+    ),
+    "bitsandbytes without config": (
+        stored(f"{Q}.absmax", np.ones(64, np.float32)),
+        r"is of quantised weights \(bitsandbytes\)",
+    ),
+    "integers": (stored(Q, np.zeros((64, 64), np.int8)), r"is of quantised weights \(integers\)"),
+    "LoRA": (
+        stored(f"{Q[:-6]}lora_A.weight", np.ones((8, 64), np.float32)),
+        "belongs to an adapter .* that is not merged",
+    ),
+    "IA3": (
+        stored(f"{Q[:-6]}ia3_l.default", np.ones((1, 64), np.float32)),
+        "belongs to an adapter .* that is not merged",
+    ),
+    "peft": (under("base_model.model."), "names begin with 'base_model.model.', as peft saves them"),
+    "compiled": (under("_orig_mod."), "names begin with '_orig_mod.', as torch.compile saves them"),
+    "NaN in the embedding": (damaged("model.embed_tokens.weight", np.nan), "embed_tokens.weight' holds nan: the"),
+    "infinity in a norm": (damaged("model.norm.weight", np.inf), "model.norm.weight' holds inf: the checkpoint is"),
+    "NaN in the head": (damaged("lm_head.weight", np.nan), "lm_head.* (holds nan|is not finite): the"),
+    "NaN in a weight": (damaged(Q, np.nan), "a value is not finite: the weight is damaged; download the file again"),
+    "Infinity in config.json": (stated(rms_norm_eps=np.inf), "'rms_norm_eps' holds what"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_float_model_is_refused_by_what_it_is(kind: str, tmp_path: Path) -> None:
+    """With the sentences of a calibration, and nothing is left that looks like a model."""
+    change, message = REFUSED[kind]
+    config = tiny_config()
+    tensors = random_tensors(config)
+    change(config, tensors)
+    model = save_checkpoint(tmp_path / "model", config, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        run_conversion(model, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*/config.json"))
+
+
+def test_a_quantization_config_over_weights_that_were_decoded_is_noted(tmp_path: Path) -> None:
+    """DeepSeek's own cast to bfloat16 leaves it."""
+    config = tiny_config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    model = save_checkpoint(tmp_path / "model", config, random_tensors(config))
+    plan = plan_conversion(ConversionConfig.model_validate({"model": str(model), "output": str(tmp_path / "out")}))
+    assert [note for note in plan.notes if "weights in FP8 blocks, and every tensor is in float" in note]
+    assert [note for note in CheckpointReader(model).notes if "weights in FP8 blocks, and every tensor is" in note]
+    published = run_conversion(model, tmp_path / "out")["compressed-tensors"]
+    assert json.loads((published / "config.json").read_text())["quantization_config"]["quant_method"] != "fp8"
 
 
 def test_a_source_half_downloaded_is_refused(tmp_path: Path) -> None:
