@@ -134,6 +134,7 @@ NUMBER_FORMAT_ROWS = (
 )
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("check", "files", "rows", "heading"),
     [

@@ -68,6 +68,7 @@ def test_names_of_other_peoples_files_do_not_steer_the_terminal(tmp_path: Path) 
         assert "\nmodel: no problem found" not in result.output
 
 
+@pytest.mark.seconds
 def test_names_in_recipes_and_data_do_not_steer_the_terminal(tmp_path: Path) -> None:
     """Keys, values, patterns, files and columns of a recipe and of the data that it names."""
     tiny_checkpoint(tmp_path / "model", num_layers=1)

@@ -809,6 +809,7 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, child in children for found in [(*path, key), *nodes(child, (*path, key))]]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "engine", "file"),
     [

@@ -23,6 +23,7 @@ from gs_dist.checkpoint.dialects import codec_of
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.recipe.dialects import DIALECTS
 
+pytestmark = pytest.mark.seconds
 INDEX = "model.safetensors.index.json"
 SPECS: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"policy": dialects.W8A8_ASYMMETRIC, "zero_point": 3},

@@ -24,6 +24,7 @@ from gs_dist.conversion.plan import plan_conversion
 from gs_dist.conversion.worker import convert_part
 from gs_dist.errors import JobFailure, OutputError, PlanError, RefusedError, UserError
 
+pytestmark = pytest.mark.seconds
 SMALL = 24 << 10  # bytes of a part, so that a tiny model has several
 
 

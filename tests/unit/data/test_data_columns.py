@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from gs_dist.data.dataset import open_dataset
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 COUNT = 40
 TEXTS = [f"text number {i}, longer than twelve bytes" for i in range(COUNT)]
@@ -207,7 +207,7 @@ def test_a_question_and_its_answer_are_one_text_without_a_template(tmp_path: Pat
 SEEDED = """
 import pathlib, sys
 from gs_dist.data.dataset import open_dataset
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 def peak():
     # Not ru_maxrss: a child inherits its parent's.
@@ -222,6 +222,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.seconds
 def test_memory_with_a_seed_is_bounded(tmp_path: Path) -> None:
     """A seed reads all over a file, and holds neither its column chunks nor a mapping of it."""
     values = np.random.default_rng(0).integers(0, 2**31, 2048 * 1024, np.int32)

@@ -36,6 +36,7 @@ def recipe(**parallel: Any) -> CalibrationConfig:
     )
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "billions", "linears"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from gs_dist.errors import RecipeError
 from gs_dist.recipe.config import CalibrationConfig, load_recipe
 
+pytestmark = pytest.mark.seconds
 GOOD = """\
 model: /models/tiny
 output: /out

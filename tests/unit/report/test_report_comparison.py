@@ -10,6 +10,8 @@ from summaries import a_summary, dense_rows, linear_row
 from gs_dist.errors import OutputError
 from gs_dist.report.comparison import render_comparison
 
+pytestmark = pytest.mark.seconds
+
 
 def test_each_linear_is_told_by_the_ratio_of_its_errors() -> None:
     """Twice the error in the second run reads 2, whatever the errors are."""

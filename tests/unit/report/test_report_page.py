@@ -14,6 +14,7 @@ from summaries import ROLES, a_summary, dense_rows, expert_rows, linear_row
 from gs_dist.recipe.config import CalibrationConfig, config_of
 from gs_dist.report.page import render_report
 
+pytestmark = pytest.mark.seconds
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = 'x"><script>alert(1)</script>\x1b[2J\u202e'
 
