@@ -12,7 +12,7 @@ from gs_dist.data.data_file import DataFile
 from gs_dist.data.padding import ATTENTION_MASK
 from gs_dist.data.tokens import TextTokenizer
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 __all__ = ["Choice"]
 

@@ -26,7 +26,7 @@ from gs_dist.data.packing import Ids, pack
 from gs_dist.data.rows import Rows, WantedRows
 from gs_dist.data.tally import Tally
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.wording import counted, without_secrets
 
 __all__ = ["CalibrationDataset", "TokenBatch", "open_dataset", "samples_fingerprint"]

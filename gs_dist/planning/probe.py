@@ -15,7 +15,8 @@ from gs_dist.planning.memory import JobShape, MemoryPlan, probe_memory
 from gs_dist.planning.spread import Spread, choose_spread, device_of
 from gs_dist.planning.waves import split_evenly
 from gs_dist.planning.workload import Workload, compute_bytes
-from gs_dist.recipe.config import CalibrationConfig, CalibrationData
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.recipe.sizes import GIB, format_bytes
 
 __all__ = ["PROMPT_TOKENS", "LayerGroups", "choose_groups", "evaluation_shape", "plan_probe"]

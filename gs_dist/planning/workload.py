@@ -18,9 +18,10 @@ from gs_dist.numbers.groups import num_groups
 from gs_dist.planning.bits import budget_bytes, schemes_of
 from gs_dist.planning.memory import JobShape, largest_gram_bytes, layer_set_bytes, solver_bytes
 from gs_dist.planning.solver_operations import solver_operations
-from gs_dist.recipe.config import CalibrationConfig, CalibrationData
+from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.matching import resolve_policies
 from gs_dist.recipe.policy import QuantPolicy, required_statistics
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.wording import counted
 
 __all__ = [

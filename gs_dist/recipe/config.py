@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from gs_dist.errors import RecipeError
 from gs_dist.model.sketch import DEFAULT_ROWS
@@ -35,17 +32,25 @@ from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.places import fault_of_directory, fault_of_output
 from gs_dist.recipe.policy import AlgoArgs, QuantPolicy
-from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+from gs_dist.recipe.sections import (
+    CalibrationData,
+    ParallelConfig,
+    ProbeConfig,
+    PTQSection,
+    Section,
+    Text,
+    dialect_names,
+    on_off,
+    refusal,
+    share_or_size,
+)
+from gs_dist.recipe.sizes import SIZE_HELP
 from gs_dist.recipe.text import Document, apply_overrides, parse_document, problems_of, report
 from gs_dist.seal import unsealed_text
 from gs_dist.wording import is_uri, without_secrets
 
 __all__ = [
     "CalibrationConfig",
-    "CalibrationData",
-    "PTQSection",
-    "ParallelConfig",
-    "ProbeConfig",
     "base_name",
     "config_of",
     "load_recipe",
@@ -53,208 +58,6 @@ __all__ = [
     "read_published_recipe",
     "recipe_fingerprint",
 ]
-
-# Tokens of a micro-batch where the recipe leaves its size open: enough for matrix products to run at full
-# rate, little enough that attention scores of one layer stay small. It must not depend on the cluster.
-AUTO_MICRO_BATCH_TOKENS = 2048
-
-
-def _refusal(write: str) -> PydanticCustomError:
-    """An error that `gs_dist.recipe.text` prints as `found ...; write ...`."""
-    return PydanticCustomError("recipe", "write {write}", {"write": write})
-
-
-def _size_or_auto(value: object) -> object:
-    if value == "auto":
-        return value
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise _refusal(f"auto, or {SIZE_HELP}") from None
-
-
-def _share_or_size(value: object) -> object:
-    if value is None or (isinstance(value, float) and 0.0 < value < 1.0):
-        return value
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise _refusal(f"a share between 0 and 1 such as 0.30, or {SIZE_HELP}") from None
-
-
-def _count_or_auto(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise _refusal("auto, or a whole number from 1")
-
-
-def _power_of_two(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 and value & (value - 1) == 0:
-        return value
-    raise _refusal("a power of two: 1, 2, 4, 8, 16 ...")
-
-
-def _one_or_more(value: object) -> object:
-    """A text where a list is meant is a list of one."""
-    entries = [value] if isinstance(value, str) else value
-    if isinstance(entries, (list, tuple)) and entries and all(isinstance(e, str) and e.strip() for e in entries):
-        return tuple(entries)
-    raise _refusal("a text, or a list of texts")
-
-
-def _none_or_more(value: object) -> object:
-    try:
-        return None if value is None else _one_or_more(value)
-    except PydanticCustomError:
-        raise _refusal("a text, a list of texts, or null for the calibration data") from None
-
-
-def _list_of_names(value: object) -> object:
-    if isinstance(value, (list, tuple)) and all(isinstance(entry, str) and entry for entry in value):
-        return tuple(value)
-    raise _refusal("a list of parts of names, such as [lm_head]")
-
-
-def _dialects(value: object) -> object:
-    entries = _one_or_more(value)
-    assert isinstance(entries, tuple)
-    if any(entry not in DIALECTS for entry in entries) or len(set(entries)) != len(entries):
-        raise _refusal(f"one or more of {', '.join(DIALECTS)}, each once")
-    return entries
-
-
-def _switch(value: object) -> object:
-    """YAML reads a bare `on` and `off` as booleans."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
-SizeOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{SIZE_HELP}, or auto")]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Values("text, or a list of texts")]
-Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    # Each field's docstring is what `gs-dist recipe` says of it.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class CalibrationData(_Section):
-    """What the statistics are taken from. `data` holds files, directories, glob patterns or URIs."""
-
-    data: Texts
-    """Files, directories, patterns or URIs: Parquet, Arrow, JSON lines, JSON, CSV, text, or what save_to_disk wrote."""
-    num_samples: Count = 128
-    """How many samples statistics are taken from."""
-    sequence_length: Count = 2048
-    """Tokens of a sample."""
-    column: Text = "auto"
-    """Column of token ids, text or chats, field in structs (doc.text), or pair (prompt+response); auto: a usual one."""
-    sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What a row of a plain text file is: a line, the lines up to an empty one, or the file."""
-    add_special_tokens: bool = True
-    """Whether the tokenizer adds its own, such as BOS, to text; chats have those that the chat template writes."""
-    strict: bool = False
-    """Refuses rows that are null or hold an empty chat; otherwise they are passed over and counted."""
-    seed: int | None = None
-    """Takes rows from all over the data by this seed; with null, the first ones."""
-    packing: bool = True
-    """Joins rows and cuts samples of full length; otherwise a row is a sample, cut or padded."""
-    micro_batch_size: CountOrAuto = "auto"
-    """Samples that go through a layer at once; auto takes as many as make about 2048 tokens."""
-    reduction_blocks: Annotated[int, BeforeValidator(_power_of_two), Values("a power of two")] = 8
-    """Parts that statistics are summed in, in a fixed order: as many replicas as these can share work."""
-
-    @property
-    def samples_per_micro_batch(self) -> int:
-        """`micro_batch_size` with `auto` resolved; depends on the data's settings alone."""
-        if self.micro_batch_size != "auto":
-            return min(self.micro_batch_size, self.num_samples)
-        return min(max(1, AUTO_MICRO_BATCH_TOKENS // self.sequence_length), self.num_samples)
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of the whole job; the last may hold fewer samples."""
-        return math.ceil(self.num_samples / self.samples_per_micro_batch)
-
-    @property
-    def num_blocks(self) -> int:
-        """`reduction_blocks`, or as few as hold a micro-batch each: halving those again leaves the order of sums."""
-        return min(self.reduction_blocks, 1 << (self.num_micro_batches - 1).bit_length())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole job, padding included."""
-        return self.num_samples * self.sequence_length
-
-
-class ParallelConfig(_Section):
-    """How the job is spread; nothing here changes the published bytes. `memory_per_worker` is in bytes."""
-
-    pipeline_parallel_size: CountOrAuto = "auto"
-    """Stages: each has a share of the layers."""
-    data_parallel_size: CountOrAuto = "auto"
-    """Replicas of the stages: each runs a share of the samples."""
-    memory_per_worker: SizeOrAuto = "auto"
-    """The most memory of its device that a worker may use; auto is its share of the node, or of a card."""
-    device: Literal["auto", "cpu", "ascend"] = "auto"
-    """What workers compute on; auto takes Ascend cards where there are any."""
-    threads_per_worker: CountOrAuto = "auto"
-    """CPU threads of a worker; auto divides the cores."""
-    layers_per_wave: CountOrAuto = "auto"
-    """Layers of a stage that are observed in one pass; auto takes as many as fit into memory."""
-    max_in_flight: CountOrAuto = "auto"
-    """Micro-batches under way between the first and the last stage: more wait less and take more memory."""
-    min_data_parallel_size: Count = 1
-    """Replicas that suffice to start or go on with, where the cluster has no room for all."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often in a row lost workers are started again without a layer finished in between."""
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
-    """Seconds without any progress after which workers count as lost."""
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> ParallelConfig:
-        if self.data_parallel_size != "auto" and self.min_data_parallel_size > self.data_parallel_size:
-            raise ValueError(
-                f"min_data_parallel_size is {self.min_data_parallel_size} while data_parallel_size is "
-                f"{self.data_parallel_size}: set min_data_parallel_size: {self.data_parallel_size} or less"
-            )
-        return self
-
-
-class ProbeConfig(_Section):
-    """What float and published model are compared on where `max_perplexity_increase` is set; decides no byte.
-
-    `data` is as in `calibration`, None for the calibration data; the first `num_samples` samples are taken, or
-    as many as there are. The float model generates `max_new_tokens` tokens after the beginning of the first (0: none),
-    and the published model is asked for its own at each of these places.
-    """
-
-    data: Annotated[
-        tuple[str, ...] | None, BeforeValidator(_none_or_more), Values("text, a list of texts, or null")
-    ] = None
-    """Data to compare the models on, as in calibration.data; null takes the calibration data."""
-    num_samples: Count = 8
-    """How many samples at most."""
-    max_new_tokens: Annotated[int, Field(ge=0)] = 16
-    """Tokens that the float model generates for the published one to be compared on; 0 for none."""
-
-
-class PTQSection(QuantPolicy):
-    """The policy of linears that no layer policy matches, and parts of names that stay as they are."""
-
-    opname_blacklist: Annotated[tuple[str, ...], BeforeValidator(_list_of_names), Values("a list of texts")] = ()
-    """Parts of names of linears that stay in float, such as lm_head."""
-
-    @property
-    def policy(self) -> QuantPolicy:
-        """The same without the blacklist."""
-        return QuantPolicy(**self.written_fields())
-
-    def written_fields(self) -> dict[str, Any]:
-        """The policy's fields that the recipe sets, for layer policies to be laid over."""
-        return self.model_dump(exclude_unset=True, exclude={"opname_blacklist"})
 
 
 def _merged_policy(ptq: PTQSection, override: Mapping[str, Any]) -> QuantPolicy:
@@ -266,7 +69,7 @@ def _merged_policy(ptq: PTQSection, override: Mapping[str, Any]) -> QuantPolicy:
     return QuantPolicy.model_validate(merged)
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """A whole recipe. Frozen; anything derived from the checkpoint or the cluster is in the plan."""
 
     model: Text
@@ -283,14 +86,14 @@ class CalibrationConfig(_Section):
     """Linears with a policy of their own, by regular expressions that match full names from the start."""
     parallel: ParallelConfig = ParallelConfig()
     """How the job is spread; nothing here changes the published bytes."""
-    format: Annotated[tuple[str, ...], BeforeValidator(_dialects), Values(f"one or more of {', '.join(DIALECTS)}")] = (
-        "compressed-tensors",
-    )
+    format: Annotated[
+        tuple[str, ...], BeforeValidator(dialect_names), Values(f"one or more of {', '.join(DIALECTS)}")
+    ] = ("compressed-tensors",)
     """Forms the model is published in, each in a directory of its own."""
     serving_dtype: Literal["float16", "bfloat16"] | None = None
     """Dtype that the model is served in, which decides how scales are stored; null is the checkpoint's own. Ascend 310P
     cards serve float16 alone."""
-    gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    gram: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_off)] = "auto"
     """What errors are reported and searched from: auto takes sketches, on whole Gram matrices, off only what a solver
     must have. GPTQ takes a Gram matrix anyway."""
     sketch_rows: Annotated[int, Field(ge=16, le=65536)] = DEFAULT_ROWS
@@ -312,7 +115,7 @@ class CalibrationConfig(_Section):
     bits: Literal["fixed", "auto"] = "fixed"
     """auto chooses 4, 8 or 16 bits for each linear within size_budget."""
     size_budget: Annotated[
-        float | int | None, BeforeValidator(_share_or_size), Values(f"a share such as 0.30, {SIZE_HELP}, or null")
+        float | int | None, BeforeValidator(share_or_size), Values(f"a share such as 0.30, {SIZE_HELP}, or null")
     ] = None
     """What the layers' linears may take with bits: auto; a share is of what they take in float."""
     sensitivity: bool = False
@@ -365,7 +168,7 @@ class CalibrationConfig(_Section):
     def _refuse_output_in_model(cls, value: str, info: ValidationInfo) -> str:
         fault = fault_of_output(value, info.data.get("model"))
         if fault is not None:
-            raise _refusal(fault)
+            raise refusal(fault)
         return os.path.expanduser(value)
 
     @field_validator("model", mode="after")
@@ -373,7 +176,7 @@ class CalibrationConfig(_Section):
     def _expand_home(cls, value: str) -> str:
         fault = fault_of_directory(value)
         if fault is not None:
-            raise _refusal(fault)
+            raise refusal(fault)
         return os.path.expanduser(value)
 
     @field_validator("layer_policies", mode="before")
@@ -476,12 +279,12 @@ def _policy_errors(policies: Mapping[Any, Any], ptq: PTQSection | None) -> list[
             compiled_of_recipe(pattern)
         except ValueError as error:
             write = f"a regular expression: {error}"
-            errors.append(InitErrorDetails(type=_refusal(write), loc=(pattern,), input=pattern))
+            errors.append(InitErrorDetails(type=refusal(write), loc=(pattern,), input=pattern))
         if isinstance(override, Mapping):
             errors += _override_errors(pattern, override, ptq)
         elif override is not None:
             write = "a table of options to lay over ptq, or null to leave the linears alone"
-            errors.append(InitErrorDetails(type=_refusal(write), loc=(pattern,), input=override))
+            errors.append(InitErrorDetails(type=refusal(write), loc=(pattern,), input=override))
     return errors
 
 
@@ -491,7 +294,7 @@ def _override_errors(pattern: str, override: Mapping[str, Any], ptq: PTQSection 
     except ValidationError as error:
         return [
             InitErrorDetails(
-                type=_refusal(detail["ctx"]["write"]) if detail["type"] == "recipe" else detail["type"],
+                type=refusal(detail["ctx"]["write"]) if detail["type"] == "recipe" else detail["type"],
                 loc=(pattern, *detail["loc"]),
                 input=detail["input"],
                 ctx=detail.get("ctx", {}),

@@ -19,7 +19,8 @@ from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.probe import choose_groups, evaluation_shape
 from gs_dist.planning.spread import ASCEND_MEMORY_PER_WORKER, host_share
 from gs_dist.progress import Progress
-from gs_dist.recipe.config import CalibrationData, base_name
+from gs_dist.recipe.config import base_name
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.recipe.sizes import format_bytes
 from gs_dist.results.summary import PerplexitySummary
 from gs_dist.runtime.cluster import cluster

@@ -21,7 +21,7 @@ from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.errors import CheckpointError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.numbers.token_step import TokenStep
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.runtime.batch_losses import BatchLosses, Divergences
 
 __all__ = ["FLOAT", "Evaluation", "EvaluationWorker"]

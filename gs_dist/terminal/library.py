@@ -14,7 +14,8 @@ from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import JobStatus, Progress, SilentProgress
-from gs_dist.recipe.config import CalibrationConfig, CalibrationData
+from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.sections import CalibrationData
 from gs_dist.results.summary import CalibrationSummary, PerplexitySummary, read_summary
 from gs_dist.terminal.request import Request
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, processors
 from gs_dist.data.chat import ChatTemplate, messages_of
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "golden_chat.json").read_text(encoding="utf-8"))
 MODELS = {model["name"]: model for model in GOLDEN["models"]}

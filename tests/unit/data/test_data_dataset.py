@@ -21,7 +21,7 @@ from gs_dist.data import packing as packing_module
 from gs_dist.data.content import Texts
 from gs_dist.data.dataset import CalibrationDataset, TokenBatch, open_dataset
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 VOCAB = 100
 Write = Callable[[pa.Table, Path], None]
@@ -156,6 +156,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=60)
 @given(
     packing=st.booleans(),

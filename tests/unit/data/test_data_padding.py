@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gs_dist.data.dataset import CalibrationDataset, open_dataset
 from gs_dist.data.padding import real_tokens
 from gs_dist.errors import DatasetError
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 ROWS = [[10, 11, 12], [20, 21], [30, 31, 32, 33, 34, 35], [40], [50, 51, 52, 53, 54]] * 4
 LENGTH = 8

@@ -749,6 +749,7 @@ def test_hidden_states_kept_between_layers_are_planned_for(large: CheckpointRead
     assert peak(64, 1 << 50) == peak(16, 1 << 50)
 
 
+@pytest.mark.seconds
 def test_a_probe_of_which_no_layer_fits_is_refused_before_a_weight_is_read(large: CheckpointReader) -> None:
     """One-layer waves take the model through a small card, a probe holds the head, too; each value named would do."""
     settings: dict[str, Any] = {"pipeline_parallel_size": 1, "memory_per_worker": "7GiB", "gram": "off"}

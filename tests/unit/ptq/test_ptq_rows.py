@@ -15,7 +15,7 @@ from pyarrow import parquet
 from gs_dist.data.dataset import open_dataset
 from gs_dist.ptq import PTQ, PTQConfig
 from gs_dist.ptq.calibration_rows import read_rows, row_mask
-from gs_dist.recipe.config import CalibrationData
+from gs_dist.recipe.sections import CalibrationData
 
 STATIC = PTQConfig(act_quant_dtype=ms.int8, act_symmetric=True)
 

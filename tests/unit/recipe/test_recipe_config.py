@@ -456,6 +456,7 @@ _VALUES = st.recursive(
 )
 
 
+@pytest.mark.seconds
 @settings(max_examples=150, deadline=None)
 @given(document=st.dictionaries(_KEYS, _VALUES, max_size=8))
 def test_any_document_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]) -> None:

@@ -28,8 +28,9 @@ from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import ClusterError, LayerError
 from gs_dist.planning.cluster_facts import ClusterFacts
-from gs_dist.recipe.config import CalibrationConfig, CalibrationData, ParallelConfig
+from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
+from gs_dist.recipe.sections import CalibrationData, ParallelConfig
 from gs_dist.results.quantized import LinearSummary
 from gs_dist.results.summary import (
     CalibrationSummary,
