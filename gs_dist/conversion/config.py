@@ -13,7 +13,7 @@ from gs_dist.recipe.config import base_name
 from gs_dist.recipe.keys import Values
 from gs_dist.recipe.pattern import compiled_of_recipe
 from gs_dist.recipe.places import fault_of_directory, fault_of_output
-from gs_dist.recipe.sizes import SIZE_HELP, parse_size
+from gs_dist.recipe.sections import SizeOrAuto
 from gs_dist.solvers.integer_rounding import RangeRule
 from gs_dist.wording import without_secrets
 
@@ -24,15 +24,6 @@ _PUBLISHED = """\
 # The recipe as it was run, with every setting that decides the result. Of directories the model's name alone is told,
 # so that nothing of the machine is; to run it again give them: gs-dist convert recipe.yaml model=... output=...
 """
-
-
-def _size_or_auto(value: object) -> object:
-    if value == "auto":
-        return value
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise ValueError(f"write auto, or {SIZE_HELP}") from None
 
 
 def _one_or_more(value: object) -> object:
@@ -73,9 +64,7 @@ class ConversionConfig(BaseModel):
     """Lost share of a weight's energy, or of its median input channel's, from which a linear counts as destroyed."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that share the work; auto takes one a core, as far as their memory goes."""
-    memory_per_worker: Annotated[
-        int | Literal["auto"], BeforeValidator(_size_or_auto), Values(f"{SIZE_HELP}, or auto")
-    ] = "auto"
+    memory_per_worker: SizeOrAuto = "auto"
     """The most memory that a worker may use; auto takes what the largest weight needs."""
 
     @field_validator("format", mode="after")

@@ -18,6 +18,7 @@ __all__ = [
     "PTQSection",
     "ParallelConfig",
     "ProbeConfig",
+    "SizeOrAuto",
     "Section",
     "Text",
     "dialect_names",

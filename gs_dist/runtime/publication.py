@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from gs_dist import __version__
 from gs_dist.checkpoint.check import check_directory
@@ -59,61 +60,41 @@ def publish(
     Raises:
         RefusedError: what was made breaks a rule of its format, or the probe refuses it.
     """
+    with _withdrawn_if_refused(run):
+        config = job.config
+        progress.phase("merging")
+        run.merge(reader, finished, outer, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
+        _check_published(run, config.dialects)
+        summary, recipe = summarize(job, reader, finished, times, seconds), config
+        if times:
+            for note in summary.notes:
+                progress.message(note)
+        else:
+            summary, recipe = as_told_before(run.path, summary, config, progress.message)
+        write_bytes(run.path / PUBLISHED_RECIPE, sealed_text(published_recipe(recipe)).encode())
+        write_summary(run.path, summary)  # of use where the probe fails, too
+        publish_report(run.path, summary, recipe, progress.message)
+        _settle_statistics(job, run, finished, progress)
+        if probe is not None:
+            for name in config.dialects:  # cards of a model that is not judged yet
+                (unjudged(run.path, name) / CARD).unlink(missing_ok=True)
+            summary = probe.run(summary, make_evaluation_group, progress)
+            write_summary(run.path, summary)
+            publish_report(run.path, summary, recipe, progress.message)
+        for name in config.dialects:
+            write_model_card(unjudged(run.path, name), recipe, summary, reader.architecture)
+        run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.dialects)})
+        return summary
+
+
+@contextmanager
+def _withdrawn_if_refused(run: RunDirectory) -> Iterator[None]:
+    """Takes back what was made of the layers where it comes to nothing."""
     try:
-        return _judged(
-            job,
-            run,
-            reader,
-            finished,
-            outer,
-            times,
-            probe,
-            make_evaluation_group=make_evaluation_group,
-            seconds=seconds,
-            progress=progress,
-        )
+        yield
     except BaseException:
         run.withdraw()
         raise
-
-
-def _judged(
-    job: Job,
-    run: RunDirectory,
-    reader: CheckpointReader,
-    finished: Mapping[int, LayerManifest],
-    outer: LayerManifest,
-    times: StageTimes,
-    probe: Probe | None,
-    *,
-    make_evaluation_group: MakeEvaluationGroup,
-    seconds: float,
-    progress: Progress,
-) -> CalibrationSummary:
-    config = job.config
-    progress.phase("merging")
-    run.merge(reader, finished, outer, job.plan.policies, recipe=config.fingerprint_fields(), versions=versions())
-    _check_published(run, config.dialects)
-    summary, recipe = summarize(job, reader, finished, times, seconds), config
-    if times:
-        for note in summary.notes:
-            progress.message(note)
-    else:
-        summary, recipe = as_told_before(run.path, summary, config, progress.message)
-    write_bytes(run.path / PUBLISHED_RECIPE, sealed_text(published_recipe(recipe)).encode())
-    write_summary(run.path, summary)  # of use where the probe fails, too
-    publish_report(run.path, summary, recipe, progress.message)
-    _settle_statistics(job, run, finished, progress)
-    if probe is not None:
-        for name in config.dialects:  # cards of a model that is not judged yet
-            (unjudged(run.path, name) / CARD).unlink(missing_ok=True)
-        summary = probe.run(summary, make_evaluation_group, progress)
-        write_summary(run.path, summary)
-        publish_report(run.path, summary, recipe, progress.message)
-    for name in config.dialects:
-        write_model_card(unjudged(run.path, name), recipe, summary, reader.architecture)
-    run.finish({"gs-dist": __version__, "layers": len(finished), "formats": list(config.dialects)})
-    return summary
 
 
 def _settle_statistics(job: Job, run: RunDirectory, finished: Mapping[int, LayerManifest], progress: Progress) -> None:

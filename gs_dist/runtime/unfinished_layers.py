@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from gs_dist.checkpoint.manifest import LayerManifest
@@ -49,10 +50,9 @@ def solve_layers(
     Returns:
         The job as it was solved.
     """
+    work = _Work(reader=reader, make_group=make_group, replanning=replanning, progress=progress, times=times)
     return _until_nothing_is_damaged(
-        lambda: _observe_and_solve(job, reader, finished, make_group, replanning, progress, times),
-        job.plan.architecture.num_layers,
-        progress,
+        lambda: work.observe_and_solve(job, finished), job.plan.architecture.num_layers, progress
     )
 
 
@@ -66,68 +66,56 @@ def _until_nothing_is_damaged(work: Callable[[], Job], num_layers: int, progress
     return work()
 
 
-def _observe_and_solve(
-    job: Job,
-    reader: CheckpointReader,
-    finished: dict[int, LayerManifest],
-    make_group: MakeGroup,
-    replanning: Replanning,
-    progress: Progress,
-    times: StageTimes,
-) -> Job:
-    """Fills `finished`; the job as it was solved."""
-    if job.config.bits == "auto":
-        job = _with_bits(job, reader, finished, make_group, replanning, progress, times)
-    _finish_layers(job, SOLVE, finished, make_group, replanning, progress, times)
-    return job
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What every pass over the layers is done with; arguments of `solve_layers`."""
 
+    reader: CheckpointReader
+    make_group: MakeGroup
+    replanning: Replanning
+    progress: Progress
+    times: StageTimes
 
-def _with_bits(
-    job: Job,
-    reader: CheckpointReader,
-    finished: dict[int, LayerManifest],
-    make_group: MakeGroup,
-    replanning: Replanning,
-    progress: Progress,
-    times: StageTimes,
-) -> Job:
-    """Has every layer observed and judged; the job that solves what is chosen."""
-    judged: dict[int, LayerCosts] = judged_before(job, finished, reader, progress)
-    if len(judged) < job.plan.architecture.num_layers:
-        progress.message("finding out what each scheme costs each linear")
-        _finish_layers(job, JUDGE, judged, make_group, replanning, progress, times)
-    return choose(job, judged, progress)
+    def observe_and_solve(self, job: Job, finished: dict[int, LayerManifest]) -> Job:
+        """Fills `finished`; the job as it was solved."""
+        if job.config.bits == "auto":
+            job = self._with_bits(job, finished)
+        self._finish_layers(job, SOLVE, finished)
+        return job
 
+    def _with_bits(self, job: Job, finished: dict[int, LayerManifest]) -> Job:
+        """Has every layer observed and judged; the job that solves what is chosen."""
+        judged: dict[int, LayerCosts] = judged_before(job, finished, self.reader, self.progress)
+        if len(judged) < job.plan.architecture.num_layers:
+            self.progress.message("finding out what each scheme costs each linear")
+            self._finish_layers(job, JUDGE, judged)
+        return choose(job, judged, self.progress)
 
-def _finish_layers(
-    job: Job,
-    task: Task[Outcome],
-    finished: dict[int, Outcome],
-    make_group: MakeGroup,
-    replanning: Replanning,
-    progress: Progress,
-    times: StageTimes,
-) -> None:
-    """Runs passes until the task is done to every layer; `finished` and `times` are filled in."""
-    num_layers = job.plan.architecture.num_layers
-    killed = memory_kills()
+    def _finish_layers(self, job: Job, task: Task[Outcome], finished: dict[int, Outcome]) -> None:
+        """Runs passes until the task is done to every layer; `finished` and `times` are filled in."""
+        num_layers = job.plan.architecture.num_layers
+        killed = memory_kills()
 
-    def on_finished(layer: int) -> None:
-        if task is SOLVE:
-            progress.layer_finished(layer, len(finished), num_layers)
+        def on_finished(layer: int) -> None:
+            if task is SOLVE:
+                self.progress.layer_finished(layer, len(finished), num_layers)
 
-    retry(
-        lambda: run_attempt(job, task, finished, make_group, replanning, progress, times, on_finished),
-        finished,
-        num_layers,
-        max_restarts=job.config.parallel.max_restarts,
-        giving_up=lambda failures: (
-            f"{failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers are {task.done}: "
-            f"submit the same recipe again to go on from there{_if_by_memory(job, memory_kills() - killed)}"
-        ),
-        going_on=lambda: f"starting the workers again, {num_layers - len(finished)} layers to go",
-        tell=progress.message,
-    )
+        def attempt() -> None:
+            run_attempt(job, task, finished, self.make_group, self.replanning, self.progress, self.times, on_finished)
+
+        retry(
+            attempt,
+            finished,
+            num_layers,
+            max_restarts=job.config.parallel.max_restarts,
+            giving_up=lambda failures: (
+                f"{failures} attempts in a row finished no layer. {len(finished)} of {num_layers} layers are "
+                f"{task.done}: submit the same recipe again to go on from there"
+                f"{_if_by_memory(job, memory_kills() - killed)}"
+            ),
+            going_on=lambda: f"starting the workers again, {num_layers - len(finished)} layers to go",
+            tell=self.progress.message,
+        )
 
 
 def _if_by_memory(job: Job, killed: int) -> str:

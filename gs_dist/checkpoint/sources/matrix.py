@@ -6,6 +6,7 @@ reads it, a block of rows at a time and each byte once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,16 +70,16 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainMatrix:
-    """Floats, rows of outputs: a whole tensor (out, in), or expert `index` of a tensor (experts, out, in)."""
+class _FloatMatrix(ABC):
+    """Floats of one tensor: all of it, or expert `index`."""
 
     info: TensorInfo
     index: int = 0
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.info.shape[-2], self.info.shape[-1]
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -91,14 +92,24 @@ class PlainMatrix:
         return self.shape[0] * self.shape[1] * numpy_dtype(self.info.dtype).itemsize
 
     @property
-    def working_bytes(self) -> int:
-        """None beside the block."""
-        return 0
-
-    @property
     def float_dtype(self) -> str:
         """The tensor's own."""
         return self.info.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainMatrix(_FloatMatrix):
+    """Floats, rows of outputs: a whole tensor (out, in), or expert `index` of a tensor (experts, out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.info.shape[-2], self.info.shape[-1]
+
+    @property
+    def working_bytes(self) -> int:
+        """None beside the block."""
+        return 0
 
     def open(self, files: TensorBytes, block_rows: int) -> RowReader:
         """Reads blocks of rows one after the other."""
@@ -125,14 +136,12 @@ class _PlainReader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransposedMatrix:
+class TransposedMatrix(_FloatMatrix):
     """Floats, rows of inputs: expert `index` of a tensor (experts, in, out), read whole and handed out by outputs.
 
     `interleaved`: outputs 0, 2, 4 ... come first and 1, 3, 5 ... then, as gpt-oss keeps gate and up.
     """
 
-    info: TensorInfo
-    index: int
     interleaved: bool = False
 
     @property
@@ -141,24 +150,9 @@ class TransposedMatrix:
         return self.info.shape[-1], self.info.shape[-2]
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """The one tensor."""
-        return (self.info,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.shape[0] * self.shape[1] * numpy_dtype(self.info.dtype).itemsize
-
-    @property
     def working_bytes(self) -> int:
         """The matrix as it is stored."""
         return self.nbytes
-
-    @property
-    def float_dtype(self) -> str:
-        """The tensor's own."""
-        return self.info.dtype
 
     def open(self, files: TensorBytes, block_rows: int) -> RowReader:
         """Reads the matrix."""

@@ -44,10 +44,8 @@ DESCRIPTION_FILE = DIALECTS["ascend"].describing_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OneByteCodes:
+class _OneByteCodes(Encoding):
     """int8 codes, scale and a zero offset a channel."""
-
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         scale = StoredTensor(dtype=linear.dtype, shape=(linear.rows, 1))
@@ -58,15 +56,9 @@ class _OneByteCodes:
         scale = stored_scale(rounded.scale, linear.dtype, linear.name)
         return {"weight": rounded.codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
 
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Int4Expert:
+class _Int4Expert(Encoding):
     """int4 codes of two outputs a byte, and what the kernel needs beside the scale; see `int4_experts`."""
 
     row_step: int = 2
@@ -77,18 +69,13 @@ class _Int4Expert:
     def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
         return encode_expert(linear.name, rounded.codes, rounded.scale)
 
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
     def misfit(self, linear: LinearShape) -> str | None:
         return expert_misfit(linear.name, linear.rows, linear.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fp8Channels:
+class _Fp8Channels(Encoding):
     """E4M3 codes, a float32 scale and a zero offset a channel."""
-
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         return {
@@ -101,19 +88,12 @@ class _Fp8Channels:
         offset = np.zeros(rounded.scale.shape, dtype=DTYPES[SPELLINGS[linear.dtype]])
         return {"weight": fp8_codes(rounded.codes), "weight_scale": rounded.scale, "weight_offset": offset}
 
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Microscaled:
+class _Microscaled(Encoding):
     """Codes with an exponent a block of 32 inputs: E4M3 a byte each, or (`paired`) E2M1 two inputs a byte."""
 
     paired: bool
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         weight = StoredTensor(dtype="float8_e4m3fn", shape=(linear.rows, linear.columns))
@@ -127,9 +107,6 @@ class _Microscaled:
     def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
         weight = paired_inputs(rounded.codes) if self.paired else fp8_codes(rounded.codes)
         return {"weight": weight, "weight_scale": rounded.scale}
-
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
 
     def misfit(self, linear: LinearShape) -> str | None:
         """The engine takes exponents in pairs (`w8a8_mxfp8.py`, `w4a8_mxfp4.py`, process_weights_after_loading)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,24 +52,27 @@ class Assigned:
     expert: bool
 
 
-class Encoding(Protocol):
-    """How a linear of one scheme is written."""
+@dataclass(frozen=True, kw_only=True)
+class Encoding(ABC):
+    """How a linear of one scheme is written; `row_step` rows are encoded together."""
 
-    @property
-    def row_step(self) -> int:
-        """Rows that are encoded together."""
+    row_step: int = 1
 
+    @abstractmethod
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         """Last name to form of every tensor."""
 
+    @abstractmethod
     def encode(self, linear: LinearShape, rounded: RoundedRows) -> dict[str, Array]:
         """The next values of its tensors, by last name, for a block of rows."""
 
     def constants(self, linear: LinearShape) -> dict[str, Array]:
-        """Tensors that do not depend on values."""
+        """Tensors that do not depend on values; none, unless a form has some."""
+        return {}
 
     def misfit(self, linear: LinearShape) -> str | None:
-        """Why it cannot be written so, and what to do; None if it can."""
+        """Why it cannot be written so, and what to do; None if it can, as every linear unless a form says otherwise."""
+        return None
 
 
 def fp8_codes(codes: npt.NDArray[Any]) -> Array:

@@ -34,10 +34,8 @@ __all__ = ["CompressedTensorsWriter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OneByteCodes:
+class _OneByteCodes(Encoding):
     """`int-quantized`: a code a byte, int4 too, and a scale a channel."""
-
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         return {
@@ -51,20 +49,13 @@ class _OneByteCodes:
             "weight_scale": stored_scale(rounded.scale, linear.dtype, linear.name),
         }
 
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class _PackedWords:
+class _PackedWords(Encoding):
     """`pack-quantized`: codes of `bits` in int32 words along the inputs, scales a channel or group."""
 
     bits: int
     group_size: int
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         groups = linear.columns // self.group_size if self.group_size else 1
@@ -83,16 +74,12 @@ class _PackedWords:
     def constants(self, linear: LinearShape) -> dict[str, Array]:
         return {"weight_shape": np.array([linear.rows, linear.columns], dtype=np.int64)}
 
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Fp8Codes:
+class _Fp8Codes(Encoding):
     """`float-quantized`: E4M3 codes with scales a channel, or a block of `block` x `block`."""
 
     block: int
-    row_step: int
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         scales = (linear.rows, 1)
@@ -107,19 +94,12 @@ class _Fp8Codes:
         scale = stored_scale(rounded.scale, linear.dtype, linear.name)
         return {"weight": fp8_codes(rounded.codes), "weight_scale": scale}
 
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Microscaled:
+class _Microscaled(Encoding):
     """`mxfp8-quantized`, or (`paired`) `mxfp4-pack-quantized`: exponents plus 127 a block of 32 inputs."""
 
     paired: bool
-    row_step: int = 1
 
     def tensors(self, linear: LinearShape) -> dict[str, StoredTensor]:
         scale = StoredTensor(dtype="uint8", shape=(linear.rows, linear.columns // 32))
@@ -133,12 +113,6 @@ class _Microscaled:
         if self.paired:
             return {"weight_packed": paired_inputs(rounded.codes), "weight_scale": rounded.scale}
         return {"weight": fp8_codes(rounded.codes), "weight_scale": rounded.scale}
-
-    def constants(self, linear: LinearShape) -> dict[str, Array]:
-        return {}
-
-    def misfit(self, linear: LinearShape) -> str | None:
-        return None
 
 
 class CompressedTensorsWriter:
