@@ -27,6 +27,7 @@ from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTenso
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import ClusterError, LayerError
+from gs_dist.numbers.table import WEIGHT_FORMATS
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
@@ -542,7 +543,7 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     assert told["format"].endswith(
         "one or more of compressed-tensors, ascend, golden-stick, gptq; default [compressed-tensors]"
     )
-    assert told["ptq.weight_quant_dtype"] == "int8, qint4x2, mxfp4 or null; default int8"
+    assert told["ptq.weight_quant_dtype"] == f"{', '.join(WEIGHT_FORMATS)} or null; default int8"
     assert told["model"] == "text; required"
     section = [line for line in run("recipe", "parallel").stdout.splitlines() if not line.startswith(" ")]
     assert [line.split(":")[0] for line in section] == [f"parallel.{name}" for name in ParallelConfig.model_fields]
