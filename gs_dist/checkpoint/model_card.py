@@ -21,7 +21,7 @@ from gs_dist.recipe.config import CalibrationConfig, published_recipe
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.results.summary import CalibrationSummary
 
-__all__ = ["CARD", "CardTexts", "card_texts", "render_card", "render_model_card", "write_card", "write_model_card"]
+__all__ = ["CARD", "CardTexts", "card_texts", "render_card", "write_card", "write_model_card"]
 
 CARD = "README.md"
 
@@ -88,17 +88,6 @@ def write_card(
     verdicts = [judge(directory, engine) for engine in engines] if architecture is not None else []
     text = render_card(texts, summary, architecture, directory.name, verdicts)
     write_bytes(directory / CARD, text.encode())
-
-
-def render_model_card(
-    config: CalibrationConfig,
-    summary: CalibrationSummary,
-    architecture: DecoderArchitecture,
-    dialect: str,
-    verdicts: Sequence[EngineVerdict] = (),
-) -> str:
-    """The card of a calibrated model; see `render_card`."""
-    return render_card(card_texts(config, summary, architecture), summary, architecture, dialect, verdicts)
 
 
 def render_card(

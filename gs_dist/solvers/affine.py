@@ -14,14 +14,11 @@ import numpy.typing as npt
 
 from gs_dist.numbers.groups import num_groups
 from gs_dist.numbers.number_format import NumberFormat
-from gs_dist.numbers.scales import EPSILON
 from gs_dist.results.integers import Float32, Int8, dequantize, row_blocks
 from gs_dist.solvers.threads import ONE_THREAD, Threads
 
 __all__ = [
     "dequantize",
-    "fake_quantize_per_token",
-    "fake_quantize_static",
     "quantize_weight",
     "quantize_with",
     "row_blocks",
@@ -86,17 +83,3 @@ def quantize_weight(
 
     threads.map(quantize, row_blocks(rows, columns))
     return codes, scale, zero_point
-
-
-def fake_quantize_static(x: Float32, scale: float, zero_point: int | None = None) -> Float32:
-    """Activations rounded to int8 with one scale and back, float32, shape kept."""
-    zero = np.float32(zero_point or 0)
-    codes = np.clip(np.rint(x / np.float32(scale) + zero), -128, 127)
-    return np.asarray((codes - zero) * np.float32(scale), dtype=np.float32)
-
-
-def fake_quantize_per_token(x: Float32) -> Float32:
-    """Activations (..., channels) rounded to int8 with the scale absmax/127.5 of each token, and back."""
-    wide = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
-    scale = np.where(wide > 0, wide / 127.5, EPSILON).astype(np.float32)
-    return np.asarray(np.clip(np.rint(x / scale), -128, 127) * scale, dtype=np.float32)

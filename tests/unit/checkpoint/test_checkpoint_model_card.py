@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from gs_dist.checkpoint.check import EngineVerdict, Problem
 from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
 from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
 from gs_dist.checkpoint.dialects.golden_stick.codec import GoldenStickCodec
-from gs_dist.checkpoint.model_card import render_model_card, write_model_card
+from gs_dist.checkpoint.model_card import card_texts, render_card, write_model_card
 from gs_dist.checkpoint.reader import CheckpointReader
+from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.families import read_architecture
 from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.policy import QuantPolicy
@@ -28,6 +30,17 @@ from gs_dist.results.summary import CalibrationSummary, PerplexitySummary
 
 ARCHITECTURE = read_architecture(tiny_config(torch_dtype="bfloat16"))
 STATIC = "SmoothQuant-W8-perchannel-A8-pertensor"
+
+
+def render_model_card(
+    config: CalibrationConfig,
+    summary: CalibrationSummary,
+    architecture: DecoderArchitecture,
+    dialect: str,
+    verdicts: Sequence[EngineVerdict] = (),
+) -> str:
+    """The card of a calibrated model."""
+    return render_card(card_texts(config, summary, architecture), summary, architecture, dialect, verdicts)
 
 
 def recipe(**changes: Any) -> CalibrationConfig:

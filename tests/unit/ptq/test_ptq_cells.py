@@ -5,6 +5,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from fake_rounding import fake_quantize_per_token, fake_quantize_static
 from mindspore import mint, nn
 from ptq_networks import random_dense
 
@@ -13,7 +14,6 @@ from gs_dist.ptq.cells import FakeQuantDense, QuantDense, linear_form
 from gs_dist.ptq.int8_matmul import written_out
 from gs_dist.recipe.policy import AlgoArgs, PrecisionRecovery, QuantPolicy
 from gs_dist.results.quantized import QuantizedLinear
-from gs_dist.solvers.affine import fake_quantize_per_token, fake_quantize_static
 
 ROWS, COLUMNS = 6, 128
 

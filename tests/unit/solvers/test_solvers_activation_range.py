@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import observed
 import pytest
+from fake_rounding import fake_quantize_static
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from gs_dist.solvers.activation_range import (
     range_profile,
     shifted_counts,
 )
-from gs_dist.solvers.affine import fake_quantize_static
 
 statistics_of = partial(observed.statistics_of, gram=False, histogram=True)
 

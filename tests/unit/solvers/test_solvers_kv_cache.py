@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fake_rounding import fake_quantize_static
 from observed import statistics_of
 
-from gs_dist.solvers.affine import fake_quantize_static
 from gs_dist.solvers.kv_cache import cache_relative_error, cache_scale
 
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fake_rounding import fake_quantize_static
 from observed import statistics_of
 
 from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.results import integers
-from gs_dist.solvers import affine, output_error
+from gs_dist.solvers import output_error
 from gs_dist.solvers.objective import DiagonalObjective, plain_objective
 
 
@@ -57,7 +58,7 @@ def test_the_static_term_predicts_what_rounding_activations_costs(rng):
     x[:, 0] *= 1e-4  # far below a step: rounds to 0, and costs its own energy
     weight = rng.normal(size=(32, 16)).astype(np.float32)
     scale = float(np.abs(x).max() / 127.5)
-    error = (affine.fake_quantize_static(x, scale) - x) @ weight.T
+    error = (fake_quantize_static(x, scale) - x) @ weight.T
     rounding = output_error.static_rounding(statistics_of(x), scale**2)
     predicted = output_error.activation_term(output_error.column_energy(weight), rounding)
     assert predicted == pytest.approx((error.astype(float) ** 2).sum(), rel=0.1)
