@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gs_dist.errors import RecipeError
+from gs_dist.numbers.table import WEIGHT_FORMATS
 from gs_dist.recipe.config import CalibrationConfig, load_recipe, published_recipe, recipe_fingerprint
 from gs_dist.recipe.policy import OutliersSuppressionType
 from gs_dist.recipe.sizes import parse_size
@@ -118,6 +119,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
             "format: [compressed-tensor]\ngram: maybe\n1: 2\n"
         )
     )
+    *others, last = WEIGHT_FORMATS
     expected = {
         "model: missing; this key is required",
         "modle: found an unknown key; write model if that is meant",
@@ -126,7 +128,7 @@ def test_all_problems_are_told_at_once(write: Any) -> None:
         "calibration.sequence_length: found 20.5; write a whole number",
         "calibration.seed: found True; write a whole number",
         "calibration.reduction_blocks: found 6; write a power of two: 1, 2, 4, 8, 16 ...",
-        "ptq.weight_quant_dtype: found 'int9'; write int8, qint4x2 or mxfp4, or null",
+        f"ptq.weight_quant_dtype: found 'int9'; write {', '.join(others)} or {last}, or null",
         "ptq.opname_blacklist: found 'lm_head'; write a list of parts of names, such as [lm_head]",
         "ptq.algo_args.alpha: found 3; write at most 1.0, or a list",
         "layer_policies.'.*(o': found '.*(o'; write a regular expression: it does not compile "
