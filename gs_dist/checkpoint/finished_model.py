@@ -16,7 +16,7 @@ from gs_dist.errors import CheckpointError, OutputError
 from gs_dist.recipe.dialects import DIALECTS
 from gs_dist.storage import sync_directory
 
-__all__ = ["UNJUDGED", "find_models", "move", "run_of_model", "take_entrance", "unjudged"]
+__all__ = ["UNJUDGED", "find_models", "is_run", "move", "run_of_model", "take_entrance", "unjudged"]
 
 UNJUDGED = ".gs-dist-unjudged"
 
@@ -30,8 +30,13 @@ def run_of_model(directory: Path) -> Path | None:
     """The output of a job that a model directory lies in, judged or not; None where it lies in none."""
     parent = directory.resolve().parent
     run = parent.parent if parent.name == UNJUDGED else parent
-    begun = (run / MANIFESTS / RECORD).is_file() or finished_parts(run) or (run / REFUSED).is_file()
-    return run if begun else None
+    return run if is_run(run) else None
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a job began in a directory."""
+    record, refused = directory / MANIFESTS / RECORD, directory / REFUSED
+    return record.is_file() or refused.is_file() or bool(finished_parts(directory))
 
 
 def take_entrance(directory: Path) -> None:

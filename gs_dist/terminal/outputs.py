@@ -60,11 +60,18 @@ def summary(
     json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
 ) -> None:
     """Show a job's summary again."""
-    found = read_summary(_run_directory(directory))
+    from gs_dist.checkpoint.finished_model import is_run
+    from gs_dist.checkpoint.job_end import told_end
+
+    run = _run_directory(directory)
+    found = read_summary(run)
     if json:
         say(found.to_json(), nl=False)
     else:
         print_summary(new_console(), found, sort=sort, limit=limit)
+    end = told_end(run) if is_run(run) else None
+    if end is not None:
+        say(f"no model was published of this: the job {end}", err=True)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import fingerprints_of, inline_group, published_hashes, run_inline, small_recipe
+from runs import fingerprints_of, inline_group, plan_of, published_hashes, run_inline, small_recipe
 from workers import InlineWorkerGroup
 
 from gs_dist.checkpoint.layer_costs import read_costs
@@ -19,6 +19,7 @@ from gs_dist.recipe.config import CalibrationConfig
 from gs_dist.recipe.sizes import stored_bytes
 from gs_dist.results.costs import FLOAT
 from gs_dist.results.summary import CalibrationSummary
+from gs_dist.runtime.choice import chosen_policies
 from gs_dist.runtime.stage_worker import Job, StageWorker
 from gs_dist.runtime.workers import WorkerKey
 
@@ -282,3 +283,30 @@ def test_costs_of_another_recipe_do_not_count(undisturbed: Undisturbed) -> None:
     assert {cost.scheme for cost in found.costs} == {"W8", "W4", FLOAT}
     assert read_costs(Path(config.output), 1, dataclasses.replace(prints, data="other")) is None
     assert read_costs(Path(config.output), NUM_LAYERS, prints) is None
+
+
+@pytest.mark.parametrize("ceiling", ["max_relative_error", "max_token_error"])
+def test_no_linear_gets_bits_that_take_it_past_a_ceiling(undisturbed: Undisturbed, ceiling: str) -> None:
+    """As far as the budget can do without them; else they are chosen, and it is said."""
+    directory, _, _ = undisturbed
+    output = Path(auto_recipe(directory).output)
+    judged = [read_costs(output, layer, fingerprints_of(auto_recipe(directory))) for layer in range(NUM_LAYERS)]
+    costs = {layer: of_layer for layer, of_layer in enumerate(judged) if of_layer is not None}
+    found = [cost for of_layer in costs.values() for cost in of_layer.costs]
+    figure = "relative_error" if ceiling == "max_relative_error" else "token_error"
+    errors = {(cost.name, cost.scheme): getattr(cost, figure) or 0.0 for cost in found}
+    told: list[str] = []
+
+    def chosen_errors(most: float | None) -> list[float]:
+        config = auto_recipe(directory, **{"max_relative_error": None, "max_token_error": None, ceiling: most})
+        plan, _ = chosen_policies(config, plan_of(config), costs, told.append)
+        schemes = {4: "W4", 8: "W8"}
+        policies = [(name, policy) for name, policy in plan.policies.items() if policy and name != "lm_head"]
+        return [errors[name, schemes[policy.weight_format.bits]] for name, policy in policies]
+
+    worst = max(chosen_errors(None))
+    assert told == []
+    assert max(chosen_errors(0.999 * worst)) <= 0.999 * worst
+    assert ["those bits are not offered to them" in line for line in told] == [True]
+    assert max(chosen_errors(1e-9)) > 1e-9
+    assert "size_budget leaves no other choice" in told[-1]

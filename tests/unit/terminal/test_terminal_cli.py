@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 from gs_dist import __version__
 from gs_dist.checkpoint.dialects.ascend.codec import AscendCodec
 from gs_dist.checkpoint.dialects.compressed_tensors.codec import CompressedTensorsCodec
+from gs_dist.checkpoint.job_end import note_refusal
 from gs_dist.checkpoint.manifest import Fingerprints
 from gs_dist.checkpoint.run_directory import RunDirectory
 from gs_dist.errors import ClusterError, LayerError
@@ -575,6 +576,16 @@ def test_each_format_of_a_job_is_checked(tmp_path: Path) -> None:
     assert first.endswith("ascend checkpoint: 3 problems found")
     assert second.endswith("compressed-tensors checkpoint: 3 problems found\n")
     assert "[manifest-present]" in first
+
+
+def test_the_summary_of_a_refused_job_says_that_there_is_no_model(tmp_path: Path) -> None:
+    """Its figures are of use, and must not be taken for a model's; the reason is told as `check` tells it."""
+    write_summary(tmp_path, a_summary())
+    assert run("summary", tmp_path).stderr == ""
+    note_refusal(tmp_path, (), "compressed-tensors: perplexity 56.37")
+    result = run("summary", tmp_path)
+    assert result.exit_code == 0
+    assert "no model was published of this: the job was refused: compressed-tensors: perplexity 56.37" in result.stderr
 
 
 def test_a_job_that_is_not_finished_is_no_broken_model(tmp_path: Path) -> None:
