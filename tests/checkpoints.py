@@ -45,6 +45,8 @@ _CLASSES = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 _LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 _DEEPSEEK: dict[str, Any] = {
@@ -82,6 +84,13 @@ _FAMILY_KEYS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         },
     },
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.4,
+    },
+    "phi3": {"pad_token_id": 0},
     "seed_oss": {"head_dim": 32, "attention_bias": True, "attention_out_bias": False},
     "mixtral": {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
     "glm4_moe": {
@@ -267,6 +276,8 @@ def _mlp_rows(config: dict[str, Any], layer: int) -> list[tuple[str, int, int, b
         for expert in range(config["n_routed_experts"]):
             rows += gated(f"mlp.experts.{expert}", config["moe_intermediate_size"])
         return rows + gated("mlp.shared_experts", config["n_shared_experts"] * config["moe_intermediate_size"])
+    if kind == "phi3":
+        return [("mlp.gate_up_proj", 2 * inner, hidden, False), ("mlp.down_proj", hidden, inner, False)]
     if kind not in ("qwen2_moe", "qwen3_moe") or layer in config["mlp_only_layers"]:
         return gated("mlp", inner)
     rows = [("mlp.gate", config["num_experts"], hidden, False)]
@@ -299,6 +310,11 @@ def _attention_rows(config: dict[str, Any]) -> list[tuple[str, int, int, bool]]:
         ]
     head_dim = config.get("head_dim") or hidden // heads
     query_size, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    if kind == "phi3":
+        return [
+            ("self_attn.qkv_proj", query_size + 2 * kv, hidden, False),
+            ("self_attn.o_proj", hidden, query_size, False),
+        ]
     qkv_bias = bias or kind in ("qwen2", "qwen2_moe")
     return [
         ("self_attn.q_proj", query_size, hidden, qkv_bias),

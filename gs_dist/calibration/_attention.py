@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from mindspore import Tensor, ops
 
 from gs_dist.calibration._operations import (
+    add_block,
     attend,
     interleaved_to_halves,
     linear,
@@ -35,6 +36,7 @@ class GroupedQueryForm(NamedTuple):
     block: int
     window: int  # 0 where it does not matter
     turning: int  # channels of a head that the rotary embedding turns
+    fused: bool  # whether one linear makes queries, keys and values
     schemes: tuple[str, ...]
     kv_schemes: tuple[str, ...]
 
@@ -62,7 +64,7 @@ def attention_block(
     rotary: Any,
     mask: Tensor,
     tokens: int,
-    norm_after: bool,
+    residual: Any,
     kind: str,
     form: Any,
 ) -> Any:
@@ -76,7 +78,7 @@ def attention_block(
         rotary: cosine and sine for queries (with the factor of the scores), then for keys, (t, 1, channels) each.
         mask: added to scores: (block, block) causal, or the band of a sliding window.
         tokens: t.
-        norm_after: whether the norm is over what is added.
+        residual: whether the norm is over what is added, and what that is multiplied by.
         kind: of the attention.
         form: the fields of that kind's form.
 
@@ -84,34 +86,39 @@ def attention_block(
         The hidden states after it, then its captured activations (b * t, channels) as `LayerSpec.channels` lists them.
     """
     if kind == "latent":
-        return _latent(hidden, weights, norm, rotary, mask, tokens, norm_after, form)
-    return _grouped_query(hidden, weights, norm, rotary, mask, tokens, norm_after, form)
+        return _latent(hidden, weights, norm, rotary, mask, tokens, residual, form)
+    return _grouped_query(hidden, weights, norm, rotary, mask, tokens, residual, form)
 
 
 def _grouped_query(
-    hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, norm_after: bool, form: Any
+    hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, residual: Any, form: Any
 ) -> Any:
     static = GroupedQueryForm(*form)
     cache = weights[3]
-    attention_input, query, key, value = projected(hidden, weights, norm, rotary, norm_after, form)
+    attention_input, query, key, value = projected(hidden, weights, norm, rotary, residual, form)
     cached_key = round_cache(key, static.kv_schemes[0], cache[0])
     cached_value = round_cache(value, static.kv_schemes[1], cache[1])
     attention_output = attend(
         query, cached_key, cached_value, mask, tokens, static.num_kv_heads, static.block, static.window
     )
-    hidden = mixed_in(hidden, attention_output, weights, norm, norm_after, form)
+    hidden = mixed_in(hidden, attention_output, weights, norm, residual, form)
     return hidden, attention_input, attention_output, key, value
 
 
-def projected(hidden: Tensor, weights: Any, norm: Any, rotary: Any, norm_after: bool, form: Any) -> Any:
+def projected(hidden: Tensor, weights: Any, norm: Any, rotary: Any, residual: Any, form: Any) -> Any:
     """Input of a grouped-query attention, and its queries, keys (both turned) and values, before the cache rounds."""
     static = GroupedQueryForm(*form)
     size, epsilon, schemes = static.head_dim, static.epsilon, static.schemes
     linears, own_norms, inputs, _ = weights
-    attention_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
+    attention_input = hidden if residual[0] else norm_of(hidden, norm, epsilon)
     query = linear(round_input(attention_input, schemes[0], inputs, 0), linears[0])
-    key = linear(round_input(attention_input, schemes[1], inputs, 1), linears[1])
-    value = linear(round_input(attention_input, schemes[2], inputs, 2), linears[2])
+    if static.fused:
+        first, second = static.num_heads * size, (static.num_heads + static.num_kv_heads) * size
+        key, value = query[:, first:second], query[:, second:]
+        query = query[:, :first]
+    else:
+        key = linear(round_input(attention_input, schemes[1], inputs, 1), linears[1])
+        value = linear(round_input(attention_input, schemes[2], inputs, 2), linears[2])
     if static.qk_norm == "head":
         query = ops.reshape(norm_of(ops.reshape(query, (-1, size)), own_norms[0], epsilon), query.shape)
         key = ops.reshape(norm_of(ops.reshape(key, (-1, size)), own_norms[1], epsilon), key.shape)
@@ -123,16 +130,17 @@ def projected(hidden: Tensor, weights: Any, norm: Any, rotary: Any, norm_after: 
     return attention_input, query, key, value
 
 
-def mixed_in(hidden: Tensor, attended: Tensor, weights: Any, norm: Any, norm_after: bool, form: Any) -> Any:
+def mixed_in(hidden: Tensor, attended: Tensor, weights: Any, norm: Any, residual: Any, form: Any) -> Any:
     """Hidden states after the output linear of a grouped-query attention that gave `attended`."""
     static = GroupedQueryForm(*form)
     linears, _, inputs, _ = weights
-    added = linear(round_input(attended, static.schemes[3], inputs, 3), linears[3])
-    return hidden + (norm_of(added, norm, static.epsilon) if norm_after else added)
+    last = 1 if static.fused else 3
+    added = linear(round_input(attended, static.schemes[last], inputs, last), linears[last])
+    return add_block(hidden, added, norm, static.epsilon, residual)
 
 
 def _latent(
-    hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, norm_after: bool, form: Any
+    hidden: Tensor, weights: Any, norm: Any, rotary: Any, mask: Tensor, tokens: int, residual: Any, form: Any
 ) -> Any:
     static = LatentForm(*form)
     heads, nope, turning, epsilon, schemes = (
@@ -143,7 +151,7 @@ def _latent(
         static.schemes,
     )
     linears, own_norms, inputs, _ = weights
-    attention_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
+    attention_input = hidden if residual[0] else norm_of(hidden, norm, epsilon)
     rows = hidden.shape[0]
     # Linears stand in checkpoint order: one or two of the queries, then those of the latent, its expansion, the output.
     first = 2 if static.has_query_latent else 1
@@ -184,7 +192,7 @@ def _latent(
     )
     last = first + 2
     added = linear(round_input(attention_output, schemes[last], inputs, last), linears[last])
-    hidden = hidden + (norm_of(added, norm, epsilon) if norm_after else added)
+    hidden = add_block(hidden, added, norm, epsilon, residual)
     if static.has_query_latent:
         return hidden, attention_input, query_latent, attention_output
     return hidden, attention_input, attention_output

@@ -37,15 +37,15 @@ def decoding_step(
         cached: keys and values of T positions, (T, K * d) each, as the cache holds them.
         place: (T, 1), 1 at the token's position and 0 elsewhere, in the compute dtype.
         unseen: (1, 1, T), 0 where the token looks and far below any score elsewhere.
-        form: whether norms stand behind their blocks, epsilon of the norms, schemes of the mlp's inputs, fields of
-            `GroupedQueryForm`.
+        form: whether norms stand behind their blocks, and what blocks are multiplied by; epsilon of the norms; schemes
+            of the mlp's inputs; fields of `GroupedQueryForm`.
 
     Returns:
         Hidden states (1, h) behind the layer, and keys and values with the token's own.
     """
-    norm_after, epsilon, mlp_schemes, attention_form = form
+    residual, epsilon, mlp_schemes, attention_form = form
     static = GroupedQueryForm(*attention_form)
-    _, query, key, value = projected(hidden, attention, norms[0], rotary, norm_after, attention_form)
+    _, query, key, value = projected(hidden, attention, norms[0], rotary, residual, attention_form)
     cache = attention[3]
     keys = _with_row(cached[0], round_cache(key, static.kv_schemes[0], cache[0]), place)
     values = _with_row(cached[1], round_cache(value, static.kv_schemes[1], cache[1]), place)
@@ -57,8 +57,8 @@ def decoding_step(
     weights = ops.cast(ops.Softmax(-1)(ops.cast(scores, ms.float32)), hidden.dtype)
     by_head = ops.transpose(ops.reshape(values, (positions, groups, size)), (1, 0, 2))
     attended = ops.reshape(ops.BatchMatMul()(weights, by_head), (1, -1))
-    hidden = mixed_in(hidden, attended, attention, norms[0], norm_after, attention_form)
-    return gated_mlp(hidden, mlp, norms[1], norm_after, epsilon, mlp_schemes)[0], keys, values
+    hidden = mixed_in(hidden, attended, attention, norms[0], residual, attention_form)
+    return gated_mlp(hidden, mlp, norms[1], residual, epsilon, mlp_schemes)[0], keys, values
 
 
 def _with_row(table: Tensor, row: Tensor, place: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def routed_forward(
     routing, epsilon, kind, attention_form = form
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], False, kind, attention_form)
+    attended = attention_block(
+        hidden, attention, norms[0], rotary, mask, samples[1], (False, 1.0), kind, attention_form
+    )
     mlp_input = norm_of(attended[0], norms[1], epsilon)
     if routing[7]:
         logits = ops.MatMul(transpose_b=True)(ops.cast(mlp_input, ms.float32), ops.cast(outer[0][0], ms.float32))

@@ -12,20 +12,26 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from gs_dist.calibration._attention import attention_block
-from gs_dist.calibration._operations import linear, norm_of, normalize, round_input
+from gs_dist.calibration._operations import add_block, linear, norm_of, normalize, round_input
 
 __all__ = ["dense_forward", "divergence", "gated_mlp", "head_logits", "negative_log_likelihood"]
 
 
-def gated_mlp(hidden: Tensor, weights: Any, norm: Any, norm_after: bool, epsilon: float, schemes: Any) -> Any:
+def gated_mlp(hidden: Tensor, weights: Any, norm: Any, residual: Any, epsilon: float, schemes: Any) -> Any:
     """Gated mlp on the hidden states (b * t, h): those after it, its input, and that of its last linear."""
     linears, inputs = weights
-    mlp_input = hidden if norm_after else norm_of(hidden, norm, epsilon)
+    mlp_input = hidden if residual[0] else norm_of(hidden, norm, epsilon)
     gate = linear(round_input(mlp_input, schemes[0], inputs, 0), linears[0])
-    up = linear(round_input(mlp_input, schemes[1], inputs, 1), linears[1])
+    last = len(linears) - 1
+    if last == 1:  # one linear makes both
+        size = gate.shape[1] // 2
+        up = gate[:, size:]
+        gate = gate[:, :size]
+    else:
+        up = linear(round_input(mlp_input, schemes[1], inputs, 1), linears[1])
     mlp_activation = ops.silu(gate) * up
-    added = linear(round_input(mlp_activation, schemes[2], inputs, 2), linears[2])
-    hidden = hidden + (norm_of(added, norm, epsilon) if norm_after else added)
+    added = linear(round_input(mlp_activation, schemes[last], inputs, last), linears[last])
+    hidden = add_block(hidden, added, norm, epsilon, residual)
     return hidden, mlp_input, mlp_activation
 
 
@@ -38,22 +44,23 @@ def dense_forward(
     Args:
         hidden: (b, t, h) in the compute dtype.
         attention: see `attention_block`.
-        mlp: gate, up and down, each (weight,) or (weight, bias); (3, 2) float32 scale and zero point of their inputs.
+        mlp: gate and up, or one linear for both, and down, each (weight,) or (weight, bias); (n, 2) float32 scale and
+            zero point of their inputs.
         norms: the attention's and the mlp's, each (weight,) or (weight, bias).
         rotary: see `attention_block`.
         mask: likewise.
-        form: whether to capture, whether norms stand behind their blocks, epsilon of the norms, schemes of the mlp's
-            inputs, kind of attention and the fields of its form, all as plain tuples (a named one would be compiled
-            anew at every call).
+        form: whether to capture; whether norms stand behind their blocks, and what blocks are multiplied by; epsilon
+            of the norms; schemes of the mlp's inputs; kind of attention and the fields of its form. All are plain
+            tuples (a named one would be compiled anew at every call).
 
     Returns:
         The layer's output, or with `capture` that and what is captured of attention and mlp, each in its order.
     """
-    capture, norm_after, epsilon, mlp_schemes, kind, attention_form = form
+    capture, residual, epsilon, mlp_schemes, kind, attention_form = form
     samples = hidden.shape[:2]
     hidden = ops.reshape(hidden, (samples[0] * samples[1], hidden.shape[2]))
-    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], norm_after, kind, attention_form)
-    ended = gated_mlp(attended[0], mlp, norms[1], norm_after, epsilon, mlp_schemes)
+    attended = attention_block(hidden, attention, norms[0], rotary, mask, samples[1], residual, kind, attention_form)
+    ended = gated_mlp(attended[0], mlp, norms[1], residual, epsilon, mlp_schemes)
     output = ops.reshape(ended[0], (*samples, -1))
     if capture:
         seen = [output]

@@ -8,10 +8,13 @@ attention works on the blocks under the diagonal only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, ops
 
 __all__ = [
+    "add_block",
     "attend",
     "columns",
     "interleaved_to_halves",
@@ -47,6 +50,16 @@ def normalize(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     mean = ops.ReduceMean(True)(ops.square(wide), -1)
     normed = wide * columns(ops.rsqrt(mean + epsilon), x.shape[1])
     return ops.cast(normed, x.dtype) * rows_of(weight, x.shape[0])
+
+
+def add_block(hidden: Tensor, added: Tensor, norm: tuple[Tensor, ...], epsilon: float, residual: Any) -> Tensor:
+    """Hidden states (n, c) with what a block adds; `residual` is whether it passes the norm, and its multiplier."""
+    norm_after, multiplier = residual
+    if norm_after:
+        added = norm_of(added, norm, epsilon)
+    if multiplier != 1.0:
+        added = added * multiplier
+    return hidden + added
 
 
 def _round_per_token(x: Tensor, divisor: float) -> Tensor:

@@ -103,7 +103,8 @@ class Generator:
         looks = (seen <= position) & (position - seen < (attention.window or positions))
         unseen = np.where(looks, 0.0, _MASKED).astype(np.float32)[None, None]
         epsilon = self.network.architecture.rms_norm_eps
-        form = (weights.spec.norms_after, epsilon, weights.mlp_schemes, attention_form(weights, epsilon, 1, 0))
+        residual = (weights.spec.norms_after, weights.spec.residual_multiplier)
+        form = (residual, epsilon, weights.mlp_schemes, attention_form(weights, epsilon, 1, 0))
         return decoding_step(
             state,
             weights.attention,

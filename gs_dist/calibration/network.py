@@ -137,9 +137,14 @@ class DecoderNetwork:
         head = embedding if self.architecture.tie_word_embeddings else tensors.get("lm_head.weight")
         return OuterWeights(
             embedding=embedding,
-            norm=None if norm is None else self._tensor(norm),
+            norm=None if norm is None else self._last_norm(norm),
             head=None if norm is None or head is None else self._tensor(head),
         )
+
+    def _last_norm(self, weight: Array) -> Tensor:
+        """The final norm with what logits are divided by in its weight."""
+        divisor = self.architecture.logits_divisor
+        return self._tensor(weight if divisor == 1.0 else weight.astype(np.float32) / np.float32(divisor))
 
     def layer_weights(
         self, layer: int, tensors: Mapping[str, Array], quantized: QuantizedLayer | None = None
@@ -181,7 +186,9 @@ class DecoderNetwork:
     def embed(self, outer: OuterWeights, input_ids: npt.NDArray[np.int32]) -> Tensor:
         """Hidden states (b, t, h) of token ids (b, t); reads the rows it needs from the host."""
         assert outer.embedding is not None, "this stage has no embedding"
-        return self._tensor(outer.embedding[input_ids])
+        rows = self._tensor(outer.embedding[input_ids])
+        multiplier = self.architecture.embedding_multiplier
+        return rows if multiplier == 1.0 else rows * multiplier
 
     def forward_layer(
         self,
@@ -205,7 +212,8 @@ class DecoderNetwork:
         if isinstance(spec.mlp, MixtureOfExperts):
             routed = (_routing_form(spec.mlp.routing), epsilon, spec.attention.kind, attention)
             return self._forward_experts(weights, hidden, (rotary, mask, routed), capture, seen)
-        form = (capture, spec.norms_after, epsilon, weights.mlp_schemes, spec.attention.kind, attention)
+        residual = (spec.norms_after, spec.residual_multiplier)
+        form = (capture, residual, epsilon, weights.mlp_schemes, spec.attention.kind, attention)
         results = dense_forward(hidden, weights.attention, weights.mlp, weights.norms, rotary, mask, form)
         if not capture:
             return results, {}
@@ -454,6 +462,7 @@ def attention_form(weights: LayerWeights, epsilon: float, block: int, window: in
             block=block,
             window=window,
             turning=attention.rotary.channels,
+            fused=attention.fused,
             schemes=weights.attention_schemes,
             kv_schemes=weights.kv_schemes,
         )

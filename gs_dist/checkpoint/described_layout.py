@@ -32,17 +32,16 @@ _MX_BLOCK = 32
 _SHARES = 16  # columns of scale_bias where inputs are spread over ranks (w4a8.py, get_dynamic_quant_param_modelslim)
 _CLOSE = 1e-5  # relative to what a channel's terms add up to; sums in float32 differ in their order
 _DESCRIBED = ("ascend", "compressed-tensors")
-_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 _NO_LINEAR = re.compile(r"(^|\.)\w*(norm|embed|embedding|router|gate|head)\w*$")
 
 
 def told_by_description(inventory: Inventory, dialect: str) -> bool:
     """Whether the directory's own description must do: its model type is not served, or its number formats are not.
 
-    So it is where layers for multi-token prediction stand after the model's last, as conversions keep them. A model
-    type that is served and has a damaged config.json is no such case.
+    So it is where layers for multi-token prediction, which conversions may quantise, are not in floats. A model type
+    that is served and has a damaged config.json is no such case.
     """
-    if dialect in _DESCRIBED and _has_layers_beyond(inventory):
+    if dialect in _DESCRIBED and _has_coded_layers_beyond(inventory):
         return True
     if inventory.architecture is None and str(inventory.config.get("model_type")) in FAMILIES:
         return False
@@ -56,13 +55,10 @@ def told_by_description(inventory: Inventory, dialect: str) -> bool:
     return False
 
 
-def _has_layers_beyond(inventory: Inventory) -> bool:
-    """Whether there are layers behind the last, no more than config.json says that predict further tokens."""
-    told = inventory.config.get("num_nextn_predict_layers")
-    if inventory.architecture is None or not isinstance(told, int):
-        return False
-    numbers = {int(found[1]) for name in inventory.tensors if (found := _LAYER.match(name))}
-    return 0 < max(numbers, default=0) + 1 - inventory.architecture.num_layers <= told
+def _has_coded_layers_beyond(inventory: Inventory) -> bool:
+    """Whether something of the layers behind the last is stored in another form than floats."""
+    carried = () if inventory.architecture is None else inventory.architecture.carried
+    return any(inventory.tensors[name].dtype not in FLOAT_NAMES for name, _ in carried)
 
 
 def described_layout(inventory: Inventory, dialect: str) -> Layout:

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,10 @@ def take_inventory(directory: Path) -> Inventory:
             if content is not None:
                 inventory.descriptions[name] = _with_text_labels(inventory, name, content)
     _read_weights(inventory)
+    architecture = inventory.architecture
+    if architecture is not None:
+        further = (info for info in inventory.tensors.values() if architecture.further_layer(info.name) is not None)
+        inventory.architecture = replace(architecture, carried=tuple((info.name, info.shape) for info in further))
     return inventory
 
 

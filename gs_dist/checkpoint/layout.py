@@ -106,7 +106,8 @@ def detect_dialect(inventory: Inventory) -> str:
 def build_layout(inventory: Inventory, name: str, dialect: DialectLayout, architecture: DecoderArchitecture) -> Layout:
     """Expected tensors of the whole model by the rules of a dialect; faults of its description are reported."""
     layout = Layout(dialect=name)
-    floats = {name: (shape, "float") for name, shape in architecture.outer_tensors().items()}
+    outer = {**architecture.outer_tensors(), **dict(architecture.carried)}
+    floats = {name: (shape, "float") for name, shape in outer.items()}
     if architecture.tie_word_embeddings and "lm_head.weight" in inventory.tensors:
         floats["lm_head.weight"] = (floats["model.embed_tokens.weight"][0], "tied")
     for layer in range(architecture.num_layers):

@@ -23,7 +23,7 @@ from gs_dist.checkpoint.lineage import Lineage, checksums
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.checkpoint.sealed_json import read_sealed_json, write_sealed_json
 from gs_dist.checkpoint.shard_records import record_faults, record_from_json, rows_from_json
-from gs_dist.checkpoint.writer import ShardRecord, make_directory, write_safetensors
+from gs_dist.checkpoint.writer import ShardRecord, StoredTensor, make_directory, write_safetensors
 from gs_dist.errors import LayerError, OutputError
 from gs_dist.model.decoder import DecoderArchitecture
 from gs_dist.model.dtypes import FLOATS
@@ -174,10 +174,18 @@ def publish_outer(
     fingerprints: Fingerprints,
     made_with: MadeWith = MadeWith(),
 ) -> LayerManifest:
-    """Carries embedding, final norm and head over, bit for bit, in every dialect; then writes their manifest."""
-    tensors = reader.read_outer()
+    """Carries what stands outside the layers over, bit for bit, in every dialect; then writes its manifest.
+
+    A tensor is read, or decoded, when it is written.
+    """
+    tensors = reader.read(reader.outer_part)
+    stored = {
+        name: StoredTensor(dtype=reader.tensors[name].dtype, shape=reader.tensors[name].shape) for name in tensors
+    }
     shards = {
-        name: write_safetensors(make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors)
+        name: write_safetensors(
+            make_directory(output / name) / f"{part_stem(None)}.safetensors", tensors, stored=stored
+        )
         for name in dialects
     }
     lineage = Lineage(behind="", tensors=checksums(tensors))

@@ -126,7 +126,8 @@ def _check_accounted(part: LayerManifest, codec: Codec, policies: Policies, read
     """A shard holds exactly what the architecture and the policies call for, in the source's float dtypes."""
     architecture = reader.architecture
     if part.layer is None:
-        expected = {name: StoredTensor(dtype="", shape=shape) for name, shape in architecture.outer_tensors().items()}
+        outer = {**architecture.outer_tensors(), **dict(architecture.carried)}
+        expected = {name: StoredTensor(dtype="", shape=shape) for name, shape in outer.items()}
     else:
         expected = codec.expected_tensors(part.layer, policies, part.kv_cache, architecture)
     held = part.shards[codec.name]

@@ -107,7 +107,8 @@ class CheckpointReader:
         self.notes = (*_config_notes(self.config), *views.notes, *settled.notes)
         if settled.tied is not self.architecture.tie_word_embeddings:
             self.config = {**self.config, "tie_word_embeddings": settled.tied}
-            self.architecture = dataclasses.replace(self.architecture, tie_word_embeddings=settled.tied)
+        carried = tuple((name, settled.tensors[name].shape) for name in settled.carried)
+        self.architecture = dataclasses.replace(self.architecture, tie_word_embeddings=settled.tied, carried=carried)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -159,6 +160,11 @@ class CheckpointReader:
     def read_outer(self) -> Mapping[str, Array]:
         """`read` of embedding, final norm and head, by full name."""
         return self.read(self.architecture.outer_tensors())
+
+    @property
+    def outer_part(self) -> tuple[str, ...]:
+        """Names of what is published as it is: embedding, final norm, head, and what no decoder runs."""
+        return (*self.architecture.outer_tensors(), *(name for name, _ in self.architecture.carried))
 
     def refuse_damaged_outer(self) -> None:
         """Looks at every value of embedding, final norm and head, most of which no calibration sample ever meets.

@@ -199,7 +199,7 @@ class RunDirectory:
             parts += [] if outer is None or not finished else [outer]
 
         def changed(part: LayerManifest) -> list[str]:
-            tensors = reader.read_outer() if part.layer is None else reader.read_layer(part.layer)
+            tensors = reader.read(reader.outer_part) if part.layer is None else reader.read_layer(part.layer)
             return [] if part.lineage is None else part.lineage.changed(checksums(tensors))
 
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -294,7 +294,7 @@ class RunDirectory:
                 and outer.fingerprints == self._fingerprints
                 and not shard_faults(self.path, outer)
                 and outer.lineage is not None
-                and not outer.lineage.changed(checksums(reader.read_outer()))
+                and not outer.lineage.changed(checksums(reader.read(reader.outer_part)))
             ):
                 return outer
         return publish_outer(self.path, reader, self._dialects, self._fingerprints, self._made_with or MadeWith())

@@ -64,8 +64,9 @@ def compare_with_source(
 
 def _compare_carried(inventory: Inventory, source: CheckpointReader) -> None:
     """Embedding, final norm, head, and norms of queries and keys are the source's bit for bit."""
+    carried = {name for name, _ in source.architecture.carried}
     for name, info in source.tensors.items():
-        inside = name.startswith("model.layers.")
+        inside = name.startswith("model.layers.") and name not in carried
         held = inventory.tensors.get(name)
         if (inside and not name.endswith(("q_norm.weight", "k_norm.weight"))) or held is None:
             continue

@@ -39,13 +39,15 @@ class SourceTensors:
     """What of a checkpoint's tensors makes the model.
 
     Attributes:
-        tensors: name to header entry of every tensor of the model, in model order.
+        tensors: name to header entry of every tensor that is published, in model order.
+        carried: names of those that no decoder runs, the last of `tensors`.
         tied: whether the head is the embedding, by the tensors themselves.
         ignored: names on disk that no decoder needs.
         notes: what was ignored and why, and what was read otherwise than config.json says.
     """
 
     tensors: Mapping[str, TensorInfo]
+    carried: tuple[str, ...]
     tied: bool
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
@@ -73,18 +75,20 @@ def settle_tensors(files: WeightFiles, architecture: DecoderArchitecture) -> Sou
         tied = False
         notes.append(HEAD_KEPT.format(head=HEAD, embedding=EMBEDDING))
     settled = dataclasses.replace(architecture, tie_word_embeddings=tied)
-    tensors, ignored = _checked(found, settled, files.notes)
-    further = [name for name in ignored if _is_further(name, settled)]
-    if further:
+    tensors, extra = _checked(found, settled, files.notes)
+    carried = tuple(name for name in extra if settled.further_layer(name) is not None)
+    if carried:
         notes.append(
-            f"{some(further)}: layers of multi-token prediction behind the last are left out of what is published; "
-            "serve without speculative decoding by them"
+            f"{some(list(carried))}: layers of multi-token prediction behind the last are carried over in float, and "
+            "not calibrated"
         )
+    ignored = tuple(name for name in extra if name not in set(carried))
     return SourceTensors(
-        tensors=tensors,
+        tensors=tensors | {name: found[name] for name in carried},
+        carried=carried,
         tied=tied,
         ignored=ignored,
-        notes=(*notes, *_notes_on(tuple(name for name in ignored if name not in further))),
+        notes=(*notes, *_notes_on(ignored)),
     )
 
 
@@ -170,11 +174,5 @@ def _is_harmless(name: str, architecture: DecoderArchitecture) -> bool:
     return (
         _FREQUENCIES.fullmatch(name) is not None
         or (name == HEAD and architecture.tie_word_embeddings)
-        or _is_further(name, architecture)
+        or architecture.further_layer(name) is not None
     )
-
-
-def _is_further(name: str, architecture: DecoderArchitecture) -> bool:
-    """Whether a tensor is of a layer of multi-token prediction, behind the last one that a decoder runs."""
-    match = _LAYER.match(name)
-    return match is not None and 0 <= int(match.group(1)) - architecture.num_layers < architecture.num_further_layers

@@ -132,7 +132,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> ShardRecord:
     """Publishes a safetensors file; same tensors, same bytes, in whatever order they come.
 
@@ -143,6 +147,7 @@ def write_safetensors(
         path: the file; its directory exists.
         tensors: name to array.
         metadata: `__metadata__` of the header; transformers wants "format" to be "pt", the default.
+        stored: form of each tensor, where a look at the arrays would make them; None takes a look.
 
     Returns:
         The record of the file, its hash taken while writing.
@@ -151,10 +156,11 @@ def write_safetensors(
         OutputError: as `publish`.
         TypeError: a dtype that safetensors does not know.
     """
-    for name, array in tensors.items():
-        if array.dtype.name not in SPELLINGS or not array.dtype.isnative:
-            raise TypeError(f"tensor {name!r} is {array.dtype}, which a safetensors file cannot hold")
-    stored = {name: StoredTensor(dtype=array.dtype.name, shape=array.shape) for name, array in tensors.items()}
+    if stored is None:
+        for name, array in tensors.items():
+            if array.dtype.name not in SPELLINGS or not array.dtype.isnative:
+                raise TypeError(f"tensor {name!r} is {array.dtype}, which a safetensors file cannot hold")
+        stored = {name: StoredTensor(dtype=array.dtype.name, shape=array.shape) for name, array in tensors.items()}
     header, offsets = lay_out(stored, metadata)
     digest = hashlib.sha256(header)
     nbytes = len(header)

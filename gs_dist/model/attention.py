@@ -17,7 +17,8 @@ class GroupedQueryAttention:
 
     `qk_norm` is the RMSNorm of queries and keys before the rotary embedding: "none", "head" for one over the
     channels of each head, "all" for one over those of all heads. `window` is how many tokens a query
-    sees back, None for all.
+    sees back, None for all. `stated_scale` is what products of queries and keys are multiplied by, None for
+    1 / sqrt(head_dim). Where `fused`, one linear makes queries, keys and values, in this order.
     """
 
     kind: ClassVar[str] = "grouped_query"
@@ -31,6 +32,8 @@ class GroupedQueryAttention:
     o_bias: bool = False
     qk_norm: str = "none"
     window: int | None = None
+    stated_scale: float | None = None
+    fused: bool = False
 
     @property
     def query_size(self) -> int:
@@ -50,7 +53,7 @@ class GroupedQueryAttention:
     @property
     def score_scale(self) -> float:
         """What products of queries and keys are multiplied by."""
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.stated_scale is None else self.stated_scale
 
     @property
     def kv_size(self) -> int:
@@ -64,16 +67,17 @@ class GroupedQueryAttention:
 
     @property
     def cached(self) -> dict[str, str]:
-        """`key` and `value` to the linear that makes what the cache keeps."""
-        return {"key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+        """`key` and `value` to the linear that makes what the cache keeps; none where one makes both."""
+        return {} if self.fused else {"key": "self_attn.k_proj", "value": "self_attn.v_proj"}
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Queries, keys, values and output, in checkpoint order."""
+        made = {"q_proj": self.query_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        if self.fused:
+            made = {"qkv_proj": sum(made.values())}
         rows = (
-            ("q_proj", self.query_size, self.hidden_size, self.qkv_bias),
-            ("k_proj", self.kv_size, self.hidden_size, self.qkv_bias),
-            ("v_proj", self.kv_size, self.hidden_size, self.qkv_bias),
+            *((name, out, self.hidden_size, self.qkv_bias) for name, out in made.items()),
             ("o_proj", self.hidden_size, self.query_size, self.o_bias),
         )
         return tuple(
@@ -90,19 +94,18 @@ class GroupedQueryAttention:
         return {"self_attn.q_norm.weight": (sizes[0],), "self_attn.k_norm.weight": (sizes[1],)}
 
     def inputs(self, source: str | None) -> tuple[LayerInput, ...]:
-        """What its linears read, where `source` is the norm before it."""
+        """What its linears read, where `source` is the norm before it.
+
+        The rows of a fused linear that make values could take up a rescaling of what they give; they do not.
+        """
+        *first, last = (linear.name for linear in self.linears)
         return (
-            LayerInput(
-                name="attention_input",
-                channels=self.hidden_size,
-                linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                source=source,
-            ),
+            LayerInput(name="attention_input", channels=self.hidden_size, linears=tuple(first), source=source),
             LayerInput(
                 name="attention_output",
                 channels=self.query_size,
-                linears=("self_attn.o_proj",),
-                source="self_attn.v_proj",
+                linears=(last,),
+                source=None if self.fused else "self_attn.v_proj",
                 repeat=self.num_heads // self.num_kv_heads,
                 head_dim=self.head_dim,
             ),

@@ -78,6 +78,8 @@ def decoder(
     max_position_embeddings: int,
     rms_norm_eps: float = 1e-6,
     num_further_layers: int = 0,
+    embedding_multiplier: float = 1.0,
+    logits_divisor: float = 1.0,
 ) -> DecoderArchitecture:
     """What stands around `layers`; the sizes given here are the family's where the keys are absent."""
     shared: dict[LayerSpec, LayerSpec] = {}
@@ -92,6 +94,8 @@ def decoder(
         dtype=_dtype(keys),
         eos_token_ids=keys.token_ids("eos_token_id"),
         num_further_layers=num_further_layers,
+        embedding_multiplier=embedding_multiplier,
+        logits_divisor=logits_divisor,
     )
 
 

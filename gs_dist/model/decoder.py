@@ -8,6 +8,7 @@ checkpoints (`model.layers.<i>.self_attn.q_proj.weight` ...).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,8 @@ from functools import cached_property
 from gs_dist.model.attention import Attention, GroupedQueryAttention, LatentAttention
 from gs_dist.model.linear import LayerInput, Linear
 from gs_dist.model.mlp import GatedMlp, MixtureOfExperts, Mlp, Routing
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 __all__ = [
     "Attention",
@@ -37,12 +40,14 @@ class LayerSpec:
 
     `norms` names the layer's two norms, the attention's and the mlp's. Each stands before its block, or, where
     `norms_after`, behind it, over what is added; then nothing can take up a rescaling of the block's input.
+    What a block adds is multiplied by `residual_multiplier`, which is 1 beside a mixture of experts.
     """
 
     attention: Attention
     mlp: Mlp
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     norms_after: bool = False
+    residual_multiplier: float = 1.0
 
     @property
     def hidden_size(self) -> int:
@@ -103,6 +108,9 @@ class DecoderArchitecture:
     dtype: str  # "float32", "float16" or "bfloat16", as config.json states
     eos_token_ids: tuple[int, ...] = field(default=())
     num_further_layers: int = 0  # behind the last, of multi-token prediction: no decoder runs them
+    embedding_multiplier: float = 1.0  # of the embedding's rows
+    logits_divisor: float = 1.0
+    carried: tuple[tuple[str, tuple[int, ...]], ...] = ()  # full name and shape of tensors that none of this reads
 
     @property
     def num_layers(self) -> int:
@@ -159,6 +167,12 @@ class DecoderArchitecture:
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Name within a layer to shape, for every tensor of it; a table of the caller's own."""
         return dict(self.layers[layer].tensors)
+
+    def further_layer(self, name: str) -> int | None:
+        """The layer behind the last that a tensor belongs to, None for any other tensor."""
+        match = _LAYER.match(name)
+        number = -1 if match is None else int(match.group(1))
+        return number if 0 <= number - self.num_layers < self.num_further_layers else None
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Full name to shape for embedding, final norm and head (a tied head has no tensor of its own)."""

@@ -12,18 +12,19 @@ __all__ = ["SHARED", "GatedMlp", "MixtureOfExperts", "Mlp", "Routing", "expert_i
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)); where `fused`, one linear makes gate and up, in this order."""
 
     kind: ClassVar[str] = "gated"
 
     hidden_size: int
     intermediate_size: int
     bias: bool = False
+    fused: bool = False
 
     @property
     def widest(self) -> int:
         """Channels of its widest activation."""
-        return self.intermediate_size
+        return self.intermediate_size * (2 if self.fused else 1)
 
     @property
     def channels_for_one(self) -> int:
@@ -54,26 +55,23 @@ class GatedMlp:
     def linears(self) -> tuple[Linear, ...]:
         """Gate, up and down, in checkpoint order."""
         h, m = self.hidden_size, self.intermediate_size
-        rows = (("gate_proj", m, h), ("up_proj", m, h), ("down_proj", h, m))
+        made = (("gate_up_proj", 2 * m, h),) if self.fused else (("gate_proj", m, h), ("up_proj", m, h))
+        rows = (*made, ("down_proj", h, m))
         return tuple(
             Linear(name=f"mlp.{name}", out_features=out, in_features=channels, bias=self.bias)
             for name, out, channels in rows
         )
 
     def inputs(self, source: str | None) -> tuple[LayerInput, ...]:
-        """What its linears read, where `source` is the norm before it."""
+        """What its linears read, where `source` is the norm before it; rows of a fused linear take up no rescaling."""
+        *first, last = (linear.name for linear in self.linears)
         return (
-            LayerInput(
-                name="mlp_input",
-                channels=self.hidden_size,
-                linears=("mlp.gate_proj", "mlp.up_proj"),
-                source=source,
-            ),
+            LayerInput(name="mlp_input", channels=self.hidden_size, linears=tuple(first), source=source),
             LayerInput(
                 name="mlp_activation",
                 channels=self.intermediate_size,
-                linears=("mlp.down_proj",),
-                source="mlp.up_proj",
+                linears=(last,),
+                source=None if self.fused else "mlp.up_proj",
             ),
         )
 

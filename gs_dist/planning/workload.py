@@ -248,8 +248,9 @@ def _check_shared(architecture: DecoderArchitecture, layer: int, policies: Mappi
     cached = architecture.layers[layer].attention.cached
     if not cached and any(map(_cache_of, policies.values())):
         raise PlanError(
-            f"{prefix}self_attn caches one latent for all heads (multi-head latent attention), which no engine keeps "
-            "in int8 by scales of keys and values: set kvcache_quant_dtype: null"
+            f"{prefix}self_attn makes keys and values in one linear, of one latent for all heads (multi-head latent "
+            "attention) or of what queries read (qkv_proj), and no engine keeps these in int8 by scales of k_proj and "
+            "v_proj: set kvcache_quant_dtype: null"
         )
     if len({_cache_of(policies[name]) for name in cached.values()}) > 1:
         written = " and ".join(cached.values()).replace("and self_attn.", "and ")
@@ -357,6 +358,7 @@ def make_workload(
         size_budget = budget_bytes(config.size_budget, architecture, schemes, fixed)
     nbytes = tuple(sum(header.nbytes for header in headers) for headers in layer_headers)
     embedding = _headers(tensors, ["model.embed_tokens.weight"])[0]
+    outer = [*architecture.outer_tensors(), *(name for name, _ in architecture.carried)]
     return Workload(
         architecture=architecture,
         resolved=resolved,
@@ -384,7 +386,7 @@ def make_workload(
             for layer in range(architecture.num_layers)
         ),
         embedding_nbytes=embedding.nbytes,
-        outer_nbytes=sum(header.nbytes for header in _headers(tensors, list(architecture.outer_tensors()))),
+        outer_nbytes=sum(header.nbytes for header in _headers(tensors, outer)),
         notes=notes,
         schemes=schemes,
         size_budget=size_budget,

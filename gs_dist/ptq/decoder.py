@@ -116,6 +116,11 @@ class DecoderLayer(nn.Cell):
                 f"{prefix}self_attn is latent attention, which CausalDecoder does not build: quantise it by a recipe "
                 "(gs-dist quantize)"
             )
+        if layer.attention.fused:
+            raise CheckpointError(
+                f"{prefix}self_attn makes queries, keys and values in one linear, which CausalDecoder does not build: "
+                "quantise it by a recipe (gs-dist quantize)"
+            )
         self.self_attn = _Attention(prefix, layer.attention, source)
         if not isinstance(layer.mlp, GatedMlp):
             raise CheckpointError(
@@ -133,8 +138,8 @@ class DecoderLayer(nn.Cell):
         if self.form.norms_after:
             x = x + first(self.self_attn(x, tables, mask))
             return x + second(self.mlp(x))
-        x = x + self.self_attn(first(x), tables, mask)
-        return x + self.mlp(second(x))
+        x = x + self.self_attn(first(x), tables, mask) * self.form.residual_multiplier
+        return x + self.mlp(second(x)) * self.form.residual_multiplier
 
 
 class _Embedding(nn.Cell):
@@ -208,12 +213,12 @@ class CausalDecoder(nn.Cell):
     def construct(self, input_ids: Any) -> Any:
         """Logits (b, t, vocabulary) float32 of token ids (b, t); every position sees those before it."""
         tokens = input_ids.shape[1]
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids) * self.architecture.embedding_multiplier
         for layer in self.model.layers:
             attention = layer.self_attn.form
             tables = [ms.Tensor(table) for table in rotary_tables(attention, tokens)]
             x = layer(x, tables, ms.Tensor(_causal_mask(tokens, attention.window)))
-        return self.lm_head(self.model.norm(x)).astype(ms.float32)
+        return self.lm_head(self.model.norm(x)).astype(ms.float32) / self.architecture.logits_divisor
 
 
 def _reader(directory: Path | str) -> CheckpointReader:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL_TYPES = (
-    *("llama", "mistral", "ministral3", "olmo2", "qwen2", "qwen3", "seed_oss"),
+    *("granite", "llama", "mistral", "ministral3", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss"),
     *("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe"),
 )
 

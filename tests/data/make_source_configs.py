@@ -19,6 +19,7 @@ DATA = Path(__file__).with_name("source_configs.json")
 
 
 SAVED_AS = {"kimi_k2": "deepseek_v3"}  # by its own code, which transformers has not
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 ROPE = ("rope_type", "rope_theta", "factor")
 LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -45,6 +46,7 @@ def reading(config: dict[str, Any]) -> dict[str, Any]:
         "eos_token_id": made.eos_token_id if "eos_token_id" in config else None,
         "dtype": None if made.dtype is None else str(made.dtype).removeprefix("torch."),
         "rope": {key: rope[key] for key in told if key in rope},
+        "multipliers": [float(getattr(made, key, 1.0)) for key in MULTIPLIERS],
         "growth": rope.get("llama_4_scaling_beta") or 0.0,
         "windows": sorted({str(window if kind == "sliding_attention" else None) for kind in kinds}),
         **built(made),
@@ -75,8 +77,8 @@ def built(made: Any) -> dict[str, Any]:
             if name.endswith(("proj", "proj_with_mqa"))
         },
         "norms": sorted(name for name, _ in attention.named_children() if name.endswith("norm")),
-        "intermediate_size": dense[0].gate_proj.out_features if dense else None,
-        "mlp_bias": bool(dense) and dense[0].gate_proj.bias is not None,
+        "intermediate_size": dense[0].down_proj.in_features if dense else None,
+        "mlp_bias": bool(dense) and dense[0].down_proj.bias is not None,
         "dense_layers": [] if dense == mlps else [layer for layer, mlp in enumerate(mlps) if mlp in dense],
         "experts": None if dense == mlps else experts(made, next(mlp for mlp in mlps if hasattr(mlp, "experts"))),
     }

@@ -116,7 +116,7 @@ def expected_names(
     dialect: Codec, policies: Policies, kv_cache: Mapping[int, KVKind], architecture: DecoderArchitecture
 ) -> list[str]:
     """Full names of all tensors that a checkpoint of the dialect holds."""
-    names = list(architecture.outer_tensors())
+    names = [*architecture.outer_tensors(), *(name for name, _ in architecture.carried)]
     for layer in range(architecture.num_layers):
         names += dialect.expected_tensors(layer, policies, kv_cache.get(layer), architecture)
     return names

@@ -45,6 +45,11 @@ def found(architecture: DecoderArchitecture) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "dtype": architecture.dtype,
         "rope": rope,
+        "multipliers": [
+            architecture.embedding_multiplier,
+            architecture.layers[0].residual_multiplier,
+            architecture.logits_divisor,
+        ],
         "growth": attention.rotary.growth,
         "windows": sorted({str(layer.attention.window) for layer in architecture.layers}),
         "frequencies": [frequencies[0], frequencies[len(frequencies) // 2], frequencies[-1]],

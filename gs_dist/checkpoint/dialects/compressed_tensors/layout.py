@@ -58,6 +58,7 @@ class CompressedTensorsLayout:
             layout.kinds[name] = kind
             if leaves:
                 quantized[name] = leaves
+        _check_carried(inventory, groups, ignore, architecture)
         _check_format(inventory, groups)
         for group in groups:
             _check_sides(inventory, group)
@@ -140,6 +141,17 @@ def _check_sides(inventory: Inventory, group: SchemeGroup) -> None:
         if group.inputs.get(key, values[-1]) not in values:
             found = f"{group.label}: input_activations.{key} {group.inputs.get(key)!r:.40}"
             inventory.report(CONFIG_FILE, "scheme", found, f"{values[0]}, which the stored weights are for")
+
+
+def _check_carried(
+    inventory: Inventory, groups: list[SchemeGroup], ignore: NamePatterns, architecture: DecoderArchitecture
+) -> None:
+    """Engines build the linears of a module that is targeted and not ignored for codes, which floats are not."""
+    for tensor, shape in architecture.carried:
+        name = tensor.removesuffix(".weight")
+        if name == tensor or len(shape) != 2 or ignore.match(name) or not any(group.takes(name) for group in groups):
+            continue
+        inventory.report(CONFIG_FILE, "carried", f"a group takes {name}, which is float", f"{name} in ignore", tensor)
 
 
 def _check_head(inventory: Inventory, groups: list[SchemeGroup]) -> None:

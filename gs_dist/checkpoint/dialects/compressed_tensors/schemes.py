@@ -113,7 +113,13 @@ def config_groups(policies: Policies, architecture: DecoderArchitecture) -> tupl
         targets = ["Linear"] if whole else _targets(names, architecture)
         groups[f"group_{number}"] = {"targets": targets, **schemes[key]}
     # A linear that no target matches must be listed here: vLLM refuses to guess.
-    return groups, ["lm_head", *_targets(left, architecture)]
+    return groups, ["lm_head", *_targets(left, architecture), *_carried_modules(architecture)]
+
+
+def _carried_modules(architecture: DecoderArchitecture) -> list[str]:
+    """A pattern for each layer behind the last, none of whose linears was quantised."""
+    numbers = {architecture.further_layer(name) for name, _ in architecture.carried} - {None}
+    return [rf"re:.*\.layers\.{number}\..*" for number in sorted(filter(None, numbers))]
 
 
 def _targets(names: list[str], architecture: DecoderArchitecture) -> list[str]:
