@@ -2,6 +2,7 @@
 
     python jobs/make_random_model.py models/llama8b-2l --shape llama-3-8b --layers 2
     python jobs/make_random_model.py models/llama70b-1l --shape llama-3-70b --layers 1
+    python jobs/make_random_model.py models/qwen30b-1l --shape qwen3-30b-a3b --layers 1
 
 bfloat16 weights, normal with the usual deviation of 0.02; eight channels of every norm are eightfold, so that there are
 outliers to smooth. There is no tokenizer: calibrate on a column of ids.
@@ -34,6 +35,15 @@ SHAPES = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 HEAD_DIM, VOCABULARY = 128, 128256
 DEVIATION = 0.02
@@ -44,9 +54,11 @@ Array = npt.NDArray[np.generic]
 
 def config(shape: str, layers: int) -> dict[str, object]:
     """The content of config.json."""
+    kind: dict[str, object] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if "num_experts" in SHAPES[shape]:
+        kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         **SHAPES[shape],
         "head_dim": HEAD_DIM,
         "num_hidden_layers": layers,
@@ -57,7 +69,6 @@ def config(shape: str, layers: int) -> dict[str, object]:
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
         "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": 128000,
         "eos_token_id": 128001,
         "torch_dtype": "bfloat16",
@@ -80,10 +91,26 @@ def norm(generator: np.random.Generator, channels: int) -> Array:
     return made.astype(ml_dtypes.bfloat16)
 
 
+def mlp(sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Name and shape of a layer's linears behind its attention: of one gated mlp, or of a router and its experts."""
+
+    def gated(prefix: str, inner: int) -> dict[str, tuple[int, int]]:
+        hidden = sizes["hidden_size"]
+        rows = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return {f"{prefix}.{name}": size for name, size in rows.items()}
+
+    if "num_experts" not in sizes:
+        return gated("mlp", sizes["intermediate_size"])
+    linears = {"mlp.gate": (sizes["num_experts"], sizes["hidden_size"])}
+    for number in range(sizes["num_experts"]):
+        linears |= gated(f"mlp.experts.{number}", sizes["moe_intermediate_size"])
+    return linears
+
+
 def shards(shape: str, layers: int, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
     """Name and tensors of each file: what lies outside the layers, and each layer."""
     sizes, generator = SHAPES[shape], np.random.default_rng(seed)
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    hidden = sizes["hidden_size"]
     queries, keys = sizes["num_attention_heads"] * HEAD_DIM, sizes["num_key_value_heads"] * HEAD_DIM
     outer = {
         "model.embed_tokens.weight": weight(generator, VOCABULARY, hidden),
@@ -96,15 +123,16 @@ def shards(shape: str, layers: int, seed: int) -> Iterator[tuple[str, dict[str, 
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        **mlp(sizes),
     }
+    mixture = "num_experts" in sizes
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         tensors = {f"{prefix}.{name}.weight": weight(generator, *size) for name, size in linears.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{name}.weight"] = norm(generator, hidden)
+        for name in ("q_norm", "k_norm") if mixture else ():
+            tensors[f"{prefix}.self_attn.{name}.weight"] = norm(generator, HEAD_DIM)
         yield f"layer-{layer:05d}", tensors
 
 

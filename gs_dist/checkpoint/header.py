@@ -70,6 +70,7 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
+    decoded: bool = False  # what is read is made, not a view of the file
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:

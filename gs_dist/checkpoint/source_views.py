@@ -27,13 +27,13 @@ from gs_dist.checkpoint.sources.matrix import PlainMatrix, RowsOfMatrix, StoredM
 from gs_dist.checkpoint.weight_files import WeightFiles, some
 from gs_dist.errors import CheckpointError
 from gs_dist.model.decoder import DecoderArchitecture, MixtureOfExperts
+from gs_dist.recipe.sizes import DECODED_HELD
 
 __all__ = ["LazyTensors", "SourceViews", "decode", "decodes", "view_tensors"]
 
 Array = npt.NDArray[Any]
 
 _BLOCK_ROWS = 256  # decoded at a time
-_HELD = 4  # decoded tensors that a mapping keeps: a solver reads some weights in turns, a block of rows at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ def _as_floats(name: str, info: TensorInfo, matrix: StoredMatrix) -> TensorInfo:
         file=info.file,
         offset=info.offset,
         nbytes=math.prod(matrix.shape) * DTYPES[SPELLINGS[matrix.float_dtype]].itemsize,
+        decoded=True,
     )
 
 
@@ -183,7 +184,7 @@ def _place(name: str, part: RowsOfMatrix) -> TensorInfo:
         return made
     row_bytes = made.nbytes // part.rows
     offset = whole.offset + (part.matrix.index * part.matrix.shape[0] + part.start) * row_bytes
-    return dataclasses.replace(made, offset=offset)
+    return dataclasses.replace(made, offset=offset, decoded=False)
 
 
 class LazyTensors(Mapping[str, Array]):
@@ -213,7 +214,7 @@ class LazyTensors(Mapping[str, Array]):
         with self._lock:
             self._alive[name] = self._held[name] = array
             self._held.move_to_end(name)
-            while len(self._held) > _HELD:
+            while len(self._held) > DECODED_HELD:
                 self._held.popitem(last=False)
 
     def __contains__(self, name: object) -> bool:

@@ -46,13 +46,14 @@ def sigmoid_routing(keys: ConfigKeys, *, num_experts: int, groups: int, top_grou
     num_experts = keys.size("n_routed_experts", default=num_experts)
     groups = keys.size("n_group", default=groups)
     _refuse_uneven(num_experts, groups, least=2)
+    top_groups = keys.size("topk_group", default=min(top_groups, groups), maximum=groups)
     return Routing(
-        top_k=keys.size("num_experts_per_tok", default=8, maximum=num_experts),
+        top_k=_top_k(keys, num_experts // groups * top_groups, default=8),
         scoring="sigmoid",
         normalized=keys.values.get("norm_topk_prob", True) is not False,
         scale=keys.positive("routed_scaling_factor", default=scale),
         num_groups=groups,
-        top_groups=keys.size("topk_group", default=min(top_groups, groups), maximum=groups),
+        top_groups=top_groups,
         pairs=True,
         wide=True,
         correction=CORRECTION,
@@ -64,14 +65,26 @@ def softmax_routing(keys: ConfigKeys, *, num_experts: int, in_groups: bool) -> R
     num_experts = keys.size("n_routed_experts", default=num_experts)
     groups = keys.size("n_group", default=1) if in_groups else 1
     _refuse_uneven(num_experts, groups, least=1)
+    top_groups = keys.size("topk_group", default=1, maximum=groups) if in_groups else 1
     return Routing(
-        top_k=keys.size("num_experts_per_tok", maximum=num_experts),
+        top_k=_top_k(keys, num_experts // groups * top_groups),
         normalized=False,
         scale=keys.positive("routed_scaling_factor", default=1.0),
         num_groups=groups,
-        top_groups=keys.size("topk_group", default=1, maximum=groups) if in_groups else 1,
+        top_groups=top_groups,
         wide=True,
     )
+
+
+def _top_k(keys: ConfigKeys, eligible: int, **default: int) -> int:
+    """Experts of a token, of so many in the groups it may choose from."""
+    top_k = keys.size("num_experts_per_tok", **default)
+    if top_k > eligible:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {top_k}, and topk_group groups hold {eligible} experts: engines "
+            "differ on where the others come from; correct n_group, topk_group or num_experts_per_tok"
+        )
+    return top_k
 
 
 def _refuse_uneven(num_experts: int, groups: int, least: int) -> None:

@@ -15,7 +15,7 @@ from gs_dist.model.decoder import DecoderArchitecture, LayerSpec
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.model.statistics import StatisticsSettings
 from gs_dist.recipe.policy import QuantPolicy
-from gs_dist.recipe.sizes import GIB
+from gs_dist.recipe.sizes import DECODED_HELD, GIB
 
 __all__ = [
     "ITEMS",
@@ -124,6 +124,7 @@ class JobShape:
     Attributes:
         layer_weight_bytes: weights of each layer in the compute dtype.
         embedding_bytes: of the embedding table, as the checkpoint holds it.
+        decoded_bytes: of the largest weight that is decoded when it is read, 0 for a checkpoint of floats.
         layer_output_bytes: what is written of each layer, at most.
         set_bytes: one set of statistics of each layer.
         solver_bytes: workspace of each layer's costliest linear: one thread solves them one after another.
@@ -138,6 +139,7 @@ class JobShape:
     element_bytes: int
     layer_weight_bytes: Sequence[int]
     embedding_bytes: int
+    decoded_bytes: int
     layer_output_bytes: Sequence[int]
     set_bytes: Sequence[int]
     solver_bytes: Sequence[int]
@@ -259,7 +261,8 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     MindSpore's pool keeps it.
     """
     weights = sum(shape.layer_weight_bytes[i] for i in (stage.layers if stage.resident else stage.wave))
-    embedding = shape.embedding_bytes if stage.embeds else 0
+    # What a view of a file would not take: the weights that a reader keeps, and the one that it decodes.
+    read = (DECODED_HELD + 1) * shape.decoded_bytes + (shape.embedding_bytes if stage.embeds else 0)
     sets = [shape.set_bytes[i] for i in stage.wave]
     activations = shape.activation_bytes
     kept = stage.kept_micro_batches * shape.hidden_bytes
@@ -270,7 +273,7 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     added = max(observing, solving, key=sum)
     if shape.device.on_host:
         # One address space: hidden states between waves, partial sums and solves all lie beside the weights.
-        held = (CPU_RUNTIME_BYTES, weights + embedding, activations + kept)
+        held = (CPU_RUNTIME_BYTES, weights + read, activations + kept)
         return MemoryPlan(items=_items(*held, *added), solving={} if added is solving else _items(*held, *solving))
     # The card sums the block at hand; finished blocks, hidden states between waves and solves are the host's, and so is
     # the embedding: rows of it are looked up there.
@@ -279,7 +282,7 @@ def stage_memory(shape: JobShape, stage: StageShape) -> MemoryPlan:
     )
     card = (ASCEND_RUNTIME_BYTES, weights, activations, card_statistics, 0, 0)
     in_flight = shape.max_in_flight * shape.hidden_bytes
-    held = (CPU_RUNTIME_BYTES, embedding, kept + in_flight)
+    held = (CPU_RUNTIME_BYTES, read, kept + in_flight)
     return MemoryPlan(
         items=_items(*card),
         host_items=_items(*held, *added),

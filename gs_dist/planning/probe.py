@@ -67,6 +67,7 @@ def evaluation_shape(
         element_bytes=element,
         layer_weight_bytes=tuple(layers[layer] for layer in architecture.layers),
         embedding_bytes=element * architecture.vocab_size * architecture.hidden_size,
+        decoded_bytes=0,  # a layer that is loaded is counted twice
         layer_output_bytes=none,
         set_bytes=none,
         solver_bytes=none,

@@ -52,6 +52,10 @@ class TensorHeader(Protocol):
     def nbytes(self) -> int:
         """Bytes in the file."""
 
+    @property
+    def decoded(self) -> bool:
+        """Whether what is read is made in memory, rather than a view of the file."""
+
 
 T = TypeVar("T")
 
@@ -87,6 +91,7 @@ class Workload:
     layer_output_nbytes: tuple[int, ...]
     embedding_nbytes: int
     outer_nbytes: int
+    decoded_nbytes: int  # of the largest weight that is decoded when it is read
     notes: tuple[str, ...]
     schemes: Mapping[str, Mapping[str, QuantPolicy]]  # by name within the layer, where schemes are judged
     size_budget: int | None  # bytes of all linears, where they are chosen
@@ -104,6 +109,7 @@ class Workload:
             element_bytes=compute_bytes(self.architecture, device),
             layer_weight_bytes=[4 * n for n in self.layer_elements] if computes else self.layer_nbytes,
             embedding_bytes=self.embedding_nbytes,
+            decoded_bytes=self.decoded_nbytes,
             layer_output_bytes=self.layer_output_nbytes,
             set_bytes=self.set_bytes,
             solver_bytes=self._solver_bytes,
@@ -386,6 +392,7 @@ def make_workload(
             for layer in range(architecture.num_layers)
         ),
         embedding_nbytes=embedding.nbytes,
+        decoded_nbytes=max((header.nbytes for header in tensors.values() if header.decoded), default=0),
         outer_nbytes=sum(header.nbytes for header in _headers(tensors, outer)),
         notes=notes,
         schemes=schemes,

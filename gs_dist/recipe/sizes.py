@@ -7,9 +7,12 @@ import re
 from gs_dist.model.dtypes import FLOATS
 from gs_dist.recipe.policy import QuantPolicy
 
-__all__ = ["GIB", "SIZE_HELP", "format_bytes", "parse_size", "stored_bytes"]
+__all__ = ["DECODED_HELD", "GIB", "SIZE_HELP", "format_bytes", "parse_size", "stored_bytes"]
 
 GIB = 1 << 30
+
+DECODED_HELD = 4
+"""Decoded weights that a reader keeps: a solver reads some in turns, a block of rows at a time."""
 
 _SIZE_UNITS = {"B": 1} | {
     f"{prefix}{binary}B": base**power

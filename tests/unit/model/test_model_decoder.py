@@ -186,6 +186,7 @@ def test_latent_attention_says_what_reads_what(family: str) -> None:
     [
         ("deepseek_v3", {"num_key_value_heads": 2}, "must be equal"),
         ("deepseek_v3", {"n_group": 3}, "n_group is 3"),
+        ("deepseek_v3", {"topk_group": 1}, "topk_group groups hold 2 experts"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),

@@ -1,4 +1,4 @@
-"""Mixtures of experts from a checkpoint to what is published: routers that follow, experts that starve."""
+"""Families from a checkpoint to what is published: fused linears, routers that follow, experts that starve."""
 
 from __future__ import annotations
 
@@ -69,7 +69,13 @@ def as_float_model(published: Path, target: Path) -> Path:
     plain = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ("weight_scale", "weight_offset", "weight_shape", "weight_packed"):
+        if leaf in ("weight_scale", "weight_offset", "weight_shape"):
+            continue
+        if leaf == "weight_packed":
+            scale = tensors[f"{owner}.weight_scale"].astype(np.float64)
+            halves = (tensor.view(np.uint32)[:, :, None] >> (4 * np.arange(8, dtype=np.uint32))) & 15
+            grouped = (halves.astype(np.float64) - 8).reshape(len(tensor), scale.shape[1], -1) * scale[:, :, None]
+            plain[f"{owner}.weight"] = grouped.reshape(len(tensor), -1).astype(np.float32)
             continue
         plain[name] = tensor
         if leaf == "weight" and f"{owner}.weight_scale" in tensors:
@@ -88,11 +94,19 @@ def far_off(found: Array, expected: Array) -> Array:
 @pytest.mark.parametrize(
     ("family", "dialect"),
     [
+        ("granite", "compressed-tensors"),
+        ("granite", "ascend"),
+        ("phi3", "compressed-tensors"),
+        ("phi3", "ascend"),
         ("mixtral", "compressed-tensors"),
+        ("mixtral", "ascend"),
+        ("qwen2_moe", "compressed-tensors"),
         ("qwen2_moe", "ascend"),
         ("glm4_moe", "compressed-tensors"),
+        ("glm4_moe", "ascend"),
         ("qwen3_moe", "compressed-tensors"),
         ("qwen3_moe", "ascend"),
+        ("deepseek_v2", "compressed-tensors"),
         ("deepseek_v2", "ascend"),
         ("deepseek_v3", "compressed-tensors"),
         ("deepseek_v3", "ascend"),
@@ -113,6 +127,7 @@ def test_what_is_published_computes_what_the_model_did(family: str, dialect: str
         or stored(published)["model.layers.1.mlp.gate.e_score_correction_bias"].any()
     )
     router = [name for name in stored(published) if name.endswith(("mlp.gate.weight", "moe.gate.weight"))]
+    assert router or family in ("granite", "phi3")
     with safe_open(tmp_path / "model" / "model.safetensors", "np") as file:
         assert all((stored(published)[name] != file.get_tensor(name)).any() for name in router)
 
@@ -170,6 +185,22 @@ def test_schemes_may_differ_between_experts_and_attention(
     assert far_off(logits(published, "ascend"), logits(tmp_path / "model"))[-8] < (2.0 if int4 else 0.3)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_int4_experts_stand_beside_int8_attention(family: str, tmp_path: Path) -> None:
+    """W4A16 in groups for experts and W8A8 for attention, decoded by NumPy alone: near the source, and as evaluated."""
+    grouped = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 16}
+    experts = {**grouped, "act_quant_dtype": None, "precision_recovery": "gptq"}
+    policies = {r".*mlp\.experts\..*": experts, r".*mlp\.shared_expert.*": experts}
+    config = small_recipe(prepared(tmp_path, family), ptq=DYNAMIC, layer_policies=policies)
+    run_inline(config)
+    published = tmp_path / "out" / "compressed-tensors"
+    assert not check(published).problems
+    source, decoded = logits(tmp_path / "model"), logits(as_float_model(published, tmp_path / "decoded"))
+    evaluated = logits(published, "compressed-tensors")
+    assert far_off(decoded, source)[-8] < 1.5
+    assert far_off(evaluated, decoded)[-8] < 0.3  # activations of attention rounded, too
+
+
 def test_experts_are_the_same_bytes_at_any_layout(tmp_path: Path) -> None:
     """Stages and replicas change no byte, though each replica deals its own tokens to experts."""
     prepared(tmp_path, "qwen3_moe", dtype="float16", mlp_only_layers=[0])
@@ -199,22 +230,24 @@ def starving(directory: Path) -> Path:
 
 
 def test_latent_attention_is_the_same_bytes_at_any_layout(tmp_path: Path) -> None:
-    """A dense first layer and one of experts lie on two stages, or on one."""
-    prepared(tmp_path, "deepseek_v3", dtype="float16")
+    """Two dense first layers and two of experts lie on three stages of two replicas, or on one worker."""
+    prepared(tmp_path, "deepseek_v3", dtype="float16", num_layers=4, first_k_dense_replace=2)
     alone = small_recipe(tmp_path, "alone", ptq=SMOOTH)
-    shared = small_recipe(tmp_path, "shared", ptq=SMOOTH, parallel={"pipeline_parallel_size": 2})
+    spread = {"pipeline_parallel_size": 3, "data_parallel_size": 2}
+    shared = small_recipe(tmp_path, "shared", ptq=SMOOTH, parallel=spread)
     for config in (alone, shared):
         run_inline(config)
     assert published_hashes(alone) == published_hashes(shared)
-    kept = stored(tmp_path / "alone" / "compressed-tensors")["model.layers.1.self_attn.kv_b_proj.weight"]
+    kept = stored(tmp_path / "alone" / "compressed-tensors")["model.layers.3.self_attn.kv_b_proj.weight"]
     assert kept.dtype == np.float16
     notes = " ".join(plan_of(alone).notes)
-    assert "2 linears kv_b_proj (taken apart by engines, which absorb it into attention) stay in float" in notes
+    assert "4 linears kv_b_proj (taken apart by engines, which absorb it into attention) stay in float" in notes
 
 
-def test_a_cache_of_latents_is_not_quantized(tmp_path: Path) -> None:
-    """Its scales would be of keys and values, which are not what is cached."""
-    config = small_recipe(prepared(tmp_path, "deepseek_v2"), ptq={**DYNAMIC, "kvcache_quant_dtype": "int8"})
+@pytest.mark.parametrize("family", ["deepseek_v2", "phi3"])
+def test_a_cache_of_latents_is_not_quantised(family: str, tmp_path: Path) -> None:
+    """Its scales would be of keys and values, which are not what is cached; nor have fused ones scales of their own."""
+    config = small_recipe(prepared(tmp_path, family), ptq={**DYNAMIC, "kvcache_quant_dtype": "int8"})
     with pytest.raises(UserError, match="kvcache_quant_dtype: null"):
         plan_of(config)
 
