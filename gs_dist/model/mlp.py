@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from gs_dist.model.linear import LayerInput, Linear
@@ -144,7 +145,7 @@ class MixtureOfExperts:
         """Share of the tokens that reach an expert, where the router deals them out evenly."""
         return self.routing.top_k / self.num_experts
 
-    @property
+    @cached_property
     def experts(self) -> tuple[tuple[Linear, ...], ...]:
         """Linears of each expert."""
         return tuple(self.expert(number) for number in range(self.num_experts))
