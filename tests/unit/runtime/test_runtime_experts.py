@@ -185,6 +185,22 @@ def test_schemes_may_differ_between_experts_and_attention(
     assert far_off(logits(published, "ascend"), logits(tmp_path / "model"))[-8] < (2.0 if int4 else 0.3)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_int4_experts_stand_beside_int8_attention(family: str, tmp_path: Path) -> None:
+    """W4A16 in groups for experts and W8A8 for attention, decoded by NumPy alone: near the source, and as evaluated."""
+    grouped = {"weight_quant_dtype": "qint4x2", "weight_quant_granularity": "per_group", "group_size": 64}
+    weights = {**grouped, "act_quant_dtype": None, "act_quant_granularity": "per_tensor", "precision_recovery": "gptq"}
+    policies = {r".*mlp\.experts\..*": weights}
+    config = small_recipe(prepared(tmp_path, family, moe_intermediate_size=64), ptq=DYNAMIC, layer_policies=policies)
+    run_inline(config)
+    published = tmp_path / "out" / "compressed-tensors"
+    assert not check(published).problems
+    source, decoded = logits(tmp_path / "model"), logits(as_float_model(published, tmp_path / "decoded"))
+    evaluated = logits(published, "compressed-tensors")
+    assert far_off(decoded, source)[-8] < 1.5
+    assert far_off(evaluated, decoded)[-8] < 0.3  # activations of attention rounded, too
+
+
 def test_experts_are_the_same_bytes_at_any_layout(tmp_path: Path) -> None:
     """Stages and replicas change no byte, though each replica deals its own tokens to experts."""
     prepared(tmp_path, "qwen3_moe", dtype="float16", mlp_only_layers=[0])
@@ -229,7 +245,7 @@ def test_latent_attention_is_the_same_bytes_at_any_layout(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "phi3"])
-def test_a_cache_of_latents_is_not_quantised(family: str, tmp_path: Path) -> None:
+def test_a_cache_of_latents_is_not_quantized(family: str, tmp_path: Path) -> None:
     """Its scales would be of keys and values, which are not what is cached; nor have fused ones scales of their own."""
     config = small_recipe(prepared(tmp_path, family), ptq={**DYNAMIC, "kvcache_quant_dtype": "int8"})
     with pytest.raises(UserError, match="kvcache_quant_dtype: null"):
