@@ -474,13 +474,17 @@ def test_a_published_model_is_no_float_model(tmp_path: Path, name: str) -> None:
         CheckpointReader(model)
 
 
-def test_layers_of_multi_token_prediction_are_left_out_and_said_so(tmp_path: Path) -> None:
-    """They stand behind the last layer under the next number, and no decoder runs them."""
+def test_layers_of_multi_token_prediction_are_carried_and_said_so(tmp_path: Path) -> None:
+    """They stand behind the last layer under the next number; no decoder runs them, and they are published."""
     directory = tiny_checkpoint(tmp_path / "m", "glm4_moe", num_nextn_predict_layers=1)
     tensors = CheckpointReader(directory).read(CheckpointReader(directory).tensors)
     tensors["model.layers.2.eh_proj.weight"] = np.ones((64, 128), np.float32)
     save_safetensors(directory / "model.safetensors", tensors)
     reader = CheckpointReader(directory)
-    assert reader.ignored == ("model.layers.2.eh_proj.weight",)
+    assert reader.ignored == ()
+    assert reader.architecture.carried == (("model.layers.2.eh_proj.weight", (64, 128)),)
+    assert reader.outer_part[-1] == "model.layers.2.eh_proj.weight"
+    assert reader.outer_part[-1] in reader.tensors
+    assert reader.outer_part[-1] not in reader.read_outer()
     assert any("multi-token prediction" in note for note in reader.notes)
     assert not any("frequencies" in note for note in reader.notes)
