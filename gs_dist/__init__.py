@@ -1,6 +1,7 @@
 """Distributed post-training quantisation of large language models on Ray and MindSpore.
 
-`quantize`, `plan`, `evaluate` and `load_summary` are the commands for Python; `__init__.pyi` has their types.
+`quantize`, `plan`, `evaluate`, `load_summary` and `show_report` are the commands for Python; `__init__.pyi` has their
+types.
 """
 
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import Any
 from gs_dist.processor import choose_blas_core
 
 __version__ = "0.1.0"
-__all__ = ["JobStatus", "evaluate", "load_summary", "plan", "quantize"]
+__all__ = ["JobStatus", "evaluate", "load_summary", "plan", "quantize", "show_report"]
 
 choose_blas_core()  # here, since no module of the package can import NumPy before this one
 
@@ -19,6 +20,7 @@ _HOMES = {
     "load_summary": "gs_dist.terminal.library",
     "plan": "gs_dist.terminal.library",
     "quantize": "gs_dist.terminal.library",
+    "show_report": "gs_dist.terminal.library",
 }
 
 

@@ -54,6 +54,11 @@ class TextTokenizer:
         """The text that ids stand for, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def token_id(self, token: str) -> int | None:
+        """Id of a token; None where there is no such one."""
+        found = self._tokenizer.token_to_id(token) if token else None
+        return None if found is None else int(found)
+
     def token(self, index: int) -> str:
         """The token of an id, for messages."""
         return self._tokenizer.id_to_token(index) or "unknown"

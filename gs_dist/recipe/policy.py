@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gs_dist.methods.clip import RATIOS as CLIP_RATIOS
 from gs_dist.methods.contradiction import Contradiction
@@ -39,13 +39,18 @@ __all__ = [
 ]
 
 
+def _usual_word(value: object) -> object:
+    """Golden Stick's name of a number format that most people call otherwise."""
+    return "qint4x2" if value == "int4" else value
+
+
 class QuantPolicy(BaseModel):
     """How one linear is quantised. Frozen, keyword-only; contradictions are refused when it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    weight_quant_dtype: WeightFormatName | None = "int8"
-    """Number format of weights; null leaves them in float."""
+    weight_quant_dtype: Annotated[WeightFormatName | None, BeforeValidator(_usual_word)] = "int8"
+    """Number format of weights; null leaves them in float. int4 is another word for qint4x2, Golden Stick's."""
     act_quant_dtype: Literal["int8"] | None = None
     """Activations: int8, or null for weights alone (A16)."""
     kvcache_quant_dtype: Literal["int8"] | None = None

@@ -23,16 +23,16 @@ SIZE_HELP = "a size such as 60GiB, 512MiB or 8GB"
 
 
 def parse_size(value: object) -> int:
-    """Bytes of `60GiB`, `512MiB`, `8GB` or a whole number.
+    """Bytes of `60GiB`, `512MiB`, `8GB` or a whole number; the B may be left out, as Kubernetes does (`60Gi`).
 
     Raises:
         ValueError: anything else, or less than one byte.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B)\s*", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B?|B)\s*", value) if isinstance(value, str) else None
     if match is not None and float(match[1]) > 0:
-        return max(1, int(float(match[1]) * _SIZE_UNITS[match[2]]))
+        return max(1, int(float(match[1]) * _SIZE_UNITS[match[2].removesuffix("B") + "B"]))
     raise ValueError(f"{value!r} is not a size: write {SIZE_HELP}")
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.engines import engine_named
 from gs_dist.checkpoint.finished_model import find_models
 from gs_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from gs_dist.checkpoint.reader import CheckpointReader
-from gs_dist.data.dataset import open_dataset
+from gs_dist.data.dataset import TokenBatch, open_dataset
 from gs_dist.errors import CheckpointError, PlanError, UserError
 from gs_dist.model.device_kind import DeviceKind
 from gs_dist.numbers.token_step import TokenStep
@@ -28,7 +30,7 @@ from gs_dist.runtime.evaluation_worker import Evaluation
 from gs_dist.runtime.perplexity import measure
 from gs_dist.runtime.ray_workers import evaluation_workers
 
-__all__ = ["evaluate"]
+__all__ = ["Models", "evaluate", "evaluation_of", "models_of"]
 
 
 def evaluate(
@@ -62,20 +64,8 @@ def evaluate(
     Raises:
         UserError: a directory or the data cannot be used, or not even one layer fits.
     """
-    published = find_models(Path(directory), dialects)
-    token_step = TokenStep.OVER_127_5
-    if engine is not None:
-        published, token_step = _read_by(engine, published, dialects), engine_named(engine).token_step
-    reader = CheckpointReader(next(iter(published.values())), quantized=True)
-    num_layers = reader.architecture.num_layers
-    sources: Mapping[str, str] = {}
-    if model is not None:
-        source = CheckpointReader(Path(model))
-        if [layer.tensors for layer in source.architecture.layers] != [
-            layer.tensors for layer in reader.architecture.layers
-        ]:
-            raise CheckpointError(f"--model {model} has other layers than {directory}: give the model it was made of")
-        sources = _sources(published, source, progress)
+    models = models_of(directory, dialects, model, engine, progress)
+    reader = models.reader
     dataset = open_dataset(
         data,
         reader.architecture.vocab_size,
@@ -86,26 +76,17 @@ def evaluate(
     fingerprint = dataset.fingerprint()
     for note in dataset.notes:
         progress.message(note)
-    threads = ClusterFacts.of_this_machine().num_cpus
-    num_stages = pipeline_parallel_size or min(2, threads, num_layers)
-    edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
-    evaluation = Evaluation(
-        model=model,
-        published={name: str(path) for name, path in published.items()},
-        data=data,
-        stages=tuple((bounds,) for bounds in itertools.pairwise(edges)),
-        max_in_flight=2 * num_stages,
-        threads_per_worker=max(1, threads // num_stages),
-        sources=sources,
+    with evaluation_of(
+        models,
+        data,
+        dataset.num_micro_batches,
+        pipeline_parallel_size=pipeline_parallel_size,
+        memory_per_worker=memory_per_worker,
+        address=address,
+        timeout=timeout,
         compares=model is not None,
-        token_step=token_step,
-    )
-    num_cpus = num_stages * evaluation.threads_per_worker
-    with cluster(address, num_cpus, patience=timeout, tell=progress.message) as facts:
-        evaluation = _fitted(evaluation, reader, dataset.num_micro_batches, facts, memory_per_worker)
-        count = evaluation.layers_at_a_time
-        if count is not None:
-            progress.message(f"up to {count} of a stage's layers are in memory at a time, since they do not all fit")
+        progress=progress,
+    ) as evaluation:
         group = evaluation_workers(evaluation, timeout)
         try:
             found = measure(group, evaluation, dataset.num_samples, dataset.num_micro_batches, timeout, progress)
@@ -126,6 +107,92 @@ def evaluate(
         )
         for name, perplexity in found.published.items()
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What is evaluated.
+
+    Attributes:
+        float_model: directory of the float model, None where it is left out.
+        published: format to directory.
+        reader: of one of them.
+        sources: as of `Evaluation`.
+        token_step: likewise.
+    """
+
+    float_model: str | None
+    published: Mapping[str, Path]
+    reader: CheckpointReader
+    sources: Mapping[str, str]
+    token_step: TokenStep
+
+
+def models_of(
+    directory: str, dialects: Sequence[str], model: str | None, engine: str | None, progress: Progress
+) -> Models:
+    """The models that a command names; arguments are those of `evaluate`.
+
+    Raises:
+        UserError: a directory cannot be used, or the float model is not what the published one was made of.
+    """
+    published, token_step = find_models(Path(directory), dialects), TokenStep.OVER_127_5
+    if engine is not None:
+        published, token_step = _read_by(engine, published, dialects), engine_named(engine).token_step
+    reader = CheckpointReader(next(iter(published.values())), quantized=True)
+    sources: Mapping[str, str] = {}
+    if model is not None:
+        source = CheckpointReader(Path(model))
+        if [layer.tensors for layer in source.architecture.layers] != [
+            layer.tensors for layer in reader.architecture.layers
+        ]:
+            raise CheckpointError(f"--model {model} has other layers than {directory}: give the model it was made of")
+        sources = _sources(published, source, progress)
+    return Models(float_model=model, published=published, reader=reader, sources=sources, token_step=token_step)
+
+
+@contextmanager
+def evaluation_of(
+    models: Models,
+    data: CalibrationData,
+    num_micro_batches: int,
+    *,
+    pipeline_parallel_size: int | None,
+    memory_per_worker: int | None,
+    address: str | None,
+    timeout: float,
+    compares: bool,
+    progress: Progress,
+    requests: tuple[TokenBatch, ...] | None = None,
+) -> Iterator[Evaluation]:
+    """A cluster with what its workers are told, as it fits there; the cluster ends with the block.
+
+    Raises:
+        PlanError: not even one layer fits.
+    """
+    num_layers = models.reader.architecture.num_layers
+    threads = ClusterFacts.of_this_machine().num_cpus
+    num_stages = pipeline_parallel_size or min(2, threads, num_layers)
+    edges = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
+    evaluation = Evaluation(
+        model=models.float_model,
+        published={name: str(path) for name, path in models.published.items()},
+        data=data,
+        stages=tuple((bounds,) for bounds in itertools.pairwise(edges)),
+        max_in_flight=2 * num_stages,
+        threads_per_worker=max(1, threads // num_stages),
+        sources=models.sources,
+        compares=compares,
+        token_step=models.token_step,
+        requests=requests,
+    )
+    num_cpus = num_stages * evaluation.threads_per_worker
+    with cluster(address, num_cpus, patience=timeout, tell=progress.message) as facts:
+        evaluation = _fitted(evaluation, models.reader, num_micro_batches, facts, memory_per_worker)
+        count = evaluation.layers_at_a_time
+        if count is not None:
+            progress.message(f"up to {count} of a stage's layers are in memory at a time, since they do not all fit")
+        yield evaluation
 
 
 def _read_by(engine: str, published: Mapping[str, Path], asked: Sequence[str]) -> dict[str, Path]:

@@ -64,15 +64,15 @@ class EvaluatedModel:
         """For people."""
         return "the float model" if self.which == FLOAT else f"the {self.which} model"
 
-    def losses(self, num_micro_batches: int, progress: Progress) -> list[BatchLosses]:
-        """Losses of each micro-batch, in order.
+    def losses(self, num_micro_batches: int, progress: Progress, what: str = "perplexity") -> list[BatchLosses]:
+        """Losses of each micro-batch, in order; `what` they are taken for is shown with the progress.
 
         Raises:
             WorkerLostError: a worker died, or nothing happened for `timeout` seconds.
         """
 
         def report(stage: int, done: int, total: int) -> None:
-            progress.stage_progress(stage, done, total, f"{self.which}, perplexity")
+            progress.stage_progress(stage, done, total, f"{self.which}, {what}")
 
         def send(key: WorkerKey, micro_batch: int, payload: Any) -> Reference[Any]:
             return self.group.call(key, EvaluationWorker.step, micro_batch, payload)

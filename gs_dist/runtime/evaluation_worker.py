@@ -50,6 +50,7 @@ class Evaluation:
         device, threads_per_worker: as planned.
         compares: whether published models' distributions are compared with the float model's, which then runs first.
         token_step: of what published models round token by token.
+        requests: batches that are run in the place of `data`; None for those.
     """
 
     model: str | None
@@ -62,6 +63,7 @@ class Evaluation:
     sources: Mapping[str, str] = field(default_factory=dict)
     compares: bool = False
     token_step: TokenStep = TokenStep.OVER_127_5
+    requests: tuple[TokenBatch, ...] | None = None
 
     @property
     def layers_at_a_time(self) -> int | None:
@@ -252,7 +254,8 @@ class EvaluationWorker:
         if self._group != 0:
             return self._kept[micro_batch]
         if micro_batch == 0:
-            self._batches = self._open_dataset().batches()
+            requests = self._evaluation.requests
+            self._batches = self._open_dataset().batches() if requests is None else iter(requests)
         batch = next(self._batches)
         assert batch.index == micro_batch, (batch.index, micro_batch)
         return batch

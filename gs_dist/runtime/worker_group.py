@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,10 +81,11 @@ class RayWorkerGroup(Generic[W]):
             with _head_asked():
                 self._reserve(bundle, num_stages, num_replicas, min_replicas, timeout)
             environment = {"env_vars": _thread_environment(num_threads)}
-            actor_class = ray.remote(_Worker)
+            actor_class, group_id = ray.remote(_Worker), secrets.token_hex(3)
             for replica, group in enumerate(self._groups):
                 for stage in range(num_stages):
                     self._actors[WorkerKey(stage, replica)] = actor_class.options(
+                        name=f"stage {stage}, replica {replica} ({group_id})",  # for `ray list actors`
                         num_cpus=num_threads,
                         resources={"NPU": npus} if npus else None,
                         runtime_env=environment,
@@ -196,8 +198,12 @@ class _Worker:
 
     def __init__(self, make: Callable[[int, int], Any], stage: int, replica: int) -> None:
         self._make = partial(make, stage, replica)
+        self._name = f"stage {stage}, replica {replica}"
         self._worker: Any = None
         see_only(ray.get_runtime_context().get_accelerator_ids().get("NPU", []), os.environ)
+
+    def __repr__(self) -> str:
+        return self._name  # stands before each line that the process logs
 
     def cards(self) -> CardsSeen:
         return CardsSeen.here()

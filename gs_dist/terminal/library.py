@@ -1,4 +1,4 @@
-"""The commands for Python: `from gs_dist import quantize, plan, evaluate, load_summary`.
+"""The commands for Python: `from gs_dist import quantize, plan, evaluate, load_summary, show_report`.
 
 They take what the command line takes, and raise what it turns into messages: `UserError` where something of yours must
 be changed (exit code 2 there), `JobFailure` where a run failed (exit code 1).
@@ -6,20 +6,24 @@ be changed (exit code 2 there), `JobFailure` where a run failed (exit code 1).
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.planning.cluster_facts import ClusterFacts
 from gs_dist.planning.plan import CalibrationPlan
 from gs_dist.progress import JobStatus, Progress, SilentProgress
-from gs_dist.recipe.config import CalibrationConfig
+from gs_dist.recipe.config import CalibrationConfig, read_published_recipe
 from gs_dist.recipe.sections import CalibrationData
+from gs_dist.recipe.text import PUBLISHED_RECIPE
 from gs_dist.results.summary import CalibrationSummary, PerplexitySummary, read_summary
+from gs_dist.terminal.conversion import asks_for_conversion
 from gs_dist.terminal.request import Request
 
-__all__ = ["evaluate", "load_summary", "plan", "quantize"]
+__all__ = ["Report", "evaluate", "load_summary", "plan", "quantize", "show_report"]
 
 Source = str | os.PathLike[str] | CalibrationConfig
 Watcher = Callable[[JobStatus], None]
@@ -176,6 +180,34 @@ def load_summary(directory: str | os.PathLike[str]) -> CalibrationSummary:
         OutputError: there is none, or it is damaged.
     """
     return read_summary(Path(directory))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A job's report, which a notebook shows inline.
+
+    Attributes:
+        page: one HTML file, without scripts and network.
+    """
+
+    page: str
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a frame, so that the page's styles stay its own."""
+        return f'<iframe srcdoc="{html.escape(self.page)}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+
+def show_report(directory: str | os.PathLike[str]) -> Report:
+    """The report of a finished job, to be the last line of a notebook's cell.
+
+    Raises:
+        OutputError: there is no summary to draw it from, or it is damaged.
+    """
+    from gs_dist.report.page import render_report
+
+    recipe = Path(directory) / PUBLISHED_RECIPE
+    read = recipe.is_file() and not asks_for_conversion(recipe, ())
+    return Report(render_report(load_summary(directory), read_published_recipe(recipe) if read else None))
 
 
 def _config(

@@ -25,6 +25,7 @@ from gs_dist.results.summary import (
     read_summary,
     write_summary,
 )
+from gs_dist.terminal.accuracies import accuracies_json, print_accuracies
 from gs_dist.terminal.console import say, show_progress, showing
 from gs_dist.terminal.continuations import continuations_json, print_continuations
 from gs_dist.terminal.conversion import asks_for_conversion, published_texts
@@ -157,13 +158,19 @@ def _run_directory(directory: Path) -> Path:
 @app.command(
     epilog=examples(
         "gs-dist evaluate runs/qwen3-w8a8 --model models/Qwen3-8B --data 'eval/*.parquet'",
-        "gs-dist evaluate runs/qwen3-w8a8/ascend --data eval.jsonl --num-samples 128",
+        "gs-dist evaluate runs/qwen3-w8a8 --model models/Qwen3-8B --tasks tasks.yaml",
     )
 )
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a finished job, or its model directory.")],
     *,
-    data: Annotated[list[str], typer.Option(help="Files, directories, patterns or URIs; repeatable.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to take perplexity on: files, directories, patterns or URIs; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="YAML file of multiple-choice tasks, to take accuracy on in place of --data.")
+    ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="Format to evaluate, all of the job's if left out; repeatable.")
     ] = None,
@@ -181,22 +188,50 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure the perplexity of a published model, and with --model how far it is from the float one.
+    """Measure the perplexity of a published model on --data, or its accuracy on --tasks, beside the float --model.
 
-    That is: the increase of the loss with its paired standard error, mean and 99th percentile of the KL divergence of
-    the next token's distribution, and how often the most likely token is the same.
+    With --model and --data also: the increase of the loss with its paired standard error, mean and 99th percentile of
+    the KL divergence of the next token's distribution, and how often the most likely token is the same. Accuracies are
+    those of lm-evaluation-harness, `acc` and `acc_norm`, without examples in the prompt.
     """
-    try:
-        samples = CalibrationData(
-            data=tuple(data), num_samples=num_samples, sequence_length=sequence_length, column=column, packing=packing
-        )
-    except ValidationError as error:
-        problems = "; ".join(str(problem) for problem in problems_of(error, CalibrationData))
-        raise UserError(f"the evaluation data cannot be used: {problems}") from None
+    if (data is None) == (tasks is None):
+        raise UserError("name either --data, to take perplexity on, or --tasks, to take accuracy on")
     try:
         memory_per_worker = None if memory is None else parse_size(memory)
     except ValueError as error:
         raise UserError(f"--memory-per-worker: {error}") from None
+    if tasks is not None:
+        from gs_dist.runtime import task_accuracy  # imports Ray
+
+        with show_progress(quiet=is_quiet()) as progress:
+            results = task_accuracy.evaluate_tasks(
+                str(directory),
+                tasks,
+                dialects=tuple(format or ()),
+                model=None if model is None else str(model),
+                pipeline_parallel_size=stages,
+                memory_per_worker=memory_per_worker,
+                address=address,
+                timeout=timeout,
+                engine=engine,
+                progress=progress,
+            )
+        if json:
+            say(accuracies_json(results), nl=False)
+        else:
+            print_accuracies(new_console(), results)
+        return
+    try:
+        samples = CalibrationData(
+            data=tuple(data or ()),
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            column=column,
+            packing=packing,
+        )
+    except ValidationError as error:
+        problems = "; ".join(str(problem) for problem in problems_of(error, CalibrationData))
+        raise UserError(f"the evaluation data cannot be used: {problems}") from None
     from gs_dist.runtime import evaluate as runtime  # imports Ray
 
     with show_progress(quiet=is_quiet()) as progress:

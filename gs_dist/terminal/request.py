@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ from typing import Any
 
 from gs_dist.checkpoint.reader import CheckpointReader
 from gs_dist.data.shipped_text import SHIPPED_TEXT
-from gs_dist.errors import RecipeError
+from gs_dist.errors import DatasetError, RecipeError
 from gs_dist.recipe.config import CalibrationConfig, config_of, load_recipe
 from gs_dist.recipe.presets import find_preset
-from gs_dist.wording import without_secrets
+from gs_dist.recipe.sections import CalibrationData
+from gs_dist.wording import is_uri, without_secrets
 
 __all__ = ["DEFAULT_SCHEME", "Request", "again"]
 
@@ -67,17 +70,38 @@ class Request:
         linears = {linear.in_features for layer in architecture.layers for linear in layer.linears}
         document = find_preset(self.scheme or DEFAULT_SCHEME).document(linears)
         length = min(self.length or _DEFAULT_LENGTH, architecture.max_position_embeddings)
+        data = list(self.data or [str(SHIPPED_TEXT)])
         return {
             "model": str(self.source),
             "output": str(self.output),
             "calibration": {
-                "data": list(self.data or [str(SHIPPED_TEXT)]),
-                "num_samples": self.samples or _DEFAULT_SAMPLES,
+                "data": data,
+                "num_samples": self.samples or self._samples_of(data, length),
                 "sequence_length": length,
             },
             **document,
             **({} if self.format is None else {"format": list(self.format)}),
         }
+
+    def _samples_of(self, data: Sequence[str], length: int) -> int:
+        """How many samples are taken where nobody says: all that there are, up to a limit; that one of unseen data."""
+        here = any(glob.glob(os.path.expanduser(entry), recursive=True) for entry in data)
+        if any(map(is_uri, data)) or not here:
+            return _DEFAULT_SAMPLES
+        from gs_dist.data.dataset import open_dataset  # imports Arrow
+
+        reader = CheckpointReader(self.source)
+        try:
+            dataset = open_dataset(
+                CalibrationData(data=tuple(data), num_samples=_DEFAULT_SAMPLES, sequence_length=length),
+                reader.architecture.vocab_size,
+                reader.tokenizer_file,
+                eos_token_id=reader.architecture.end_of_text_id,
+                fewer_samples=True,
+            )
+        except DatasetError:  # which whoever reads them tells
+            return _DEFAULT_SAMPLES
+        return dataset.num_samples
 
     def _settings(self) -> list[str]:
         """The options as settings over a recipe."""

@@ -51,13 +51,26 @@ def _waves(stage: StagePlan) -> str:
 
 
 def _stage_rows(plan: CalibrationPlan, *, host: bool) -> list[list[str]]:
-    rows = []
+    """A row a stage; neighbours that differ in their layers alone share one."""
+    folded: list[tuple[list[StagePlan], list[str]]] = []
     for stage in plan.stages:
         items = stage.memory.host_items if host else stage.memory.items
         peak = stage.memory.host_peak if host else stage.memory.peak
-        sizes = [format_bytes(items.get(item, 0)) for item in ITEMS]
-        rows.append([str(stage.stage), _span(stage.layers), _waves(stage), format_bytes(peak), *sizes])
-    return rows
+        sizes = [_waves(stage), format_bytes(peak), *(format_bytes(items.get(item, 0)) for item in ITEMS)]
+        if folded and folded[-1][1] == sizes and len(folded[-1][0][0].layers) == len(stage.layers):
+            folded[-1][0].append(stage)
+        else:
+            folded.append(([stage], sizes))
+    return [[*_stages_and_layers(stages), *sizes] for stages, sizes in folded]
+
+
+def _stages_and_layers(stages: Sequence[StagePlan]) -> tuple[str, str]:
+    """`3` and `30-39`; of several `1-6` and `10-69, 10 each`."""
+    first, last = stages[0], stages[-1]
+    layers = _span(range(first.layers[0], last.layers[-1] + 1))
+    if len(stages) > 1:
+        layers += f", {len(first.layers)} each"
+    return _span(range(first.stage, last.stage + 1)), layers
 
 
 def _share(plan: CalibrationPlan) -> str:
@@ -240,6 +253,7 @@ _DROPPED = (
     "median error",
 )
 _GAP = 2  # between columns
+_FRAME = 3  # of a cell: a space on either side, and a line
 _SHARED = "model.layers."
 _LINEAR_COLUMNS = (
     "linear",
@@ -258,9 +272,21 @@ def _linear_table(title: str, rows: Sequence[LinearSummary], width: int) -> Tabl
     judged = any(row.scheme_errors for row in rows)
     columns = (*_LINEAR_COLUMNS, "plain rounding would cost") if judged else _LINEAR_COLUMNS
     cells = [_linear_row(row, judged=judged) for row in rows]
-    if width >= NARROW:
-        return _table(title, columns, cells, left=3)
-    return _narrow_table(title, columns, cells, width, text=("linear", "strategy", "notes"))
+    return _fitting_table(title, columns, cells, width, text=("linear", "strategy", "notes"))
+
+
+def _fitting_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, text: Sequence[str]
+) -> Table:
+    """The whole table where no word of it has to be broken, else the narrow one; the first columns are `text`."""
+    by_column = list(zip(columns, zip(*rows, strict=True), strict=True)) if rows else []
+    needed = sum(_least_width(column, cells) + _FRAME for column, cells in by_column) + 1
+    if width < max(NARROW, needed):
+        return _narrow_table(title, columns, rows, width, text=text)
+    table = _table(title, columns, rows, left=len(text))
+    for shown, (_, cells) in zip(table.columns, by_column, strict=False):
+        shown.no_wrap = not any(" " in cell for cell in cells)  # so that another column gives way
+    return table
 
 
 def _narrow_table(
@@ -360,13 +386,8 @@ def print_summary(
     title = "Network Quantization Summary"
     if sort is None and limit is None and len(summary.rows) > ROWS_WITHOUT_GROUPING:
         columns = ("linear", "strategy", "count", "median error", "worst error", "with notes")
-        lines, width = _role_rows(summary.rows), console.width
-        narrow = width < NARROW
-        console.print(
-            _narrow_table(title, columns, lines, width, text=("linear", "strategy"))
-            if narrow
-            else _table(title, columns, lines, left=2)
-        )
+        lines = _role_rows(summary.rows)
+        console.print(_fitting_table(title, columns, lines, console.width, text=("linear", "strategy")))
         worst = [row for row in summary.sorted_rows("error") if row.largest_error is not None][:WORST_ROWS]
         if worst:
             console.print(_linear_table("Largest errors", worst, console.width))
@@ -383,11 +404,7 @@ def print_summary(
     if summary.stages:
         names = ("stage", "replica", "layers", "seconds", "idle", "peak planned", "peak measured")
         workers = [_worker_row(stage) for stage in summary.stages]
-        console.print(
-            _narrow_table("Workers", names, workers, console.width, text=names[:3])
-            if console.width < NARROW
-            else _table("Workers", names, workers, left=3)
-        )
+        console.print(_fitting_table("Workers", names, workers, console.width, text=names[:3]))
     for line in _totals(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

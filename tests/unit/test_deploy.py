@@ -397,7 +397,33 @@ def test_shells_of_the_image_know_cann_whatever_starts_them(tmp_path: Path) -> N
     assert shown("bash", "-c", 'echo "$LD_LIBRARY_PATH"', BASH_ENV=script) == "/cann/lib64:"
     assert shown("bash", "-c", "bash -c 'echo \"$LD_LIBRARY_PATH\"'; true", BASH_ENV=script) == "/cann/lib64:"
     assert shown("sh", "-c", f'. {script}; echo "$LD_LIBRARY_PATH"') == "/cann/lib64:"
-    assert shown("bash", "-c", "echo on", BASH_ENV=script, CANN_SET_ENV=str(tmp_path / "none.sh")) == "on"
+    missing = {**path, "BASH_ENV": script, "CANN_SET_ENV": str(tmp_path / "none.sh")}
+    twice = ("bash", "-c", "bash -c 'echo on'; true")
+    found = subprocess.run(twice, env=missing, text=True, timeout=60, capture_output=True, check=True)
+    assert found.stdout.strip() == "on"
+    if not Path("/usr/local/Ascend").exists():
+        (told,) = found.stderr.splitlines()  # once for a tree of processes
+        assert f"at {tmp_path / 'none.sh'}, in /usr/local/Ascend: set CANN_SET_ENV" in told
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml", "evaluate.yaml"])
+def test_the_head_sees_no_card(name: str) -> None:
+    """The Ascend runtime gives a pod that asks for no card all of them, unless it is told."""
+    pods = [
+        pod
+        for document in yaml.safe_load_all((ROOT / "deploy" / name).read_text())
+        for pod in re.findall(r"'name': 'ray-head'.*?'volumeMounts'", str(document))
+    ]
+    assert pods
+    assert all("{'name': 'ASCEND_VISIBLE_DEVICES', 'value': 'void'}" in pod for pod in pods)
+
+
+def test_the_image_is_built_from_what_it_needs() -> None:
+    """What the Dockerfile copies is not left out of what is sent, and the history is."""
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "deploy/Dockerfile").read_text(), flags=re.MULTILINE)
+    assert not {path.split("/")[0] for paths in copied for path in paths.split()} & set(ignored)
+    assert {".git", "tests", "runs"} <= set(ignored)
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,15 @@ def test_a_bad_override_is_named(write: Any, override: str, message: str) -> Non
     assert message in refusal(write(MINIMAL), override)
 
 
+def test_int4_is_another_word_for_qint4x2(write: Any) -> None:
+    """The usual word is taken, also in layer policies, and makes the same recipe."""
+    text = MINIMAL + "ptq: {weight_quant_dtype: %s}\nlayer_policies: {'.*q_proj': {weight_quant_dtype: %s}}\n"
+    usual, theirs = (load_recipe(write(text % (word, word))) for word in ("int4", "qint4x2"))
+    assert usual.ptq.weight_quant_dtype == "qint4x2"
+    assert usual.resolved_layer_policies == theirs.resolved_layer_policies
+    assert usual.fingerprint_fields() == theirs.fingerprint_fields()
+
+
 def test_overrides_do_not_leak_through_yaml_aliases(write: Any) -> None:
     """Changing one place of a shared node leaves the other place alone."""
     text = MINIMAL + "layer_policies: {a: &p {group_size: 0}, b: *p}\n"
@@ -336,10 +345,21 @@ def test_overrides_do_not_leak_through_yaml_aliases(write: Any) -> None:
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [("60GiB", 60 * 2**30), ("512MiB", 2**29), ("8GB", 8 * 10**9), ("1.5 KiB", 1536), (7, 7), ("3B", 3), ("2TB", 2e12)],
+    [
+        ("60GiB", 60 * 2**30),
+        ("512MiB", 2**29),
+        ("8GB", 8 * 10**9),
+        ("1.5 KiB", 1536),
+        (7, 7),
+        ("3B", 3),
+        ("2TB", 2e12),
+        ("60Gi", 60 * 2**30),
+        ("512Mi", 2**29),
+        ("8G", 8 * 10**9),
+    ],
 )
 def test_sizes(written: Any, size: float) -> None:
-    """Binary and decimal units and plain numbers."""
+    """Binary and decimal units, with a B or as Kubernetes writes them, and plain numbers."""
     assert parse_size(written) == size
 
 

@@ -208,7 +208,7 @@ def test_plan_of_a_70b_model_needs_headers_only(large: tuple[object, ...]) -> No
     """What cards need is planned; of their nodes, of which nothing is said, it says that it is not."""
     result = run(*large)
     assert result.exit_code == 0
-    assert "70-79" in result.stdout
+    assert "0-79, 10 each" in result.stdout, "stages that differ in their layers alone share a row"
     assert "Memory of an Ascend card" in result.stdout
     assert "Memory of a worker's host" in result.stdout
     assert "8 stages x 2 replicas on ascend, at most 60.0 GiB of a card each\n" in result.stdout
@@ -282,7 +282,7 @@ def test_plan_asks_a_cluster_that_runs(
     facts["auto"] = ClusterFacts(num_cpus=160, num_npus=4, memory_bytes=768 << 30)
 
     @contextlib.contextmanager
-    def cluster(address: str, num_cpus: int | None) -> Iterator[ClusterFacts]:
+    def cluster(address: str, num_cpus: int | None, **told: object) -> Iterator[ClusterFacts]:
         assert num_cpus is None
         yield facts[address]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkpoints import tiny_checkpoint
 
@@ -69,3 +72,13 @@ def test_options_are_laid_over_a_recipe(tmp_path: Path) -> None:
     config = Request(source=recipe, data=["x.parquet"], samples=3, output=tmp_path / "elsewhere").config()
     assert (config.calibration.data, config.calibration.num_samples) == (("x.parquet",), 3)
     assert config.output == str(tmp_path / "elsewhere")
+
+
+def test_no_more_samples_are_asked_for_than_the_data_hold(model: Path, tmp_path: Path) -> None:
+    """Where nobody says how many, all are taken that are there; a number that was typed stands."""
+    rows = pa.table({"input_ids": [list(range(16))] * 5})
+    pq.write_table(rows, tmp_path / "few.parquet")
+    request = Request(source=model, data=[str(tmp_path / "few.parquet")], output=tmp_path / "out", length=16)
+    assert request.config().calibration.num_samples == 5
+    assert replace(request, samples=9).config().calibration.num_samples == 9
+    assert replace(request, data=["nowhere/*.parquet"]).config().calibration.num_samples == 128
