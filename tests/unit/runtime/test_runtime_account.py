@@ -148,7 +148,8 @@ def test_a_probe_that_fails_takes_back_what_an_earlier_one_found(tmp_path: Path)
     with pytest.raises(JobFailure, match="max_perplexity_increase"):
         run_inline(small_recipe(tmp_path, max_perplexity_increase=0.0), make_group=no_group)
     assert read_summary(output).probes == ()
-    assert not card.exists()
+    assert card.read_text().startswith("# Not a model: the job was refused")
+    assert "Before it was published" not in card.read_text()
     assert run_inline(config, make_group=no_group).probes == found
     assert "Before it was published" in card.read_text()
 

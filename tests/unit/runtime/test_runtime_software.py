@@ -15,6 +15,7 @@ from gs_dist import __version__
 from gs_dist.errors import CheckpointError, ClusterError
 from gs_dist.progress import SilentProgress
 from gs_dist.runtime.attempt import run_attempt
+from gs_dist.runtime.replanning import FixedPlan
 from gs_dist.runtime.software import Software, check_versions, kernel_note
 from gs_dist.runtime.stage_times import StageTimes
 from gs_dist.runtime.stage_worker import Job, StageWorker
@@ -125,7 +126,7 @@ def test_another_cpu_kernel_is_a_note_and_the_job_goes_on(tmp_path: Path) -> Non
     progress = Heard()
     Path(config.output).mkdir()
     job = Job(config=config, plan=plan_of(config), fingerprints=prints)
-    run_attempt(job, SOLVE, {}, make_group, progress, StageTimes(), lambda layer: None)
+    run_attempt(job, SOLVE, {}, make_group, FixedPlan(), progress, StageTimes(), lambda layer: None)
     notes = [message for message in progress.messages if "published bytes may depend" in message]
     assert len(notes) == 1
     assert "stage 0 of replica 1 has x86_64 Zen" in notes[0]
