@@ -14,6 +14,7 @@ settings.register_profile("gs_dist", deadline=None)
 settings.load_profile("gs_dist")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray stay in one process: two clusters at once would time out on a small machine.
 

@@ -35,7 +35,7 @@ def test_each_worker_sees_a_card_of_its_own_where_ray_sets_none(of_node: str, mo
     monkeypatch.setenv(NOSET, "1")
     if of_node:
         monkeypatch.setenv(VISIBLE_CARDS, of_node)
-    ray.init(num_cpus=3, resources={"NPU": 3}, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, resources={"NPU": 3}, include_dashboard=False, log_to_driver=False)
     try:
         group = RayWorkerGroup(
             SeesCards, num_stages=3, num_replicas=1, min_replicas=1, num_threads=1, npus=1, timeout=60.0
