@@ -93,6 +93,8 @@ def plan(
     scheme: str | None = None,
     data: Sequence[str] | None = None,
     output: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
     nodes: int | None = None,
     npus_per_node: int | None = None,
     cpus_per_node: int | None = None,
@@ -106,6 +108,8 @@ def plan(
         scheme: likewise.
         data: likewise; not opened.
         output: likewise.
+        samples: likewise.
+        length: likewise.
         nodes: of a cluster that need not run; this machine where nothing is said of nodes.
         npus_per_node: Ascend cards of each.
         cpus_per_node: cores of each.
@@ -118,7 +122,7 @@ def plan(
     place = None if output is None else Path(output)
     if place is None and not isinstance(source, CalibrationConfig) and Path(source).is_dir():
         place = Path("runs") / Path(source).resolve().name  # a plan writes nothing
-    config = _config(source, overrides, scheme=scheme, data=data, output=place)
+    config = _config(source, overrides, scheme=scheme, data=data, output=place, samples=samples, length=length)
     described = ClusterFacts.described(
         num_nodes=nodes,
         npus=npus_per_node,
